@@ -1,0 +1,403 @@
+"""What two or more methods share to the letter. Knows no method, no data set, no metric.
+
+Alphabet of shapes, used in every file:
+    B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
+    A annotators · R rank · N cases
+
+Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / pictures.
+"""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = 255  # label of a pixel that no loss and no metric sees
+
+
+class UserError(ValueError):
+    """A mistake of the user's, worth one line at the command line and no traceback."""
+
+
+# ------------------------------------------------------------------------ noise and Gaussians
+
+LOG_STD_BOUND = 10.0  # std stays within exp(+-10), so exp(2 * log_std) is finite in float32
+
+
+def bounded_log_std(x: Tensor) -> Tensor:
+    """Smoothly into (-10, 10), close to the identity where networks live. float32.
+
+    An unbounded log sigma is the most frequent cause of a NaN in the KL of a conditional VAE.
+    """
+    return LOG_STD_BOUND * torch.tanh(x.float() / LOG_STD_BOUND)
+
+
+def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Float32 noise of `shape`, whose first axis is the batch, on the device of `like`.
+
+    With a generator, on the generator's device first, so one seed gives one result everywhere.
+    Without one, under DistributedDataParallel every rank (all seeded alike) draws for the whole
+    global batch and keeps its own rows: W processes see exactly the noise one would.
+    """
+    if generator is not None:
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        return noise.to(like.device)
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    noise = torch.randn((world * shape[0], *shape[1:]), device=like.device)
+    return noise[rank * shape[0] : (rank + 1) * shape[0]]
+
+
+class DiagonalNormal:
+    """Independent normals, the latent distribution of every conditional VAE here.
+
+    mean, log_std: (B, ...) of one shape; `log_std` is bounded on the way in, all in float32.
+    """
+
+    def __init__(self, mean: Tensor, log_std: Tensor):
+        self.mean = mean.float()
+        self.log_std = bounded_log_std(log_std)
+
+    @property
+    def std(self) -> Tensor:
+        return self.log_std.exp()
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One reparameterised draw, differentiable in mean and log_std; shape of `mean`."""
+        return self.mean + self.std * standard_normal(self.mean.shape, self.mean, generator)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log density of z in nats, summed over all but the batch: (B,)."""
+        half_log_2pi = 0.9189385332046727
+        scaled = (z.float() - self.mean) * torch.exp(-self.log_std)
+        return -(0.5 * scaled.square() + self.log_std + half_log_2pi).flatten(1).sum(1)
+
+    def kl(self, other: "DiagonalNormal") -> Tensor:
+        """KL(self || other) in nats, summed over all but the batch: (B,)."""
+        log_ratio = self.log_std - other.log_std
+        scaled = (self.mean - other.mean) * torch.exp(-other.log_std)
+        kl = 0.5 * (torch.exp(2 * log_ratio) + scaled.square() - 1) - log_ratio
+        return kl.flatten(1).sum(1)
+
+
+class LowRankNormal:
+    """N(mean, F F^T + diag(D)) over whole logit maps (SSN Eq. 5).
+
+    mean (B, K, *S), factor F (B, R, K, *S) with R >= 0, diagonal D (B, K, *S) of variances > 0.
+    A draw is mean + F e1 + sqrt(D) e2: nothing is factored or inverted, so no covariance is
+    too ill-conditioned to sample from. R = 0 leaves independent normals.
+    """
+
+    def __init__(self, mean: Tensor, factor: Tensor, diagonal: Tensor):
+        self.mean, self.factor, self.diagonal = mean.float(), factor.float(), diagonal.float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variance of every logit, (B, K, *S)."""
+        return self.factor.square().sum(1) + self.diagonal
+
+    def sample(self, n: int, generator: torch.Generator | None = None, *,
+               antithetic: bool = False, temperature: float = 1.0) -> Tensor:
+        """n reparameterised draws, (n, B, K, *S) float32.
+
+        antithetic: draws n/2 .. n-1 mirror draws 0 .. n/2-1 about the mean. An average over
+            them varies less, but they are not independent: for a loss, not for a picture.
+        temperature: T scales the covariance, N(mean, T Sigma); 0 returns the mean n times.
+        """
+        batch, rank = self.factor.shape[:2]
+        drawn = (n + 1) // 2 if antithetic else n
+        # autocast would run the product in bfloat16 and round every sample
+        with torch.autocast(self.mean.device.type, enabled=False):
+            noise = standard_normal((batch, drawn, *self.mean.shape[1:]), self.mean, generator)
+            deviation = noise * self.diagonal.sqrt().unsqueeze(1)  # (B, n, K, *S)
+            if rank:
+                noise = standard_normal((batch, drawn, rank), self.mean, generator)
+                deviation = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
+                deviation = deviation.view(batch, drawn, *self.mean.shape[1:])
+            if temperature != 1:
+                deviation = deviation * temperature**0.5
+            mean = self.mean.unsqueeze(1)
+            samples = mean + deviation
+            if antithetic:
+                samples = torch.cat([samples, mean - deviation], 1)[:, :n]
+            return samples.transpose(0, 1)
+
+    def scale_classes(self, samples: Tensor, scale: Tensor) -> Tensor:
+        """Scale each class's part of (sample - mean) after the fact (SSN Fig. 6).
+
+        samples (n, B, K, *S) as drawn; scale (K,): 1 keeps a class, 0 puts it at its mean,
+        negative values turn its deviation round.
+        """
+        scale = scale.to(samples).view(-1, *[1] * (samples.dim() - 3))
+        return self.mean + scale * (samples - self.mean)
+
+
+# ------------------------------------------------------------------------------------- losses
+
+
+def valid_label(label: Tensor, mask: Tensor | None) -> Tensor:
+    """`label` (B, *S) with 255 wherever `mask` (B, *S) is given and false."""
+    return label if mask is None else label.masked_fill(~mask, IGNORE)
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """-sum_i log softmax(logits_i)[label_i] over each case's pixels, in nats.
+
+    logits (..., B, K, *S), label int64 (B, *S), 255 ignored -> (..., B) float32. Leading axes
+    (samples) share the label.
+    """
+    lead = logits.shape[: logits.dim() - label.dim() - 1]  # () or (n,)
+    label = label.expand(*lead, *label.shape)
+    logits = logits.float()
+    if lead:
+        logits, flat = logits.flatten(0, 1), label.flatten(0, 1)
+    else:
+        flat = label
+    pixels = F.cross_entropy(logits, flat, ignore_index=IGNORE, reduction="none")
+    return pixels.flatten(1).sum(1).view(*lead, -1)
+
+
+# -------------------------------------------------------------------------------------- U-Net
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+POOL = {"average": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
+        "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}}
+
+
+def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1,
+               kernel: int = 3, norm: str = "batch") -> nn.Sequential:
+    """`convs` times: size-keeping convolution, normalisation ("batch" or "none"), ReLU."""
+    layers = []
+    for i in range(convs):
+        # batch norm subtracts the mean again, so a bias before it would do nothing
+        layers.append(CONV[dims](in_channels if i == 0 else out_channels, out_channels, kernel,
+                                 padding=kernel // 2, bias=norm != "batch"))
+        if norm == "batch":
+            layers.append(BATCH_NORM[dims](out_channels))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """U-Net body: image (B, in_channels, *S) -> features (B, channels[0], *S), any size.
+
+    channels: one entry a resolution level, fine to coarse; each level is `convs` 3-wide
+        convolutions, half the size of the one before.
+    dims: spatial axes, 1 to 3.
+    norm: "batch" (PHiSeg, SSN) or "none" (Probabilistic U-Net).
+    down: "average" (all five papers; for even sizes the same as bilinear halving) or "max"
+        (the first U-Net).
+    up: "linear" or "nearest", then concatenation with the skip connection.
+    """
+
+    def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
+                 convs: int = 3, norm: str = "batch", down: str = "average", up: str = "linear"):
+        super().__init__()
+        check_choice("norm", norm, ("batch", "none"))
+        check_choice("down", down, tuple(POOL))
+        check_choice("up", up, ("linear", "nearest"))
+        self.pool = POOL[down][dims]
+        self.up = {"linear": dict(mode=LINEAR[dims], align_corners=False),
+                   "nearest": dict(mode="nearest")}[up]
+        self.multiple = 2 ** (len(channels) - 1)
+        self.encoder = nn.ModuleList(
+            conv_block(dims, before, after, convs=convs, norm=norm)
+            for before, after in zip((in_channels, *channels), channels))
+        self.decoder = nn.ModuleList(  # coarse to fine
+            conv_block(dims, below + skip, skip, convs=convs, norm=norm)
+            for below, skip in zip(channels[:0:-1], channels[-2::-1]))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Features of every level, fine to coarse; sizes must be multiples of `multiple`."""
+        features = []
+        for level, block in enumerate(self.encoder):
+            x = block(self.pool(x, 2) if level else x)
+            features.append(x)
+        return features
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """From the coarsest features up, each level joined by its skip connection."""
+        *skips, x = features
+        for block in self.decoder:
+            x = F.interpolate(x, scale_factor=2, **self.up)
+            x = block(torch.cat([skips.pop(), x], 1))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        return center_crop(self.decode(self.encode(pad_to_multiple(x, self.multiple))), size)
+
+
+# ------------------------------------------------------------------------------------ padding
+
+
+def reflect_pad(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
+    """Reflect the last len(pads) axes by (before, after) pixels, by more than their size too.
+
+    The edge pixel is not repeated. (F.pad(mode="reflect") stops at the size less one.)
+    """
+    for axis, (before, after) in zip(range(-len(pads), 0), pads):
+        if before or after:
+            index = torch.arange(-before, x.shape[axis] + after, device=x.device)
+            x = x.index_select(axis, reflect_index(index, x.shape[axis]))
+    return x
+
+
+def reflect_index(index: Tensor, size: int) -> Tensor:
+    """Any integers into 0 .. size - 1 by reflection at both edges: -1 -> 1, size -> size - 2."""
+    period = max(2 * (size - 1), 1)
+    index = index.remainder(period)
+    return torch.minimum(index, period - index)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """(B, C, *S) with every spatial size reflected up to the next multiple, evenly on both sides.
+
+    `center_crop(pad_to_multiple(x, m), x.shape[2:])` is x.
+    """
+    extra = [-size % multiple for size in x.shape[2:]]
+    return reflect_pad(x, [(e // 2, e - e // 2) for e in extra])
+
+
+def center_crop(x: Tensor, size) -> Tensor:
+    """The central window of `size` (one entry a trailing axis), a view."""
+    for axis, length in zip(range(-len(size), 0), size):
+        x = x.narrow(axis, (x.shape[axis] - length) // 2, length)
+    return x
+
+
+# ----------------------------------------------------------------------- initialisation, checks
+
+
+def init_orthogonal(module: nn.Module) -> None:
+    """Orthogonal weights of gain 1, biases from a normal of std 0.001 cut at two of them.
+
+    The initialisation of the Probabilistic and the Hierarchical Probabilistic U-Net.
+    """
+    for m in module.modules():
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+            nn.init.orthogonal_(m.weight)
+            if m.bias is not None:
+                nn.init.trunc_normal_(m.bias, std=1e-3, a=-2e-3, b=2e-3)
+
+
+def check_choice(name: str, value, allowed) -> None:
+    """ValueError naming the option, what was given and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+
+
+# ------------------------------------------------------------------------------------- device
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                        "devices that PyTorch can see; use --device cpu, or install a CUDA build")
+    return device
+
+
+def write_atomically(path, write) -> None:
+    """Call write(temporary name), flush to disk and rename to `path`.
+
+    A kill or a full disk leaves what stood at `path` before, whole.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # mkstemp makes private files; a result should have usual rights
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ----------------------------------------------------------------------------------- pictures
+# matplotlib's Figure is used directly: no pyplot, so no display and no global state.
+
+# Okabe and Ito's palette, told apart by the colour-blind; class k and reader k are COLORS[k - 1]
+# and COLORS[k], in every picture.
+COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
+
+
+def new_figure(rows: int, columns: int, *, panel: float = 1.3, title: str = ""):
+    """(figure, (rows, columns) array of axes without ticks), `panel` inches a side each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(panel * columns + 0.4, panel * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure, axes
+
+
+def save_figure(figure, path, dpi: int = 110) -> None:
+    """Write a PNG, whole or not at all."""
+    write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=dpi))
+
+
+def show_image(ax, image, title: str = "") -> None:
+    """Grey or RGB picture of an array (C, H, W): the first channel, or three as colours."""
+    image = torch.as_tensor(image).float().cpu()
+    image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0]
+    low, high = image.min(), image.max()
+    ax.imshow((image - low) / (high - low).clamp(min=1e-6), cmap="gray", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=8)
+
+
+def show_label(ax, label, image=None, title: str = "") -> None:
+    """Label map (H, W) in the classes' colours, over the image (C, H, W) where given."""
+    from matplotlib.colors import to_rgb
+
+    label = torch.as_tensor(label).cpu().long()
+    if image is None:
+        base = torch.zeros(*label.shape, 3)
+    else:
+        base = torch.as_tensor(image).float().cpu()
+        base = base.permute(1, 2, 0) if base.shape[0] == 3 else base[0, ..., None].repeat(1, 1, 3)
+        base = (base - base.min()) / (base.max() - base.min()).clamp(min=1e-6)
+    colors = torch.tensor([to_rgb(c) for c in COLORS])
+    fill = colors[(label - 1).clamp(min=0) % len(COLORS)]
+    opacity = 1.0 if image is None else 0.65
+    picture = torch.where((label > 0)[..., None], opacity * fill + (1 - opacity) * base, base)
+    picture[label == IGNORE] = 0.5
+    ax.imshow(picture.numpy(), interpolation="nearest")
+    ax.set_title(title, fontsize=8)
+
+
+def show_outlines(ax, image, labels, title: str = "") -> None:
+    """Every reader's foreground (A, H, W) as an outline of its own colour over the image."""
+    show_image(ax, image, title)
+    for reader, label in enumerate(torch.as_tensor(labels).cpu()):
+        inside = ((label > 0) & (label != IGNORE)).float()
+        if inside.any():  # contour() warns on a constant map
+            ax.contour(inside, levels=[0.5], colors=[COLORS[reader % len(COLORS)]], linewidths=1)
+
+
+def show_map(ax, values, title: str = "", **options):
+    """A map of numbers (H, W), dark to bright; returns the image for a colour bar."""
+    picture = ax.imshow(torch.as_tensor(values).float().cpu(), cmap="magma", **options)
+    ax.set_title(title, fontsize=8)
+    return picture

@@ -1,0 +1,358 @@
+"""Judge a trained run: numbers, pictures, and samples for an image of your own.
+
+    python evaluate.py runs/ssn-lidc-0                           # its test split, 16 and 100 samples
+    python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that every reader marked
+    python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
+    python evaluate.py runs/ssn-lidc-0 --compare runs/prob_unet-lidc-0    # a table, paired tests
+
+In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
+    metrics.json     {name: {"mean", "stderr", "n"}}; stderr is the bootstrap's, over cases
+    per_case.csv     every measure of every case
+    samples.png      image, every reader, prediction and 16 samples, a column a case
+    uncertainty.png  readers' and samples' mean, PHiSeg's gamma map, variance over samples
+    dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
+    modes.png        made sets only: how often each mode is drawn, against its known weight
+
+Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
+deterministic `predict`: dice, dice_present, and ged_predict, the GED it would have alone. For the
+mean of the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats the
+prediction's, dice_q05 to dice_q95 quantiles of the samples' Dice. log_likelihood in nats; iou_rec for
+models with latents. mode_tv_<n> is the total variation between the samples' modes and the known
+weights of a case (n draws from the weights themselves have some too); mode_gap_<n> that of the worst
+mode when cases are averaged first.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import data
+import metrics
+import train
+from common import (COLORS, IGNORE, UserError, new_figure, pick_device, save_figure, show_image,
+                    show_label, show_map, write_atomically)
+
+COLUMNS = 6  # cases a picture shows
+QUANTILES = ("dice_q05", "dice_q25", "dice_q50", "dice_q75", "dice_q95")
+READERS = 7  # label maps of a case a picture shows, the likeliest first if there are more
+
+
+def report(folder, *, split="test", cases="all", samples=(16, 100), path=None, device=None,
+           quiet=False) -> dict:
+    """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
+
+    split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked.
+    Raises UserError or DataError for what the user can mend.
+    """
+    folder = Path(folder)
+    settings = read_config(folder)["settings"]
+    device = device or pick_device()
+    model = train.load(folder / "best.pt", device)
+    part = data.load(settings["data"], split, path or settings["path"], **settings["data_args"])
+    if settings["image_size"] is not None:
+        part = data.center(part, settings["image_size"])
+    if cases == "agreed":
+        part = part.subset(agreed(part))
+        if not len(part):
+            raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
+                            "marked by every reader; use --cases all")
+    part = part.to(device)
+    progress = train.Progress(len(part), quiet=quiet)
+    values = train.evaluate(
+        model, part, samples, progress=lambda done: progress.update(done, "cases evaluated"))
+    values = {name: v.numpy() for name, v in values.items()}
+
+    out = folder if (split, cases) == ("test", "all") else folder / f"{split}-{cases}"
+    out.mkdir(exist_ok=True)
+    excess = [values.pop(name) for name in list(values) if name.endswith("_excess")]
+    summary = {name: {k: b[k] for k in ("mean", "stderr", "n")}
+               for name, v in values.items() for b in [metrics.bootstrap(v)]}
+    if excess:
+        summary[f"mode_gap_{max(samples)}"] = mode_gap(np.stack(excess, 1))
+    train.write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False,
+                                                      default=float) + "\n")
+    write_csv(out / "per_case.csv", part, values)
+    draw(out, model, part, values, excess, samples)
+    progress.say(table(summary))
+    progress.say(f"{split} split, {len(part)} cases: numbers and pictures in {out}")
+    return summary
+
+
+def read_config(folder: Path) -> dict:
+    """The run's config.json."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
+                        "that train.py wrote") from None
+
+
+def agreed(split) -> list[int]:
+    """Cases in which every reader that there is marked something (the later papers' subset B)."""
+    foreground = ((split.labels > 0) & (split.labels != IGNORE)).flatten(2).any(2)
+    missing = (split.labels == IGNORE).flatten(2).all(2)
+    return torch.nonzero((foreground | missing).all(1)).flatten().tolist()
+
+
+def mode_gap(excess) -> dict:
+    """Largest |frequency - weight| of any mode, both averaged over cases; excess (N, M)."""
+    rng = np.random.default_rng(0)
+    again = [abs(excess[rng.integers(len(excess), size=len(excess))].mean(0)).max()
+             for _ in range(200)]
+    return {"mean": abs(excess.mean(0)).max(), "stderr": np.std(again), "n": len(excess)}
+
+
+def write_csv(path, split, values) -> None:
+    """A line a case: its name, its group and every measure."""
+    def write(name):
+        with open(name, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["name", "group", *values])
+            for i, case in enumerate(split.names):
+                rows.writerow([case, split.groups[i], *(f"{v[i]:.6g}" for v in values.values())])
+
+    write_atomically(path, write)
+
+
+def table(summary: dict) -> str:
+    """metrics.json for people."""
+    return "\n".join(f"  {name:20} {s['mean']:10.4f} +- {s['stderr']:.4f}"
+                     for name, s in summary.items())
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def draw(out, model, split, values, excess, samples) -> None:
+    """All pictures of an evaluation, of cases spread evenly over the split."""
+    rows = np.linspace(0, len(split) - 1, min(COLUMNS, len(split))).round().astype(int)
+    some = split.subset(rows.tolist())
+    generator = torch.Generator(some.images.device).manual_seed(0)
+    probs = model.sample(some.images, 16, generator).float().softmax(2)  # (16, B, K, *S)
+    prediction = model.predict(some.images)
+    shown = [plane(some, case, probs[:, case], prediction[case]) for case in range(len(some))]
+    draw_samples(out / "samples.png", shown)
+    draw_uncertainty(out / "uncertainty.png", shown)
+    draw_dice(out / "dice.png", values)
+    if excess:
+        draw_modes(out / "modes.png", split, np.stack(excess, 1).mean(0), max(samples))
+
+
+def plane(split, case, probs, prediction) -> SimpleNamespace:
+    """One case as arrays a picture can show, on the CPU: 2D as it is, 1D as a band, 3D by one slice.
+
+    probs (n, K, *S), prediction (K, *S) -> image (C, H, W), labels (A, H, W) with `titles`,
+    probs (n, K, H, W), prediction (K, H, W).
+    """
+    image, labels = split.images[case].cpu(), split.labels[case].cpu()
+    probs, prediction = probs.cpu(), prediction.cpu()
+    if image.dim() == 2:
+        image, labels, probs, prediction = (
+            x.unsqueeze(-2).expand(*x.shape[:-1], x.shape[-1] // 2, x.shape[-1])
+            for x in (image, labels, probs, prediction))
+    if image.dim() == 4:  # the slice with the most foreground
+        at = int(((labels > 0) & (labels != IGNORE)).sum((0, 2, 3)).argmax())
+        image, labels, probs, prediction = (
+            x.select(-3, at) for x in (image, labels, probs, prediction))
+    weights = None if split.weights is None else split.weights[case].cpu()
+    if weights is None:
+        chosen = range(min(len(labels), READERS))
+        titles = [f"reader {a}" for a in chosen]
+    else:
+        chosen = weights.argsort(descending=True)[:READERS].tolist()
+        chosen = [a for a in chosen if weights[a] > 0]
+        titles = [f"p = {weights[a]:.2f}" for a in chosen]
+    return SimpleNamespace(image=image, labels=labels[list(chosen)], titles=titles, probs=probs,
+                           prediction=prediction, mean_label=reader_mean(labels, weights))
+
+
+def reader_mean(labels, weights) -> torch.Tensor:
+    """Share of the readers (A, H, W) that drew any foreground, (H, W)."""
+    valid = (labels != IGNORE).float()
+    weights = valid if weights is None else valid * weights[:, None, None]
+    return (weights * (labels > 0)).sum(0) / weights.sum(0).clamp(min=1e-6)
+
+
+def draw_samples(path, cases) -> None:
+    """Image, readers, prediction and samples of every case, a column each."""
+    readers, n = max(len(c.labels) for c in cases), len(cases[0].probs)
+    figure, axes = new_figure(2 + readers + n, len(cases), panel=0.95)
+    for column, case in zip(axes.T, cases):
+        show_image(column[0], case.image, "image")
+        for ax, label, title in zip(column[1:], case.labels, case.titles):
+            show_label(ax, label, case.image, title)
+        show_label(column[1 + readers], case.prediction.argmax(0), case.image, "prediction")
+        for i, ax in enumerate(column[2 + readers :]):
+            show_label(ax, case.probs[i].argmax(0), case.image, f"sample {i + 1}")
+    save_figure(figure, path)
+
+
+def draw_uncertainty(path, cases) -> None:
+    """Where readers differ and where samples do, a row a case."""
+    figure, axes = new_figure(len(cases), 5, panel=1.5)
+    for row, case in zip(axes, cases):
+        probs = case.probs.unsqueeze(1)  # (n, 1, K, H, W)
+        show_image(row[0], case.image, "image")
+        show_map(row[1], case.mean_label, "readers: foreground", vmin=0, vmax=1)
+        show_map(row[2], 1 - probs.mean(0)[0, 0], "samples: foreground", vmin=0, vmax=1)
+        show_map(row[3], metrics.gamma_map(probs)[0], "gamma map", vmin=0)
+        show_map(row[4], metrics.uncertainty_map(probs)[0], "variance / its maximum", vmin=0,
+                 vmax=1)
+    save_figure(figure, path)
+
+
+def draw_dice(path, values) -> None:
+    """SSN's Fig. 5: the samples' Dice of each case, and the share of samples above the prediction."""
+    order = np.argsort(values["dice"], kind="stable")
+    order = order[np.linspace(0, len(order) - 1, min(80, len(order))).round().astype(int)]
+    low, quarter, median, three, high, predicted, better = (
+        values[name][order] for name in (*QUANTILES, "dice", "dice_better"))
+    x = np.arange(len(order))
+    figure, axes = new_figure(1, 1, panel=3.2)
+    figure.set_size_inches(8, 3.4)
+    ax = axes[0, 0]
+    ax.set_axis_on()
+    ax.bar(x, better, width=0.9, color=COLORS[4], alpha=0.6, label="share of samples above the "
+           "prediction")
+    ax.axhline(values["dice_better"].mean(), color="#666666", linestyle="--", linewidth=1,
+               label=f"its mean, {values['dice_better'].mean():.1%}")
+    ax.vlines(x, low, high, color=COLORS[1], linewidth=1.2, label="samples: 5% to 95%")
+    ax.vlines(x, quarter, three, color=COLORS[5], linewidth=3, label="samples: 25% to 75%")
+    ax.plot(x, median, ".", color="white", markersize=2)
+    ax.plot(x, predicted, "x", color=COLORS[6], markersize=5, label="prediction")
+    ax.set(ylim=(0, 1.02), xlabel="case, by the prediction's Dice", yticks=[0, 0.5, 1])
+    ax.set_title(f"Dice of the samples: mean 95% quantile {values['dice_q95'].mean():.3f}, "
+                 f"prediction {values['dice'].mean():.3f}", fontsize=9)
+    ax.legend(fontsize=7, loc="upper left")
+    save_figure(figure, path)
+
+
+def draw_modes(path, split, excess, n) -> None:
+    """How often each mode is drawn beside its known weight, both averaged over the cases."""
+    count = split.labels.shape[1]
+    weights = np.full(count, 1 / count) if split.weights is None \
+        else split.weights.cpu().numpy().mean(0)
+    order = np.argsort(-weights, kind="stable")
+    figure, axes = new_figure(1, 1, panel=3.0)
+    figure.set_size_inches(8, 2.8)
+    ax = axes[0, 0]
+    ax.set_axis_on()
+    x = np.arange(count)
+    ax.bar(x - 0.2, weights[order], 0.4, color=COLORS[7], label="known weight")
+    ax.bar(x + 0.2, (weights + excess)[order], 0.4, color=COLORS[5], label=f"share of {n} samples")
+    ax.set(xticks=x, xticklabels=order, xlabel="mode", ylabel="mean over cases")
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+# -------------------------------------------------------------------------- one image of yours
+
+
+def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) -> Path:
+    """Samples for one picture: `<out>/<name>_samples.png` and `<name>.npz`; returns the .npz.
+
+    The .npz holds `samples` uint8 (n, H, W), `probabilities` float32 (K, H, W) averaged over the
+    samples, `prediction` uint8 (H, W) and `uncertainty` float32 (H, W). Grey and colour pictures of
+    8 or 16 bits are scaled to [0, 1], as the data sets are.
+    """
+    folder, file = Path(folder), Path(file)
+    device = device or pick_device()
+    model = train.load(folder / "best.pt", device)
+    image = read_picture(file, model.config.in_channels).to(device)
+    with torch.no_grad():
+        generator = torch.Generator(device).manual_seed(seed)
+        probs = model.sample(image, samples, generator).float().softmax(2)  # (n, 1, K, H, W)
+        prediction = model.predict(image)[0].argmax(0).byte().cpu()
+    uncertainty = metrics.uncertainty_map(probs)[0].cpu()
+    out = Path(out or folder)
+    out.mkdir(parents=True, exist_ok=True)
+    arrays = dict(samples=probs[:, 0].argmax(1).byte().cpu().numpy(),
+                  probabilities=probs.mean(0)[0].cpu().numpy(),
+                  prediction=prediction.numpy(), uncertainty=uncertainty.numpy())
+
+    def write(name):
+        with open(name, "wb") as stream:  # given a name, savez would add .npz to it
+            np.savez_compressed(stream, **arrays)
+
+    write_atomically(out / f"{file.stem}.npz", write)
+    figure, axes = new_figure(-(-(samples + 3) // 5), 5, panel=1.5)
+    show_image(axes.flat[0], image[0], "image")
+    show_label(axes.flat[1], prediction, image[0], "prediction")
+    show_map(axes.flat[2], uncertainty, "variance / its maximum", vmin=0, vmax=1)
+    for i, ax in enumerate(axes.flat[3 : 3 + samples]):
+        show_label(ax, arrays["samples"][i], image[0], f"sample {i + 1}")
+    save_figure(figure, out / f"{file.stem}_samples.png")
+    return out / f"{file.stem}.npz"
+
+
+def read_picture(file: Path, channels: int) -> torch.Tensor:
+    """(1, channels, H, W) float32 in [0, 1]; raises UserError if it is no picture of that kind."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            if channels == 3:
+                picture = picture.convert("RGB")
+            elif channels == 1 and picture.mode not in ("L", "F") and \
+                    not picture.mode.startswith("I"):
+                picture = picture.convert("L")
+            array = np.asarray(picture)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UserError(f"{file}: not a picture that Pillow reads ({error})") from error
+    if channels not in (1, 3):
+        raise UserError(f"{file}: the model wants {channels} channels, a picture has 1 or 3; "
+                        "use an .npz and --path")
+    scale = {"uint8": 255.0, "uint16": 65535.0, "int32": 65535.0}.get(str(array.dtype), 1.0)
+    tensor = torch.from_numpy(array.astype(np.float32) / scale)
+    return (tensor.permute(2, 0, 1) if channels == 3 else tensor[None])[None].contiguous()
+
+
+# -------------------------------------------------------------------------- the command line
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", help="folder that train.py wrote")
+    p.add_argument("--split", choices=["test", "val", "all"], default="test")
+    p.add_argument("--cases", choices=["all", "agreed"], default="all",
+                   help="agreed: only cases that every reader marked")
+    p.add_argument("--path", help="judge on this file of the same data set")
+    p.add_argument("--samples", type=int, nargs="+", default=[16, 100], metavar="N")
+    p.add_argument("--image", metavar="FILE", help="draw samples for this picture instead")
+    p.add_argument("--out", help="where --image writes (default: the run's folder)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    return p.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """The command line; a user's mistake is one line on stderr and exit status 2."""
+    args = parse(argv)
+    try:
+        device = pick_device(args.device)
+        if min(args.samples) < 1:
+            raise UserError("--samples: numbers from 1 up")
+        if args.image:
+            print(predict_image(args.run, args.image, samples=args.samples[0], out=args.out,
+                                device=device))
+        else:
+            report(args.run, split=args.split, cases=args.cases, samples=tuple(args.samples),
+                   path=args.path, device=device)
+        return 0
+    except (UserError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,481 @@
+"""Measures of distributions over segmentations, of single segmentations, and of instance maps.
+
+Samples are hard label maps `samples (n, B, *S)`, references are `labels (B, A, *S)` of A readers
+(annotators), with optional reader probabilities `weights (B, A)`. Label maps are integer tensors on
+any device. A result is one value per case, (B,), unless said otherwise.
+
+  * Class 0 is background; measures average over the foreground classes 1..K-1. To score only some
+    of them, as Eq. 7 of the Probabilistic U-Net does, map the others to 0 in samples and labels.
+  * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. A reader who is
+    255 everywhere is missing and has no influence, like any reader of weight 0.
+  * NaN has one meaning: this case has no value. It comes from cases without any reader, and from
+    `dice_present` without foreground, `hausdorff95` with one empty surface, `rand_error` and
+    `average_precision` without target instances. `bootstrap` and `paired_test` leave it out.
+
+All pairs of maps meet in one matrix product per class, in chunks of BUDGET elements. Products of
+zeros and ones are exact in float32 (TF32 too) and are added up as integers: the counts are exact.
+"""
+import math
+
+import numpy as np
+import torch
+
+IGNORE = 255
+BUDGET = 2**20  # elements of a temporary (4 MB); keeps a chunk's counts below float32's 2^24, too
+
+
+# ---- all pairs of label maps --------------------------------------------------------------------
+
+def _joint(samples, labels, num_classes):
+    """samples (n, B, *S) and labels (B, A, *S) as one set of maps, (B, n + A, P) uint8."""
+    if samples.shape[1:2] != labels.shape[:1] or samples.shape[2:] != labels.shape[2:]:
+        raise ValueError(f"samples (n, B, *S) and labels (B, A, *S) must share B and *S, "
+                         f"got {tuple(samples.shape)} and {tuple(labels.shape)}")
+    if samples.is_floating_point() or labels.is_floating_point():
+        raise ValueError(f"label maps must be integers, got {samples.dtype} and {labels.dtype}: "
+                         f"take the most probable class first")
+    if not 2 <= num_classes <= IGNORE:
+        raise ValueError(f"num_classes counts the background and is 2..{IGNORE}, got {num_classes}")
+    return torch.cat([samples.byte().movedim(0, 1), labels.byte()], 1).flatten(2)
+
+
+def _overlaps(maps, num_classes):
+    """Yield (inter, size), both (B, N, N), for each foreground class k of maps (B, N, P).
+
+    inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
+    """
+    top = maps.amax((0, 1))  # (P,): 0 where all maps are background, 255 where one ignores
+    clear = maps.mT[:, (top > 0) & (top < IGNORE)]  # (B, P', N); all-background pixels never count
+    mixed = maps.mT[:, top == IGNORE]
+    step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
+    for k in range(1, num_classes):
+        inter = 0
+        # Autocast would round the products, which are counts, to 8 or 11 bits.
+        with torch.autocast(maps.device.type, enabled=False):
+            for pixels in clear.split(step, 1):
+                is_k = pixels.float().eq_(k)
+                inter = inter + (is_k.mT @ is_k).long()
+            size = inter.diagonal(dim1=1, dim2=2)[:, :, None]  # valid in every j
+            for pixels in mixed.split(step, 1):
+                is_k, valid = pixels.float().eq_(k), pixels.float().ne_(IGNORE)
+                inter = inter + (is_k.mT @ is_k).long()
+                size = size + (is_k.mT @ valid).long()
+        yield inter, size
+
+
+def _iou(maps, num_classes, empty):
+    """Mean foreground IoU (B, N, N) of all pairs of maps (B, N, P)."""
+    per_class = [(inter / (size + size.mT - inter)).nan_to_num(nan=empty)  # 0 / 0: absent in both
+                 for inter, size in _overlaps(maps, num_classes)]
+    return torch.stack(per_class).nanmean(0).nan_to_num(nan=1.0)  # all left out: the maps agree
+
+
+def _reader_weights(labels, weights):
+    """(B, A) probabilities of the readers: 0 for missing ones, NaN in cases without any reader."""
+    present = labels.flatten(2).amin(2) < IGNORE
+    if weights is None:
+        weights = present.float()
+    elif weights.shape != present.shape:
+        raise ValueError(f"weights must be (B, A) = {tuple(present.shape)} as labels are, "
+                         f"got {tuple(weights.shape)}")
+    else:
+        weights = weights.to(labels.device, torch.float32) * present
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _iou_of_all(samples, labels, num_classes, weights, empty):
+    """IoU (B, n + A, n + A) of samples and labels; pixels labelled by no reader count nowhere."""
+    maps = _joint(samples, labels, num_classes)
+    own, readers = maps.split([len(samples), labels.shape[1]], 1)
+    readers = readers.masked_fill((weights == 0)[:, :, None], IGNORE)
+    own |= readers.amin(1, keepdim=True).eq(IGNORE).byte() * IGNORE  # in place; x | 255 = 255
+    return _iou(maps, num_classes, empty)
+
+
+def pairwise_iou(a, b, num_classes=2, empty=1.0):
+    """Mean foreground IoU of every map of a (n, *S) with every map of b (m, *S), as (n, m).
+
+    `empty` is the IoU of a class absent in both maps: 1 for LIDC; NaN leaves the class out of that
+    pair's mean (Cityscapes, SNEMI3D), and two maps without any foreground then have IoU 1.
+    Raises ValueError, as all measures of label maps do, for shapes that do not fit, maps that are
+    not integers and num_classes below 2.
+    """
+    return _iou(_joint(a[:, None], b[None], num_classes), num_classes, empty)[0, :len(a), len(a):]
+
+
+# ---- distributions over label maps --------------------------------------------------------------
+
+def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0):
+    """{"ged", "diversity", "hungarian_iou"}: the three functions below at the price of one.
+
+    Its diversity leaves out the pixels no reader labelled, which `sample_diversity` cannot know.
+    """
+    n, weights = len(samples), _reader_weights(labels, weights)
+    iou = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, n + A, n + A)
+    return {"ged": _ged(iou, weights),
+            "diversity": 1 - iou[:, :n, :n].mean((1, 2)),
+            "hungarian_iou": _matched_iou(iou[:, :n, n:], weights)}
+
+
+def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
+    """Squared generalised energy distance, d = 1 - IoU (Kohl et al. 2018, Eq. 6; weighted: Eq. 7).
+
+        D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')] = u^T IoU u,  u = (1/n .. 1/n, -w_1 .. -w_A)
+
+    This is the V-statistic: the pairs of a map with itself are counted.
+    """
+    weights = _reader_weights(labels, weights)
+    return _ged(_iou_of_all(samples, labels, num_classes, weights, empty), weights)
+
+
+def _ged(iou, weights):
+    n = iou.shape[1] - weights.shape[1]
+    u = torch.cat([weights.new_full((len(weights), n), 1 / n), -weights], 1)
+    return torch.einsum("bi,bij,bj->b", u, iou, u)
+
+
+def sample_diversity(samples, num_classes=2, empty=1.0):
+    """E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4)."""
+    no_labels = samples[:0].movedim(0, 1)
+    return 1 - _iou(_joint(samples, no_labels, num_classes), num_classes, empty).mean((1, 2))
+
+
+def hungarian_iou(samples, labels, num_classes=2, weights=None, empty=1.0):
+    """Mean IoU of the best 1:1 matching of samples and readers (Kohl et al. 2019, App. B.1).
+
+    In the paper both sets are repeated to their least common multiple. The same optimum is found by
+    transporting masses 1/n of the samples to masses 1/A of the readers, or to their weights.
+    Matching the readers to only the best of the samples gives higher numbers that do not compare.
+    """
+    n, weights = len(samples), _reader_weights(labels, weights)
+    iou = _iou(_joint(samples, labels, num_classes), num_classes, empty)
+    return _matched_iou(iou[:, :n, n:], weights)
+
+
+def _matched_iou(iou, weights):
+    cases = zip(iou.cpu().numpy(), weights.cpu().numpy())
+    return torch.tensor([_transport(i.astype(float), w.astype(float)) for i, w in cases]).to(iou)
+
+
+def _transport(value, weights):
+    """max sum(T * value) over T >= 0 (n, A) with rows adding up to 1/n and columns to weights.
+
+    Successive shortest paths: sample after sample goes where the loss is least, and may push
+    earlier ones on from reader to reader. Only the readers are nodes of the search, since the best
+    way from reader j to reader l is the sample, of those at j, that loses least by the move.
+    """
+    if np.isnan(weights).any():  # no reader
+        return math.nan
+    n, A = value.shape
+    eps = 1e-9  # of a sample; what rounding leaves
+    room = n * weights / weights.sum()  # in samples
+    sent = np.zeros((n, A))
+    loss_by_move = value[:, :, None] - value[:, None, :]  # (n, A, A): sample i from j to l
+    for i in range(n):
+        left = 1.0
+        while left > eps:
+            moves = np.where(sent[:, :, None] > eps, loss_by_move, np.inf)
+            mover, step = moves.argmin(0), moves.min(0)  # (A, A)
+            loss, before = -value[i], np.full(A, -1)
+            while True:  # Bellman-Ford
+                through = loss[:, None] + step
+                better = through.min(0) < loss - 1e-12  # the margin keeps rounding from cycling
+                if not better.any():
+                    break
+                before = np.where(better, through.argmin(0), before)
+                loss = np.where(better, through.min(0), loss)
+            end = first = np.where(room > eps, loss, np.inf).argmin()
+            moved = []  # (sample, from, to)
+            while before[first] >= 0:
+                moved.append((mover[before[first], first], before[first], first))
+                first = before[first]
+            amount = min(left, room[end], *(sent[m, j] for m, j, _ in moved))
+            for m, j, l in moved:
+                sent[m, j] -= amount
+                sent[m, l] += amount
+            sent[i, first] += amount
+            room[end] -= amount
+            left -= amount
+    return (sent * value).sum() / n
+
+
+def mode_frequencies(samples, modes, num_classes=2, empty=1.0):
+    """Share of samples whose nearest mode is each of modes (B, M, *S), as (B, M); ties are split.
+
+    Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). A mode that is 255
+    everywhere is missing and nobody's nearest.
+    """
+    iou = _iou(_joint(samples, modes, num_classes), num_classes, empty)
+    missing = modes.flatten(2).amin(2) == IGNORE
+    iou = iou[:, :len(samples), len(samples):].masked_fill(missing[:, None], -math.inf)  # (B, n, M)
+    nearest = (iou > iou.amax(2, keepdim=True) - 1e-6).float()  # rounding must not break ties
+    return (nearest / nearest.sum(2, keepdim=True)).mean(1)
+
+
+# ---- maps of uncertainty ------------------------------------------------------------------------
+
+def _chunks(probs):
+    """probs (n, B, K, *S) in groups of samples, in float32 at least: sums and 1e-8 need it."""
+    dtype = torch.promote_types(probs.dtype, torch.float32)
+    return (chunk.to(dtype) for chunk in probs.split(max(1, BUDGET // probs[0].numel())))
+
+
+def _gamma(probs):
+    """The gamma map (B, *S) and E_s[log(s + 1e-8)], (B, K, *S)."""
+    mean = mean_log = 0
+    for s in _chunks(probs):
+        mean = mean + s.sum(0) / len(probs)
+        mean_log = mean_log + (s + 1e-8).log_().sum(0) / len(probs)
+    return -(mean * mean_log).sum(1), mean_log
+
+
+def gamma_map(probs):
+    """PHiSeg's map of variability E_s[CE(mean, s)], as (B, *S) nats (Baumgartner et al. 2019).
+
+    probs (n, B, K, *S) are probabilities, not logits. As CE(y, s) = -sum_k y_k log(s_k + 1e-8) is
+    linear in y, the samples enter only by their mean and their mean log.
+    """
+    return _gamma(probs)[0]
+
+
+def ncc(probs, labels, weights=None):
+    """PHiSeg's S_NCC: does the model vary where the readers contradict it? In -1..1.
+
+        E_y[NCC(E_s[CE(mean, s)], E_s[CE(y, s)])]          (Baumgartner et al. 2019, Eq. 5)
+
+    the normalised cross-correlation (Pearson's, over pixels) of the gamma map with each reader's
+    error map, averaged over the readers. probs (n, B, K, *S). With a constant map it is 0.
+    """
+    if probs.shape[1:2] != labels.shape[:1] or probs.shape[3:] != labels.shape[2:]:
+        raise ValueError(f"probs (n, B, K, *S) and labels (B, A, *S) must share B and *S, "
+                         f"got {tuple(probs.shape)} and {tuple(labels.shape)}")
+    gamma, mean_log = _gamma(probs)
+    labels = labels.flatten(2).long()  # (B, A, P)
+    valid = labels != IGNORE
+    error = -mean_log.flatten(2).gather(1, labels * valid)  # CE with the one-hot map of a reader
+    correlation = _correlation(gamma.flatten(1)[:, None], error, valid)
+    return (_reader_weights(labels, weights) * correlation).sum(1)
+
+
+def _correlation(a, b, valid):
+    """Pearson's correlation over the last axis where valid; 0 where a or b is constant."""
+    def centred(x):
+        # Less their minimum, constants are exactly 0 and stay so, whatever the rounding of a mean.
+        x = (x - x.masked_fill(~valid, math.inf).amin(-1, keepdim=True)).masked_fill(~valid, 0)
+        mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+        return (x - mean).masked_fill(~valid, 0)
+    a, b = centred(a), centred(b)
+    tiny = torch.finfo(b.dtype).tiny
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=tiny)
+
+
+def uncertainty_map(probs):
+    """VAE U-Net's map: variance over the samples, divided by its maximum; (B, *S) in 0..1.
+
+    probs (n, B, K, *S); the variances of the K probabilities are added. Hard samples go in as
+    one-hot maps: a variance of class numbers would mean nothing. Without variance the map is 0.
+    """
+    mean = square = 0
+    for s in _chunks(probs):
+        deviation = s - probs[0]  # from a sample: exactly 0, like the variance, if all are equal
+        mean = mean + deviation.sum(0) / len(probs)
+        square = square + deviation.square().sum(0) / len(probs)
+    var = (square - mean.square()).clamp(min=0).sum(1)
+    peak = var.flatten(1).amax(1).clamp(min=torch.finfo(var.dtype).tiny)
+    return var / peak.view(-1, *[1] * (var.dim() - 1))
+
+
+# ---- one prediction and its references ----------------------------------------------------------
+
+def dice(pred, labels, num_classes=2, weights=None):
+    """Dice 2 |a b| / (|a| + |b|) of pred (B, *S) with each reader, mean over classes and readers.
+
+    SSN's DSC: any prediction where the annotation is empty is worth 0; both empty, 1.
+    """
+    dices, _ = _dice(pred, labels, num_classes)
+    return (_reader_weights(labels, weights) * dices.mean(0)).sum(1)
+
+
+def dice_present(pred, labels, num_classes=2, weights=None):
+    """Dice, mean over the readers and classes that are not empty in the reference: SSN's DSC_nod.
+
+    NaN where no reader has any foreground.
+    """
+    dices, present = _dice(pred, labels, num_classes)
+    share = _reader_weights(labels, weights) * present  # (K-1, B, A)
+    return (share * dices).sum((0, 2)) / share.sum((0, 2))
+
+
+def _dice(pred, labels, num_classes):
+    """Dice, 1 where both are empty, and presence in the reference, each (K-1, B, A)."""
+    dices, present = [], []
+    for inter, size in _overlaps(_joint(pred[None], labels, num_classes), num_classes):
+        size = size.expand_as(inter)
+        inter, of_pred, of_label = inter[:, 0, 1:], size[:, 0, 1:], size[:, 1:, 0]
+        dices.append((2 * inter / (of_pred + of_label)).nan_to_num(nan=1.0))
+        present.append(of_label > 0)
+    return torch.stack(dices), torch.stack(present)
+
+
+def hausdorff95(pred, label, num_classes=2, spacing=1.0):
+    """95th percentile of the surface distances of pred and label (B, *S), per class: (B, K-1).
+
+    The distances of both directions are pooled. A surface is the pixels with a face neighbour
+    outside their class or the image; ignored pixels are of no class. `spacing` is the size of a
+    pixel, one number or one per axis, and gives the unit. Both empty: 0. One empty: NaN.
+    """
+    if pred.shape != label.shape:
+        raise ValueError(f"pred and label must both be (B, *S), "
+                         f"got {tuple(pred.shape)} and {tuple(label.shape)}")
+    spacing = torch.as_tensor(spacing, dtype=torch.float32, device=pred.device)
+    if spacing.numel() not in (1, pred.dim() - 1):
+        raise ValueError(f"spacing must be 1 or {pred.dim() - 1} numbers, got {spacing.numel()}")
+    valid = (pred != IGNORE) & (label != IGNORE)
+    result = torch.zeros(len(pred), num_classes - 1, device=pred.device)
+    for b, k in np.ndindex(*result.shape):
+        p, q = (_surface((x[b] == k + 1) & valid[b]) * spacing for x in (pred, label))
+        if len(p) and len(q):
+            result[b, k] = torch.cat([_nearest(p, q), _nearest(q, p)]).quantile(0.95)
+        elif len(p) or len(q):
+            result[b, k] = math.nan
+    return result
+
+
+def _surface(mask):
+    """Indices (points, D) of the pixels of mask (*S) that have a face neighbour outside it."""
+    inner = mask
+    for axis, size in enumerate(mask.shape):
+        outside = torch.zeros_like(mask.narrow(axis, 0, 1))
+        inner = inner & torch.cat([outside, mask.narrow(axis, 0, size - 1)], axis)
+        inner = inner & torch.cat([mask.narrow(axis, 1, size - 1), outside], axis)
+    return (mask & ~inner).nonzero()
+
+
+def _nearest(points, others):
+    """Distance of each of points (p, D) to the nearest of others (q, D)."""
+    # By default cdist squares in a matrix product, which loses half of the digits.
+    return torch.cat([torch.cdist(p, others, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+                      for p in points.split(max(1, BUDGET // len(others)))])
+
+
+# ---- instances: maps of ids, 0 is background, every other number is one object ------------------
+
+def rand_error(pred, target):
+    """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
+
+    As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
+    included): is a pair within one object? Pixels of target 0 are out; a pixel of pred 0 is an
+    object of its own. (SNEMI3D's script divides the number of these by the image size, which makes
+    them vanish.) 255 is an id like others: set pixels to be ignored to 0 in target. Without
+    foreground in target: NaN.
+    """
+    errors = []
+    for p, t in _pairs_of_maps(pred, target):
+        table = _contingency(p, t)[0][:, 1:]
+        alone = table[0].sum()
+        both = table[1:].square().sum() + alone
+        within_pred = table[1:].sum(1).square().sum() + alone
+        within_target = table.sum(0).square().sum()
+        # precision = both / within_pred, recall = both / within_target, F = 2 P R / (P + R)
+        errors.append(1 - 2 * both / (within_pred + within_target))
+    return torch.stack(errors)
+
+
+def average_precision(pred, target, confidence=None):
+    """Average precision of id maps pred, target (B, *S): {"ap", "ap50"}, each (B,).
+
+    The Cityscapes scheme (Kohl et al. 2019, App. B.3): a predicted object is right if its IoU with
+    a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
+    is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
+    confidence is the mean of the map `confidence` (B, *S) over it (in the paper, the samples' mean
+    probability of the object classes); without a map all objects rank equal. Cityscapes has one
+    curve for all images; here each image has its own. Set pixels to be ignored to 0 in both maps.
+    Without objects in target: NaN.
+    """
+    thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
+    curves = []
+    for b, (p, t) in enumerate(_pairs_of_maps(pred, target)):
+        table, row = _contingency(p, t)
+        inter = table[1:, 1:]
+        if inter.shape[1] == 0:
+            curves.append(torch.full_like(thresholds, math.nan))
+            continue
+        iou = inter / (table.sum(1)[1:, None] + table.sum(0)[1:] - inter)
+        # Above 0.5, an object overlaps no second one: the matches are 1:1 by themselves.
+        right = iou.amax(1)[:, None] > thresholds  # (objects, thresholds)
+        score = torch.zeros(len(table), device=pred.device)
+        if confidence is not None:
+            score = score.index_add(0, row, confidence[b].flatten().float()) / table.sum(1)
+        score, order = score[1:].sort(descending=True)
+        last_of_ties = score.diff(append=score.new_full((1,), -math.inf)) != 0
+        hits = right[order].cumsum(0)[last_of_ties]
+        start = torch.zeros(1, len(thresholds), device=pred.device)  # recall 0, precision 1
+        precision = torch.cat([start + 1, hits / (last_of_ties.nonzero() + 1)])
+        recall = torch.cat([start, hits / inter.shape[1]])
+        curves.append(torch.trapezoid(precision, recall, dim=0))
+    curves = torch.stack(curves)
+    return {"ap": curves.mean(1), "ap50": curves[:, 0]}
+
+
+def _pairs_of_maps(pred, target):
+    if pred.shape != target.shape:
+        raise ValueError(f"pred and target must both be (B, *S), "
+                         f"got {tuple(pred.shape)} and {tuple(target.shape)}")
+    return zip(pred.flatten(1).long(), target.flatten(1).long())
+
+
+def _contingency(pred, target):
+    """Pixels shared by each object of pred and of target (P,), id 0 first; and each pixel's row."""
+    if min(pred.min(), target.min()) < 0:
+        raise ValueError("instance ids must be 0 (background) or above, got a negative one")
+    (rows, row), (columns, column) = (
+        torch.cat([ids, ids.new_zeros(1)]).unique(return_inverse=True) for ids in (pred, target))
+    shape = len(rows), len(columns)
+    cell = row[:-1] * shape[1] + column[:-1]  # less the 0 that was added to be in the table
+    return cell.bincount(minlength=shape[0] * shape[1]).view(shape), row[:-1]
+
+
+# ---- statistics over cases ----------------------------------------------------------------------
+
+def bootstrap(values, resamples=1000, seed=0):
+    """{"mean", "stderr", "n", "low", "high"} of one value per case; NaN cases have none.
+
+    Standard error and 95% interval are those of the means of `resamples` draws of all n cases with
+    replacement; cases count as independent. Without any case, all but n are NaN.
+    """
+    values = _float64(values)
+    values = values[~np.isnan(values)]
+    n = len(values)
+    if n == 0:
+        return {"mean": math.nan, "stderr": math.nan, "n": 0, "low": math.nan, "high": math.nan}
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "stderr": float(np.std(means)), "n": n,
+            "low": float(low), "high": float(high)}
+
+
+def paired_test(a, b, resamples=10000, seed=0):
+    """Two-sided p-value of the paired permutation test: is the mean of a - b over cases chance?
+
+    If it were, the sign of each case's difference would be a coin. Up to 16 cases, all 2^N patterns
+    of signs are tried; beyond, `resamples` random ones and the observed one. Cases where a or b is
+    NaN are left out.
+    """
+    a, b = _float64(a), _float64(b)
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must be values of the same cases, got {len(a)} and {len(b)}")
+    diff = (a - b)[~np.isnan(a - b)]
+    observed = abs(diff.sum()) * (1 - 1e-12)  # equal up to rounding is equal
+    if len(diff) <= 16:
+        flips = np.arange(2**len(diff))[:, None] >> np.arange(len(diff)) & 1
+        return float(np.mean(abs(diff.sum() - 2 * flips @ diff) >= observed))
+    rng = np.random.default_rng(seed)
+    flips = (rng.integers(2, size=len(diff)) for _ in range(resamples))
+    extreme = sum(abs(diff.sum() - 2 * flip @ diff) >= observed for flip in flips)
+    return float((1 + extreme) / (1 + resamples))
+
+
+def _float64(values):
+    values = values.detach().cpu() if torch.is_tensor(values) else values
+    return np.asarray(values, dtype=np.float64).ravel()

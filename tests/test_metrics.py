@@ -1,0 +1,557 @@
+"""Every measure against an independent float64 loop or a worked example, to 1e-6.
+
+The loops know nothing of matrix products: they compare one pair of maps, or of pixels, at a time.
+"""
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+
+NAN = math.nan
+
+
+def close(got, want, tol=1e-6):
+    np.testing.assert_allclose(np.asarray(got, dtype=np.float64), want, rtol=0, atol=tol)
+
+
+def random_maps(seed, *shape, num_classes=2, ignored=0.0):
+    rng = np.random.default_rng(seed)
+    maps = rng.integers(num_classes, size=shape)
+    maps[rng.random(shape) < ignored] = 255
+    return torch.from_numpy(maps)
+
+
+def random_probs(seed, *shape):
+    logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return logits.softmax(2)
+
+
+def iou_loop(a, b, num_classes, empty):
+    """IoU of two numpy maps, one class after the other."""
+    valid = (a != 255) & (b != 255)
+    ious = []
+    for k in range(1, num_classes):
+        x, y = (a == k) & valid, (b == k) & valid
+        union = (x | y).sum()
+        ious.append((x & y).sum() / union if union else empty)
+    ious = [iou for iou in ious if not math.isnan(iou)]
+    return np.mean(ious) if ious else 1.0
+
+
+def ged_loop(samples, labels, weights, num_classes, empty):
+    """Eq. 7 for one case: samples (n, *S), labels (A, *S), weights (A,) adding up to 1."""
+    def d(a, b):
+        return 1 - iou_loop(a, b, num_classes, empty)
+    n = len(samples)
+    cross = sum(w * d(s, y) for s in samples for y, w in zip(labels, weights)) / n
+    within = sum(d(s, t) for s in samples for t in samples) / n**2
+    readers = sum(v * w * d(y, z) for y, v in zip(labels, weights) for z, w in zip(labels, weights))
+    return 2 * cross - within - readers
+
+
+# ---- pairs of label maps ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(13,), (6, 7), (3, 4, 5)])
+@pytest.mark.parametrize("num_classes, empty", [(2, 1.0), (4, 1.0), (4, NAN), (9, NAN)])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_pairwise_iou_is_that_of_a_loop(shape, num_classes, empty, ignored):
+    a = random_maps(1, 5, *shape, num_classes=num_classes, ignored=ignored)
+    b = random_maps(2, 4, *shape, num_classes=num_classes, ignored=ignored)
+    a[0], a[1], a[2], b[0], b[1], b[2] = 0, 1, 255, 0, 1, 255  # empty, full and ignored maps
+    want = [[iou_loop(x, y, num_classes, empty) for y in b.numpy()] for x in a.numpy()]
+    close(metrics.pairwise_iou(a, b, num_classes, empty), want)
+    close(metrics.pairwise_iou(a.byte(), b, num_classes, empty), want)
+
+
+def test_pairwise_iou_worked():
+    a = torch.tensor([[0, 1, 1, 2], [0, 0, 0, 0]])
+    b = torch.tensor([[1, 1, 0, 2], [0, 1, 1, 0], [0, 0, 0, 0]])
+    close(metrics.pairwise_iou(a, b, 3), [[(1 / 3 + 1) / 2, 1 / 2, 0], [0, 1 / 2, 1]])
+    close(metrics.pairwise_iou(a, b, 3, empty=NAN), [[(1 / 3 + 1) / 2, 1 / 2, 0], [0, 0, 1]])
+    a[0, 0] = 255
+    close(metrics.pairwise_iou(a, b, 3)[0], [(1 / 2 + 1) / 2, 1 / 2, 0])
+
+
+def test_chunks_and_batches_change_nothing(monkeypatch):
+    samples = random_maps(3, 6, 3, 9, 8, num_classes=3, ignored=0.1)
+    labels = random_maps(4, 3, 4, 9, 8, num_classes=3, ignored=0.1)
+    probs = random_probs(5, 6, 3, 3, 9, 8)
+
+    def all_scores(b):
+        s, y, p = samples[:, b], labels[b], probs[:, b]
+        scores = metrics.sample_scores(s, y, 3)
+        return [*scores.values(), metrics.ged(s, y, 3), metrics.sample_diversity(s, 3),
+                metrics.hungarian_iou(s, y, 3), metrics.mode_frequencies(s, y, 3),
+                metrics.ncc(p, y), metrics.gamma_map(p), metrics.uncertainty_map(p),
+                metrics.dice(s[0], y, 3), metrics.dice_present(s[0], y, 3),
+                metrics.hausdorff95(s[0], y[:, 0], 3), metrics.rand_error(s[0], y[:, 0])]
+    whole = all_scores(slice(None))
+    one_by_one = zip(*(all_scores(slice(b, b + 1)) for b in range(3)))
+    monkeypatch.setattr(metrics, "BUDGET", 50)
+    chunked = all_scores(slice(None))
+    for all_at_once, parts, small in zip(whole, one_by_one, chunked):
+        close(torch.cat(parts), all_at_once)
+        close(small, all_at_once)
+
+
+def test_counts_are_exact_in_large_volumes_and_under_autocast():
+    maps = torch.ones(1, 2, 2**24 + 3, dtype=torch.uint8)  # a float32 sum would stop at 2^24
+    maps[0, 1, :2] = 0
+    inter, size = next(metrics._overlaps(maps, 2))
+    assert inter.tolist() == [[[2**24 + 3, 2**24 + 1], [2**24 + 1, 2**24 + 1]]]
+    assert size[0, 0, 0] == 2**24 + 3 and size[0, 1, 0] == 2**24 + 1
+    a, b = maps[:, :1, :1000], maps[:, 1:, :1000]
+    with torch.autocast("cpu", torch.bfloat16):  # 8 bits: 998 would become 1000
+        close(metrics.pairwise_iou(a[0], b[0]), [[0.998]])
+
+
+# ---- distributions over label maps --------------------------------------------------------------
+
+@pytest.mark.parametrize("num_classes, empty", [(2, 1.0), (4, 1.0), (4, NAN)])
+@pytest.mark.parametrize("n", [1, 5])
+def test_ged_is_eq_6_and_7(num_classes, empty, n):
+    samples = random_maps(6, n, 3, 5, 4, num_classes=num_classes)
+    labels = random_maps(7, 3, 4, 5, 4, num_classes=num_classes, ignored=0.2)
+    samples[0, 0], labels[0, 0], labels[1, 1], samples[0, 1] = 0, 0, 1, 1  # empty and full maps
+    weights = torch.tensor([[.1, .2, .3, .4], [1, 0, 0, 0], [.25, .25, .25, .25]])
+    for w in (None, weights):
+        want = [ged_loop(samples[:, b].numpy(), labels[b].numpy(),
+                         [.25] * 4 if w is None else w[b].tolist(), num_classes, empty)
+                for b in (0, 1, 2)]
+        # A pixel that all (weighted) readers ignore is out of the sample pairs too: not here.
+        labels_b = labels.clone()
+        labels_b[:, 0][labels_b[:, 0] == 255] = 0
+        want = [ged_loop(samples[:, b].numpy(), labels_b[b].numpy(),
+                         [.25] * 4 if w is None else w[b].tolist(), num_classes, empty)
+                for b in (0, 1, 2)]
+        close(metrics.ged(samples, labels_b, num_classes, w, empty), want)
+
+
+def test_ged_worked():
+    a, b = torch.tensor([1, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
+    one = torch.stack([a])[:, None]  # one sample, one case
+    close(metrics.ged(one, a[None, None]), [0])
+    close(metrics.ged(one, b[None, None]), [2])
+    close(metrics.ged(one, torch.stack([a, b])[None]), [1 - 0 - 1 / 2])
+    both = torch.stack([a, b])[:, None]
+    close(metrics.ged(both, torch.stack([a, b])[None]), [0])
+    close(metrics.ged(0 * one, 0 * a[None, None]), [0])  # agreeing on absence is rewarded
+
+
+def scores(samples, labels, weights=None, num_classes=3):
+    probs = torch.nn.functional.one_hot(samples, num_classes).movedim(-1, 2).double() * 0.8 + 0.1
+    return torch.stack([metrics.ged(samples, labels, num_classes, weights),
+                        metrics.hungarian_iou(samples, labels, num_classes, weights),
+                        metrics.sample_scores(samples, labels, num_classes, weights)["diversity"],
+                        metrics.ncc(probs, labels, weights),
+                        metrics.dice(samples[0], labels, num_classes, weights),
+                        metrics.dice_present(samples[0], labels, num_classes, weights)]).double()
+
+
+def test_readers_without_weight_have_no_influence():
+    samples, labels = random_maps(8, 4, 2, 6, 5, num_classes=3), random_maps(9, 2, 3, 6, 5, num_classes=3)
+    want = scores(samples, labels)
+    missing = torch.cat([labels, torch.full_like(labels[:, :1], 255)], 1)
+    close(scores(samples, missing), want)
+    close(scores(samples, missing, torch.full((2, 4), 0.25)), want)
+    ignored = torch.cat([labels, random_maps(10, 2, 1, 6, 5, num_classes=3)], 1)
+    close(scores(samples, ignored, torch.tensor([[1., 1, 1, 0]] * 2)), want)
+    assert abs(scores(samples, ignored) - want).amax(1).gt(1e-3)[[0, 1, 3, 4, 5]].all()
+
+
+def test_weights_are_repeated_readers():
+    samples, labels = random_maps(11, 5, 2, 6, 5, num_classes=3), random_maps(12, 2, 2, 6, 5, num_classes=3)
+    weights = torch.tensor([[2 / 3, 1 / 3]] * 2)
+    close(scores(samples, labels, weights), scores(samples, labels[:, [0, 0, 1]]))
+
+
+def test_pixels_that_no_reader_labelled_count_nowhere():
+    samples, labels = random_maps(13, 4, 2, 6, 5, num_classes=3), random_maps(14, 2, 3, 6, 5, num_classes=3)
+    labels[:, :, :2] = 255
+    labels[0, 0] = 255  # one missing reader does not hide what the others labelled
+    want = scores(samples[:, :, 2:], labels[:, :, 2:])
+    close(scores(samples, labels), want)
+
+
+def test_a_case_without_readers_has_no_value():
+    samples, labels = random_maps(15, 4, 2, 6, 5), random_maps(16, 2, 3, 6, 5)
+    labels[1] = 255
+    got = scores(samples, labels)
+    assert got[:, 0].isfinite().all() and got[[0, 1, 3, 4, 5], 1].isnan().all()
+
+
+def test_sample_diversity():
+    samples = random_maps(17, 5, 2, 6, 5, num_classes=3, ignored=0.2)
+    want = [np.mean([[1 - iou_loop(s, t, 3, 1.0) for s in case] for t in case])
+            for case in samples.transpose(0, 1).numpy()]
+    close(metrics.sample_diversity(samples, 3), want)
+    close(metrics.sample_diversity(samples[:1], 3), [0, 0])
+    close(metrics.sample_diversity(torch.zeros(4, 1, 9, dtype=torch.long)), [0])
+
+
+@pytest.mark.parametrize("n, A", [(1, 1), (1, 3), (2, 3), (4, 2), (3, 3), (6, 2), (2, 6)])
+def test_hungarian_iou_is_the_best_of_all_permutations(n, A):
+    samples = random_maps(18, n, 2, 4, 4, num_classes=3, ignored=0.1)
+    labels = random_maps(19, 2, A, 4, 4, num_classes=3, ignored=0.1)
+    want = []
+    for b in range(2):
+        L = math.lcm(n, A)
+        iou = np.array([[iou_loop(s, y, 3, 1.0) for y in labels[b].numpy()]
+                        for s in samples[:, b].numpy()])
+        repeated = np.repeat(np.repeat(iou, L // n, 0), L // A, 1)
+        want.append(max(repeated[range(L), p].mean() for p in itertools.permutations(range(L))))
+    close(metrics.hungarian_iou(samples, labels, 3), want)
+
+
+@pytest.mark.parametrize("n, A", [(100, 4), (16, 12), (16, 7), (7, 16), (100, 7), (40, 40)])
+def test_transport_on_a_line_is_sorting(n, A):
+    """For costs (x - y)^2 the best matching pairs both sets in order."""
+    rng = np.random.default_rng(n)
+    x, y = rng.random(n), rng.random(A)
+    L = math.lcm(n, A)
+    want = -np.mean((np.sort(np.repeat(x, L // n)) - np.sort(np.repeat(y, L // A)))**2)
+    start = time.perf_counter()
+    close(metrics._transport(-(x[:, None] - y)**2, np.full(A, 1 / A)), want, 1e-8)
+    assert time.perf_counter() - start < 1
+
+
+def test_sample_scores_are_the_single_functions():
+    samples = random_maps(20, 5, 3, 6, 5, num_classes=3)
+    labels = random_maps(21, 3, 4, 6, 5, num_classes=3)
+    for weights, empty in ((None, 1.0), (torch.rand(3, 4), NAN)):
+        got = metrics.sample_scores(samples, labels, 3, weights, empty)
+        close(got["ged"], metrics.ged(samples, labels, 3, weights, empty))
+        close(got["diversity"], metrics.sample_diversity(samples, 3, empty))
+        close(got["hungarian_iou"], metrics.hungarian_iou(samples, labels, 3, weights, empty))
+
+
+def test_mode_frequencies():
+    modes = torch.tensor([[[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0], [255] * 4]])
+    samples = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 0]])[:, None]
+    # The second sample has IoU 2/3 with the first and the third mode.
+    close(metrics.mode_frequencies(samples, modes), [[2.5 / 4, 1 / 4, 0.5 / 4, 0]])
+    # Where nothing was predicted, all modes are equally far; of class 2 only, a mode has it.
+    close(metrics.mode_frequencies(0 * samples, modes), [[1 / 3, 1 / 3, 1 / 3, 0]])
+    modes[0, 1] *= 2
+    close(metrics.mode_frequencies(2 * samples[2:3], modes, 3), [[0, 1, 0, 0]])
+
+
+# ---- maps of uncertainty ------------------------------------------------------------------------
+
+def gamma_loop(probs):
+    """probs (n, K, P) -> (P,)"""
+    mean, gamma = probs.mean(0), np.zeros(probs.shape[2])
+    for s in probs:
+        for k in range(len(mean)):
+            gamma += -mean[k] * np.log(s[k] + 1e-8) / len(probs)
+    return gamma
+
+
+def ncc_loop(probs, labels, weights):
+    """probs (n, K, P), labels (A, P)"""
+    total = 0
+    for y, w in zip(labels, weights):
+        valid = np.flatnonzero(y != 255)
+        error = np.array([-np.mean([np.log(s[y[i], i] + 1e-8) for s in probs]) for i in valid])
+        gamma = gamma_loop(probs)[valid]
+        if gamma.std() > 1e-12 and error.std() > 1e-12:
+            gamma, error = (gamma - gamma.mean()) / gamma.std(), (error - error.mean()) / error.std()
+            total += w * np.mean(gamma * error)
+    return total
+
+
+@pytest.mark.parametrize("n, K", [(1, 2), (6, 2), (6, 4)])
+def test_gamma_map_and_ncc_are_those_of_a_loop(n, K):
+    probs = random_probs(22, n, 2, K, 5, 6)
+    labels = random_maps(23, 2, 3, 5, 6, num_classes=K, ignored=0.2)
+    labels[0, 0], labels[0, 1] = 0, 1  # an empty and a full map
+    weights = torch.tensor([[.2, .3, .5], [.6, .4, 0]], dtype=torch.float64)
+    flat_probs, flat_labels = probs.flatten(3).numpy(), labels.flatten(2).numpy()
+    close(metrics.gamma_map(probs).flatten(1), [gamma_loop(flat_probs[:, b]) for b in (0, 1)])
+    for w in (None, weights):
+        want = [ncc_loop(flat_probs[:, b], flat_labels[b], [1 / 3] * 3 if w is None else w[b])
+                for b in (0, 1)]
+        close(metrics.ncc(probs, labels, w), want)
+        close(metrics.ncc(probs.float(), labels, w), want, 1e-5)
+
+
+def test_ncc_of_constant_maps_is_zero_and_of_the_model_itself_one():
+    labels = random_maps(24, 1, 2, 5, 6)
+    for p in (0.0, 0.1, 0.3, 1.0):
+        flat = torch.tensor([1 - p, p]).view(1, 1, 2, 1, 1).expand(7, 1, 2, 5, 6)
+        close(metrics.ncc(flat, labels), [0], 0)
+    probs = random_probs(25, 7, 1, 2, 5, 6)
+    close(metrics.ncc(probs, torch.full((1, 1, 5, 6), 255)), [NAN])  # nobody labelled anything
+    # One sample, label = its most probable class: gamma = H(s), error = CE(y, s) = -log max s, and
+    # for two classes the first grows with the second.
+    assert 0.9 < metrics.ncc(probs[:1], probs[0].argmax(1)[:, None]) <= 1 + 1e-12
+
+
+def test_ncc_does_not_see_ignored_pixels():
+    probs, labels = random_probs(26, 5, 1, 2, 6, 6), random_maps(27, 1, 3, 6, 6)
+    labels[:, :, 4:] = 255
+    close(metrics.ncc(probs, labels), metrics.ncc(probs[..., :4, :], labels[..., :4, :]))
+
+
+def test_gamma_map_in_half_precision_is_finite():
+    hard = torch.nn.functional.one_hot(random_maps(28, 4, 1, 5, 5), 2).movedim(-1, 2)
+    want = metrics.gamma_map(hard.double())
+    assert want.max() > 1
+    close(metrics.gamma_map(hard.half()), want, 1e-5)
+
+
+def test_uncertainty_map():
+    probs = random_probs(29, 6, 2, 3, 4, 5)
+    var = probs.numpy().var(0).sum(1)
+    close(metrics.uncertainty_map(probs), var / var.max((1, 2), keepdims=True))
+    for constant in (probs[:1], probs[:1].expand(7, -1, -1, -1, -1).float()):
+        close(metrics.uncertainty_map(constant), np.zeros((2, 4, 5)), 0)
+    hard = torch.nn.functional.one_hot(torch.tensor([[[0, 1, 2, 1]], [[0, 1, 1, 2]]]), 3)
+    close(metrics.uncertainty_map(hard.movedim(-1, 2).float()), [[0, 0, 1, 1]])
+
+
+# ---- one prediction and its references ----------------------------------------------------------
+
+def dice_loop(pred, labels, weights, num_classes, only_present):
+    """pred (*S), labels (A, *S)"""
+    total = count = 0
+    for y, w in zip(labels, weights):
+        valid = (y != 255) & (pred != 255)
+        for k in range(1, num_classes):
+            a, b = (pred == k) & valid, (y == k) & valid
+            if b.any() or not only_present:
+                size = a.sum() + b.sum()
+                total += w * (2 * (a & b).sum() / size if size else 1)
+                count += w
+    return total / count if count else NAN
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_dice_is_that_of_a_loop(num_classes):
+    pred = random_maps(30, 4, 3, 4, num_classes=num_classes)
+    labels = random_maps(31, 4, 3, 3, 4, num_classes=num_classes, ignored=0.2)
+    pred[0], labels[0, 0], pred[1], labels[1, 1], labels[2] = 0, 0, 1, 1, 0  # empty, full, no lesion
+    weights = torch.tensor([.2, .3, .5]).expand(4, 3)
+    for w in (None, weights):
+        for measure, only_present in ((metrics.dice, False), (metrics.dice_present, True)):
+            want = [dice_loop(pred[b].numpy(), labels[b].numpy(), [1] * 3 if w is None else w[b].tolist(),
+                              num_classes, only_present) for b in range(4)]
+            close(measure(pred, labels, num_classes, w), want)
+    assert metrics.dice_present(pred, labels, num_classes)[2].isnan()
+
+
+def test_dice_worked():
+    pred = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    labels = torch.tensor([[[1, 0, 0, 0], [0, 0, 0, 0]]] * 3)
+    close(metrics.dice(pred, labels), [(2 / 3 + 0) / 2, (0 + 1) / 2, (1 + 0) / 2])
+    close(metrics.dice_present(pred, labels), [2 / 3, 0, 1])
+
+
+def hausdorff_loop(a, b, spacing):
+    def surface(mask):
+        points = []
+        for p in np.argwhere(mask):
+            for axis in range(mask.ndim):
+                for step in (-1, 1):
+                    q = p.copy()
+                    q[axis] += step
+                    if not 0 <= q[axis] < mask.shape[axis] or not mask[tuple(q)]:
+                        points.append(tuple(p))
+        return [np.array(p) * spacing for p in sorted(set(points))]
+    a, b = surface(a), surface(b)
+    if not a or not b:
+        return 0.0 if len(a) == len(b) else NAN
+    distances = [min(np.linalg.norm(p - q) for q in b) for p in a]
+    distances += [min(np.linalg.norm(p - q) for p in a) for q in b]
+    return np.percentile(distances, 95)
+
+
+@pytest.mark.parametrize("shape, spacing", [((11,), 0.5), ((9, 12), (2.0, 0.7)), ((5, 6, 7), (3, 1, 1))])
+def test_hausdorff95_is_that_of_a_loop(shape, spacing):
+    pred, label = random_maps(32, 4, *shape, num_classes=4), random_maps(33, 4, *shape, num_classes=4)
+    pred[0], pred[1], label[1] = 0, 1, 1  # empty, both full
+    label[2][random_maps(34, *shape, num_classes=5) == 0] = 255
+    pred[3, :-2] = 1  # with an inside
+    valid = (label != 255).numpy()
+    want = [[hausdorff_loop((p == k) & v, (y == k) & v, spacing) for k in (1, 2, 3)]
+            for p, y, v in zip(pred.numpy(), label.numpy(), valid)]
+    close(metrics.hausdorff95(pred, label, 4, spacing), want, 1e-5)
+
+
+def test_hausdorff95_worked():
+    pred, label = torch.zeros(3, 9, 9, dtype=torch.long), torch.zeros(3, 9, 9, dtype=torch.long)
+    pred[0, 1, 1] = label[0, 4, 5] = pred[1, 1, 1] = 1
+    close(metrics.hausdorff95(pred, label), [[5], [NAN], [0]])
+    close(metrics.hausdorff95(pred, label, spacing=(2, 1)), [[math.hypot(6, 4)], [NAN], [0]])
+    pred[2], label[2, 2:7, 2:7] = 0, 1
+    pred[2, 2:7, 2:7] = 1
+    pred[2, 4, 4] = 0  # a hole: its 4 neighbours are new surface, 1 from ... the old one
+    far = [1.0] * 4  # (4, 3) is 1 from (4, 2), and so on
+    close(metrics.hausdorff95(pred, label)[2], [np.percentile([0] * 32 + far, 95)])
+
+
+# ---- instances ----------------------------------------------------------------------------------
+
+def rand_loop(pred, target):
+    """Over all ordered pairs of foreground pixels; pred 0 is alone with itself."""
+    pixels = [(p, t, i) for i, (p, t) in enumerate(zip(pred.ravel(), target.ravel())) if t]
+    both = within_pred = within_target = 0
+    for (p, t, i), (q, u, j) in itertools.product(pixels, pixels):
+        same_pred, same_target = i == j or (p == q and p > 0), t == u
+        both, within_pred = both + (same_pred and same_target), within_pred + same_pred
+        within_target += same_target
+    if not pixels:
+        return NAN
+    precision, recall = both / within_pred, both / within_target
+    return 1 - 2 * precision * recall / (precision + recall)
+
+
+def test_rand_error_is_that_of_a_loop():
+    pred, target = random_maps(35, 5, 6, 7, num_classes=5), random_maps(36, 5, 6, 7, num_classes=4)
+    target[0] = 0
+    pred[1] = 0
+    pred[2] = 3
+    target[3] = 255  # an id like others
+    want = [rand_loop(p, t) for p, t in zip(pred.numpy(), target.numpy())]
+    assert math.isnan(want[0])
+    close(metrics.rand_error(pred, target), want)
+    close(metrics.rand_error(pred * 1000, target.byte()), want)
+
+
+def test_rand_error_worked():
+    target = torch.tensor([[1, 1, 2, 2, 0]])
+    close(metrics.rand_error(torch.tensor([[7, 7, 300, 300, 300]]), target), [0])
+    # merged: precision 8/16, recall 1, F = 2/3; split: precision 1, recall 4/8
+    close(metrics.rand_error(torch.tensor([[7, 7, 7, 7, 0]]), target), [1 / 3])
+    close(metrics.rand_error(torch.tensor([[1, 2, 3, 4, 0]]), target), [1 / 3])
+    close(metrics.rand_error(torch.tensor([[0, 0, 0, 0, 1]]), target), [1 / 3])
+
+
+def test_average_precision_worked():
+    target = torch.tensor([[1] * 10 + [2] * 10 + [0] * 10])
+    close(metrics.average_precision(target * 200, target)["ap"], [1])
+    # Object 1 found with IoU 0.8 (above 0.50 .. 0.75, not above 0.80), 2 missed, 3 false.
+    pred = torch.tensor([[1] * 8 + [0] * 12 + [3] * 10])
+    sure = torch.tensor([[0.9] * 20 + [0.6] * 10])
+    # The right one first: points (recall, precision) (0, 1), (1/2, 1), (1/2, 1/2).
+    got = metrics.average_precision(pred, target, sure)
+    close(got["ap50"], [1 / 2])
+    close(got["ap"], [6 / 10 * 1 / 2])
+    # The false one first: (0, 1), (0, 0), (1/2, 1/2).
+    close(metrics.average_precision(pred, target, 1 - sure)["ap50"], [1 / 8])
+    # No order: (0, 1), (1/2, 1/2).
+    close(metrics.average_precision(pred, target)["ap50"], [(1 + 1 / 2) / 2 / 2])
+    close(metrics.average_precision(0 * pred, target)["ap"], [0])
+    for p in (pred, 0 * pred):
+        close(metrics.average_precision(p, 0 * target)["ap"], [NAN])
+
+
+def test_average_precision_is_that_of_a_loop():
+    """Precision and recall at every confidence, for every threshold and pair of objects."""
+    rng = np.random.default_rng(37)
+    target = torch.from_numpy(np.kron(rng.integers(6, size=(3, 4, 4)), np.ones((1, 4, 4), int)))
+    pred = torch.where(torch.from_numpy(rng.random(target.shape)) < 0.2, random_maps(38, *target.shape,
+                       num_classes=7), target)
+    confidence = torch.from_numpy(rng.random(target.shape))
+    want = []
+    for p, t, c in zip(pred.numpy(), target.numpy(), confidence.numpy()):
+        ids, aps = [i for i in np.unique(p) if i], []
+        targets = [j for j in np.unique(t) if j]
+        for threshold in range(50, 100, 5):
+            found = {i: any(100 * ((p == i) & (t == j)).sum() > threshold * ((p == i) | (t == j)).sum()
+                            for j in targets) for i in ids}
+            ranked = sorted(ids, key=lambda i: -c[p == i].mean())
+            points = [(0, 1)] + [(sum(found[i] for i in ranked[:m]) / len(targets),
+                                  sum(found[i] for i in ranked[:m]) / m) for m in range(1, len(ids) + 1)]
+            aps.append(sum((r1 - r0) * (p0 + p1) / 2 for (r0, p0), (r1, p1) in zip(points, points[1:])))
+        want.append((np.mean(aps), aps[0]))
+    got = metrics.average_precision(pred, target, confidence)
+    close(torch.stack([got["ap"], got["ap50"]], 1), want)
+    assert 0.05 < got["ap"].mean() < 0.95
+
+
+# ---- statistics over cases ----------------------------------------------------------------------
+
+def test_bootstrap():
+    values = np.random.default_rng(39).normal(3, 2, 400)
+    got = metrics.bootstrap(values)
+    assert got["n"] == 400 and got["mean"] == pytest.approx(values.mean(), abs=1e-12)
+    stderr = values.std() / 20  # s / sqrt(n), which 1000 resamples give to about 2%
+    assert got["stderr"] == pytest.approx(stderr, rel=0.1)
+    assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * stderr, rel=0.1)
+    assert got["low"] < got["mean"] < got["high"]
+    assert metrics.bootstrap(torch.tensor([*values, NAN])) == got  # undefined cases are left out
+    assert metrics.bootstrap(values, seed=1) != got
+    few = metrics.bootstrap(values, resamples=10)
+    assert few["mean"] == got["mean"] and few["stderr"] != got["stderr"]
+    assert metrics.bootstrap([0.25]) == dict(mean=0.25, stderr=0.0, n=1, low=0.25, high=0.25)
+    none = metrics.bootstrap([NAN, NAN])
+    assert none["n"] == 0 and math.isnan(none["mean"])
+
+
+def test_paired_test_worked():
+    # Of the 8 patterns of signs of (1, 2, 3), only +++ and --- reach a sum of 6.
+    assert metrics.paired_test([2, 4, 6], [1, 2, 3]) == 2 / 8
+    assert metrics.paired_test([2, 4, 6, NAN, 1], [1, 2, 3, 5, NAN]) == 2 / 8
+    # (1, 2, -3) adds up to 0: every pattern reaches that. (-1, 2, 3): +++, -++ and their opposites.
+    assert metrics.paired_test([1, 2, -3], [0, 0, 0]) == 1
+    assert metrics.paired_test([-1, 2, 3], [0, 0, 0]) == 4 / 8
+    assert metrics.paired_test([1, 1], [1, 1]) == 1
+    assert metrics.paired_test([0.1] * 16, torch.zeros(16)) == 2 / 2**16
+
+
+def test_paired_test_of_many_cases_is_near_the_normal_one():
+    a = np.random.default_rng(40).normal(0.1, 1, 500)
+    z = abs(a.sum()) / np.sqrt((a**2).sum())
+    p = metrics.paired_test(a, np.zeros(500))
+    assert p == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+    assert p == metrics.paired_test(np.zeros(500), a)  # two-sided
+    assert p != metrics.paired_test(a, np.zeros(500), seed=1)
+    assert metrics.paired_test(np.ones(500), np.zeros(500), resamples=99) == 1 / 100
+
+
+# ---- mistakes, and speed ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: metrics.ged(torch.zeros(4, 2, 8, 8).long(), torch.zeros(2, 3, 8, 9).long()), "share B and"),
+    (lambda: metrics.ged(torch.zeros(4, 2, 8, 8).long(), torch.zeros(4, 2, 8, 8).long()), "share B and"),
+    (lambda: metrics.ged(torch.zeros(4, 2, 8, 8), torch.zeros(2, 3, 8, 8).long()), "must be integers"),
+    (lambda: metrics.ged(torch.zeros(4, 2, 8).long(), torch.zeros(2, 3, 8).long(), 1), "num_classes"),
+    (lambda: metrics.ged(torch.zeros(4, 2, 8).long(), torch.zeros(2, 3, 8).long(),
+                         weights=torch.ones(3)), "weights must be"),
+    (lambda: metrics.dice(torch.zeros(2, 3, 8).long(), torch.zeros(2, 3, 8).long()), "share B and"),
+    (lambda: metrics.ncc(torch.ones(4, 2, 2, 8), torch.zeros(2, 3, 9).long()), "probs"),
+    (lambda: metrics.hausdorff95(torch.zeros(2, 8, 8), torch.zeros(2, 8, 9)), "both be"),
+    (lambda: metrics.hausdorff95(torch.zeros(2, 8, 8), torch.zeros(2, 8, 8), 2, (1, 1, 2)), "spacing"),
+    (lambda: metrics.rand_error(torch.zeros(2, 8), torch.zeros(2, 9)), "both be"),
+    (lambda: metrics.average_precision(torch.zeros(2, 8) - 1, torch.zeros(2, 8)), "negative"),
+    (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "same cases"),
+])
+def test_mistakes_are_named_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_ged_is_far_faster_than_a_loop_over_pairs():
+    rng = np.random.default_rng(41)
+    y, x = np.mgrid[:128, :128]
+    maps = np.stack([(y - cy)**2 + (x - cx)**2 < r**2 for cy, cx, r in
+                     rng.normal((64, 64, 14), 4, (104, 3))]).astype(np.uint8)  # lesions of LIDC's size
+    samples, labels = torch.from_numpy(maps[:100, None]), torch.from_numpy(maps[None, 100:])
+
+    start = time.perf_counter()
+    want = ged_loop(maps[:100], maps[100:], [0.25] * 4, 2, 1.0)
+    slow = time.perf_counter() - start
+    fast = []
+    for _ in range(10):
+        start = time.perf_counter()
+        got = metrics.ged(samples, labels)
+        fast.append(time.perf_counter() - start)
+    close(got, [want])
+    assert slow / min(fast) > 50

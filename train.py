@@ -1,0 +1,651 @@
+"""Train any model on any data set: one loop, read top to bottom in `train`.
+
+    python train.py --model ssn --data shapes --quick          # about a minute on two CPU cores
+    python train.py --model ssn --data lidc --device cuda      # the paper's model and settings
+    python train.py --resume runs/ssn-lidc-0                   # goes on where it stopped
+    torchrun --nproc_per_node=4 train.py --model ssn --data lidc --device cuda
+
+A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
+    config.json   every setting, package versions
+    log.jsonl     an object every 50 steps, and one every validation; curves.png draws it
+    last.pt       the latest checkpoint; best.pt the one of lowest validation GED
+and at the end what evaluate.py writes for best.pt.
+
+All randomness of step t is a function of (seed, t) alone, so a run that was killed at any moment and
+resumed gives the same weights, bit for bit on a CPU, as one that was not; and W processes with
+--batch-size B see the rows and the noise that one process with the same B would see.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import metrics
+from common import (COLORS, UserError, cross_entropy, new_figure, pick_device, save_figure,
+                    write_atomically)
+from ssn import SSN
+
+MODELS = {
+    "ssn": SSN,
+}
+
+LOG_EVERY = 50  # steps
+SAVE_EVERY = 300  # seconds, at most, between two checkpoints
+VALIDATION_CASES = 256  # at most, spread evenly over the validation split
+
+# What decides a run's result. A resumed run must agree on all of it but the length.
+SETTINGS = dict(model="ssn", data="shapes", path=None, steps=None, batch_size=None, lr=None, seed=0,
+                precision="fp32", image_size=None, annotators="all", augment=True, quick=False,
+                model_args={}, data_args={})
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line; options not given are None, so that --resume can fill them in."""
+    p = argparse.ArgumentParser(description=__doc__, argument_default=None,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", help=f"one of: {' '.join(MODELS)} (default ssn)")
+    p.add_argument("--data", help=f"one of: {' '.join(data.DATASETS)} (default shapes)")
+    p.add_argument("--path", help="file or folder of the data set (default datasets/<data>)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--steps", type=int, help="updates of the weights (default: the paper's)")
+    p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
+    p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
+    p.add_argument("--seed", type=int)
+    p.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: autocast")
+    p.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
+    p.add_argument("--annotators", help="readers to learn from: all, or numbers like 0 or 1,2")
+    p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
+                   help="leave the data set's augmentation out")
+    p.add_argument("--model-args", nargs="+", metavar="K=V", help="fields of the model's config")
+    p.add_argument("--data-args", nargs="+", metavar="K=V", help="options of the data set")
+    p.add_argument("--out", help="the run's folder (default runs/<model>-<data>-<seed>)")
+    p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run")
+    p.add_argument("--quick", action="store_const", const=True,
+                   help="a narrow model and few steps: about a minute on two CPU cores")
+    args = p.parse_args(argv)
+    args.model_args = args.model_args and pairs("--model-args", args.model_args)
+    args.data_args = args.data_args and pairs("--data-args", args.data_args)
+    return args
+
+
+def pairs(option: str, items: list[str]) -> dict:
+    """["rank=0", "channels=(8,16)"] -> {"rank": 0, "channels": (8, 16)}; other values are text."""
+    result = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{option} {item}: write it as key=value")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
+
+
+# ----------------------------------------------------------------------- model and checkpoints
+
+
+def build(name: str, images=None, num_classes=2, quick=False, **fields) -> nn.Module:
+    """The model `name` for images (N, C, *S), with config `fields` on top of its defaults."""
+    if name not in MODELS:
+        raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
+    Model = MODELS[name]
+    known = {f.name for f in dataclasses.fields(Model.Config)}
+    given = dict(Model.QUICK_CONFIG) if quick else {}
+    if images is not None:
+        given |= dict(in_channels=images.shape[1], num_classes=num_classes)
+        if "dims" in known:
+            given["dims"] = images.dim() - 2
+    if unknown := sorted(fields.keys() - known):
+        raise UserError(f"--model-args {unknown[0]}: {name} knows {', '.join(sorted(known))}")
+    try:
+        return Model(Model.Config(**given | fields))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot be built: {error}") from error
+
+
+def save(path, name, model, optimizer, step, best) -> None:
+    """One checkpoint, whole or not at all."""
+    content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
+                   optimizer=optimizer.state_dict(), step=step, best=best)
+    try:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
+        if not isinstance(error, OSError) and "write" not in reason:
+            raise
+        kept = "the checkpoint before it stands" if Path(path).exists() else "none was there before"
+        raise UserError(f"cannot save {path} at step {step}: {reason.splitlines()[0]}; {kept}; "
+                        "make room and --resume") from error
+
+
+def load_checkpoint(path) -> dict:
+    """What `save` wrote; nothing in the file is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["model"], content["config"], content["state"]
+        return content
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train one with train.py") from None
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+        raise UserError(f"{path}: not a checkpoint of train.py "
+                        f"({str(error).strip().splitlines()[0][:80]})") from error
+
+
+def load(path, device="cpu") -> nn.Module:
+    """The trained model of a checkpoint, in eval mode.
+
+        model = train.load("runs/ssn-shapes-0/best.pt")
+        samples = model.sample(image, 16)                # (16, B, K, H, W) logits
+    """
+    content = load_checkpoint(path)
+    model = build(content["model"], **content["config"])
+    try:
+        model.load_state_dict(content["state"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit a {content['model']} of its config: "
+                        f"{str(error).splitlines()[1].strip()[:100]}") from error
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+def settle(args) -> tuple[dict, Path]:
+    """(every setting of the run, its folder); refuses to overwrite a run or to resume another."""
+    given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    if args.resume:
+        named = args.resume if args.resume is not True else args.out
+        folder = Path(named or default_folder(SETTINGS | given))
+        try:
+            settings = json.loads((folder / "config.json").read_text())["settings"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"--resume {folder}: no run there (config.json is missing or broken); "
+                            "leave --resume out to begin one") from None
+        for key, value in given.items():
+            if key not in ("steps", "path") and plain(value) != settings[key]:
+                raise UserError(f"--resume {folder}: {key} was {settings[key]} there and is {value} "
+                                "now; leave the option out, or begin another run with --out")
+        return settings | plain(given), folder
+    settings = SETTINGS | given
+    folder = Path(args.out or default_folder(settings))
+    if (folder / "last.pt").exists():
+        raise UserError(f"{folder} holds a run already: --resume goes on with it, --out DIR begins "
+                        "another beside it")
+    return settings, folder
+
+
+def default_folder(settings) -> str:
+    return "runs/{model}-{data}-{seed}".format(**settings)
+
+
+def plain(value):
+    """As it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def learning_rate(step: int, training: dict) -> float:
+    """Piecewise constant: `lr` times the factor of the last of `lr_drops` (step, factor) passed.
+
+    Steps are absolute, so N steps and N more are the same as 2 N.
+    """
+    factors = [f for first, f in training.get("lr_drops", ()) if step >= first]
+    return training["lr"] * (factors[-1] if factors else 1.0)
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm runs on GPUs only)."""
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps)
+        axes = [0, *range(2, x.dim())]
+        moments = torch.stack([x.mean(axes), x.square().mean(axes)])
+        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
+        var = square - mean.square()
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shape = (-1, *[1] * (x.dim() - 2))
+        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+
+
+def start_processes(device_name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, world size); joins the group when torchrun started this process."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = pick_device(device_name)
+    if "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        # the others wait while rank 0 evaluates, which may take long
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=24))
+    return device, rank, world
+
+
+def distribute(model, device):
+    """DistributedDataParallel whose batch norms see the global batch."""
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.__class__ = GlooBatchNorm
+    return nn.parallel.DistributedDataParallel(model)
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def train_step(loss_of, optimizer, image, label, lr, autocast):
+    """One update; returns the terms of the loss and the gradient's norm, on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    with autocast:
+        loss, terms = loss_of(image, label)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, float("inf"))  # infinite: measures, clips nothing
+    optimizer.step()
+    return {"loss": loss.detach(), **terms, "gradient": norm}
+
+
+@torch.no_grad()
+def evaluate(model, split, samples=(16,), seed=0, full=True, progress=None) -> dict:
+    """Every measure of every case: {name: (N,) float64}, for each n in `samples`.
+
+    full=False only measures `ged_<n>`, as validation during training does. Draws are seeded by
+    (seed, batch). `progress(done)` is called after every batch.
+    """
+    was_training = model.training
+    model.eval()
+    n = max(samples)
+    batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
+    results: dict[str, list] = {}
+    for start in range(0, len(split), batch):
+        part = split.subset(range(start, min(start + batch, len(split))))
+        torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
+        generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
+        logits = model.sample(part.images, n, generator).float()  # (n, B, K, *S)
+        for name, values in score(model, part, logits, samples, full).items():
+            results.setdefault(name, []).append(values.double().cpu())
+        if progress:
+            progress(start + len(part))
+    model.train(was_training)
+    return {name: torch.cat(values) for name, values in results.items()}
+
+
+def score(model, part, logits, samples, full) -> dict:
+    """The measures of a batch of cases, each (B,), given its samples' logits; see `evaluate`."""
+    labels, weights, classes = part.labels, part.weights, part.num_classes
+    hard = logits.argmax(2)  # (n, B, *S)
+    if not full:
+        return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, weights) for n in samples}
+    out = {}
+    probs = logits.softmax(2)
+    for n in samples:
+        scores = metrics.sample_scores(hard[:n], labels, classes, weights)
+        out |= {f"{name}_{n}": values for name, values in scores.items()}
+        out[f"ncc_{n}"] = metrics.ncc(probs[:n], labels, weights)
+    prediction = model.predict(part.images).argmax(1)
+    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights)
+    out["dice"] = metrics.dice(prediction, labels, classes, weights)
+    out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
+    out["dice_mean"] = metrics.dice(probs.mean(0).argmax(1), labels, classes, weights)
+    dices = metrics.sample_dice(hard, labels, classes, weights)  # (n, B)
+    out["dice_better"] = (dices > out["dice"]).double().mean(0)
+    for percent in (5, 25, 50, 75, 95):
+        out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
+    out |= likelihoods(model, part, max(samples))
+    if part.exact:
+        shares = metrics.mode_frequencies(hard, labels, classes)  # (B, A)
+        known = torch.full_like(shares, 1 / shares.shape[1]) if weights is None else weights
+        out[f"mode_tv_{max(samples)}"] = (shares - known).abs().sum(1) / 2
+        out |= {f"mode_{m}_excess": shares[:, m] - known[:, m] for m in range(shares.shape[1])}
+    return out
+
+
+def likelihoods(model, part, n) -> dict:
+    """What needs the readers' maps one by one: log_likelihood, and iou_rec of models with latents.
+
+    Averaged over the readers; where a case has more than eight label maps, over eight drawn from
+    its distribution.
+    """
+    count, readers = part.labels.shape[:2]
+    odds = part.weights
+    if odds is None:
+        odds = torch.ones(count, readers, device=part.labels.device)
+    rows = torch.arange(count, device=part.labels.device)
+    nats, iou = 0.0, 0.0
+    if readers <= 8:
+        chosen = [(torch.full_like(rows, a), odds[:, a] / odds.sum(1)) for a in range(readers)]
+    else:
+        drawn = torch.multinomial(odds, 8, replacement=True)
+        chosen = [(drawn[:, i], torch.full_like(odds[:, 0], 1 / 8)) for i in range(8)]
+    for reader, weight in chosen:
+        label = part.labels[rows, reader]  # (B, *S)
+        nats = nats + weight * model.log_likelihood(part.images, label.long(), n)
+        if hasattr(model, "reconstruct"):
+            again = model.reconstruct(part.images, label.long()).argmax(1)
+            # the GED of two single maps is 2 (1 - IoU)
+            iou = iou + weight * (1 - metrics.ged(again[None], label[:, None], part.num_classes) / 2)
+    return {"log_likelihood": nats} | ({"iou_rec": iou} if hasattr(model, "reconstruct") else {})
+
+
+class Progress:
+    """One updating line on a terminal, plain lines in a pipe; silent on ranks above 0."""
+
+    def __init__(self, total: int, done: int = 0, quiet: bool = False):
+        self.total, self.first, self.quiet = total, done, quiet
+        self.terminal = sys.stdout.isatty()
+        self.start, self.shown, self.note = time.monotonic(), 0.0, ""
+
+    def update(self, done: int, note: str | None = None, line: bool = False) -> None:
+        """note: what to say beside the count; line: print it in a pipe, or keep it on screen."""
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = duration((self.total - done) / rate) if rate else "?"
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+        text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
+        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n",
+              flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress line."""
+        if not self.quiet:
+            print(f"\r\x1b[K{text}" if self.terminal else text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """65 -> "1m05s"."""
+    m, s = divmod(int(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, device) -> bool:
+        """True on every process once one was asked, so that none waits for another for ever."""
+        if not dist.is_initialized():
+            return bool(self.signal)
+        asked = torch.tensor(self.signal, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.signal = int(asked)
+        return bool(self.signal)
+
+
+class Terms:
+    """The mean of every term since the last log, and the first step at which one was not finite.
+
+    Lives on the device: nothing waits for it until it is read.
+    """
+
+    def __init__(self):
+        self.sum, self.count, self.bad = None, 0, None
+
+    def add(self, step: int, terms: dict) -> None:
+        self.names = list(terms)
+        values = torch.stack([v.detach().float().reshape(()) for v in terms.values()])
+        if self.sum is None:
+            self.sum, self.bad = torch.zeros_like(values), torch.full_like(values, float("inf"))
+        self.sum += values
+        self.count += 1
+        self.bad = torch.where(values.isfinite(), self.bad, self.bad.clamp(max=step))
+
+    def check(self) -> None:
+        """UserError naming the step and the term of the first non-finite value, if there is one."""
+        if self.bad is not None and (step := self.bad.min().item()) < float("inf"):
+            # of the terms that failed together, the loss and the gradient are the consequence
+            failed = [n for n, b in zip(self.names, self.bad.tolist()) if b == step]
+            name = min(failed, key=["loss", "gradient"].count)
+            raise UserError(f"step {int(step)}: {name} is not finite (it failed first); the last "
+                            "good checkpoint stands. Try a lower --lr, or look at the images' "
+                            "scale")
+
+    def read(self) -> dict:
+        """{name: mean since the last read}, averaged over processes."""
+        self.check()
+        mean = self.sum / self.count
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.sum.zero_()
+        self.count = 0
+        return dict(zip(self.names, mean.tolist()))
+
+
+def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False) -> int:
+    """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
+    stop = Stop()
+    device, rank, world = start_processes(device_name)
+    main = rank == 0
+
+    train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
+                                       **settings["data_args"])
+    model = seeded_model(settings, train_split).to(device)
+    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
+    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
+    steps = training["steps"]
+    if min(steps, training["batch_size"], training["lr"]) <= 0:
+        raise UserError("--steps, --batch-size and --lr are above 0")
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
+    momentum = dict(momentum=training["momentum"]) if "momentum" in training else {}
+    optimizer = kind(model.parameters(), lr=training["lr"], fused=True,
+                     weight_decay=training["weight_decay"], **momentum)
+
+    start, best = 0, float("inf")
+    if resume and (folder / "last.pt").exists():
+        content = load_checkpoint(folder / "last.pt")
+        if content["model"] != settings["model"] or \
+                plain(content["config"]) != plain(dataclasses.asdict(model.config)):
+            raise UserError(f"{folder / 'last.pt'}: holds a {content['model']} of another config "
+                            "than the run's config.json; begin another run with --out")
+        model.load_state_dict(content["state"])
+        optimizer.load_state_dict(content["optimizer"])
+        start, best = content["step"], content["best"]
+
+    size = settings["image_size"]
+    if size is not None:
+        val_split = data.center(val_split, size)
+    train_split = train_split.to(device)
+    every = max(1, len(val_split) // VALIDATION_CASES)
+    val_split = val_split.subset(range(0, len(val_split), every)).to(device)
+    stream = data.batches(
+        train_split, training["batch_size"], settings["seed"], start=start, size=size, rank=rank,
+        world=world, annotators=readers(settings["annotators"]),
+        augmentation=data.AUGMENTATION[settings["data"]] if settings["augment"] else None)
+
+    if main:
+        begin_files(folder, settings, training, model, start)
+    loss_of = distribute(model, device) if world > 1 else model
+    if compile:
+        loss_of = torch.compile(loss_of)
+    autocast = torch.autocast(device.type, torch.bfloat16) if settings["precision"] == "bf16" \
+        else contextlib.nullcontext()
+    progress = Progress(steps, start, quiet=not main)
+    progress.say(f"{settings['model']} on {settings['data']}: {len(train_split)} training cases, "
+                 f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}"
+                 + (f", {world} processes" if world > 1 else "")
+                 + (f", going on at step {start}" if resume else "") + f" -> {folder}")
+    terms, saved_at, logged_at = Terms(), time.monotonic(), time.monotonic()
+    validate_every = max(LOG_EVERY, min(5000, steps // 10))
+    model.train()
+    step = start
+    while True:
+        finished = step >= steps
+        stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
+        validating = step > start and (step % validate_every == 0 or finished) and not stopping
+
+        if main and validating:
+            terms.check()
+            ged = evaluate(model, val_split, full=False)["ged_16"].mean().item()
+            append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
+            progress.update(step, f"validation GED {ged:.4f}", line=True)
+            if ged < best:
+                best = ged
+                save(folder / "best.pt", settings["model"], model, optimizer, step, best)
+            draw_curves(folder)
+
+        if main and (validating or stopping or time.monotonic() - saved_at > SAVE_EVERY):
+            terms.check()  # a checkpoint is only ever a good one
+            save(folder / "last.pt", settings["model"], model, optimizer, step, best)
+            saved_at = time.monotonic()
+
+        if finished or stopping:
+            break
+
+        torch.manual_seed(settings["seed"] * 1_000_003 + step)
+        image, label = next(stream)
+        result = train_step(loss_of, optimizer, image, label, learning_rate(step, training),
+                            autocast)
+        step += 1
+
+        terms.add(step, result)
+        progress.update(step)
+        if step % LOG_EVERY == 0 or step in (1, steps):
+            count, means, now = terms.count, terms.read(), time.monotonic()
+            if main:
+                append(folder / "log.jsonl",
+                       {"step": step, "lr": learning_rate(step - 1, training), **means,
+                        "seconds_per_step": (now - logged_at) / count})
+                progress.update(step, f"loss {means['loss']:.4g}", line=True)
+            logged_at = time.monotonic()
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopping and not finished:
+        progress.say(f"stopped and saved at step {step}; go on with: "
+                     f"python train.py --resume {folder}")
+        return 128 + stop.signal
+    if main:
+        import evaluate as evaluation  # it imports this module, to read what is written here
+
+        evaluation.report(folder, device=device)
+    return 0
+
+
+def seeded_model(settings, split) -> nn.Module:
+    """The run's model, its initial weights a function of the seed."""
+    torch.manual_seed(settings["seed"])
+    return build(settings["model"], split.images, split.num_classes, settings["quick"],
+                 **settings["model_args"])
+
+
+def readers(text: str):
+    """"all" -> None, "0" -> (0,), "1,2" -> (1, 2)."""
+    if text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
+
+
+def begin_files(folder, settings, training, model, start) -> None:
+    """config.json, and log.jsonl cut back to the step the run goes on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    import matplotlib
+    import numpy
+
+    config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
+                  parameters=sum(p.numel() for p in model.parameters()),
+                  versions=dict(python=platform.python_version(), torch=torch.__version__,
+                                numpy=numpy.__version__, matplotlib=matplotlib.__version__))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    log = folder / "log.jsonl"
+    kept = [line for line in read_log(folder) if line["step"] <= start]
+    write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def write_text(path, text: str) -> None:
+    write_atomically(path, lambda name: Path(name).write_text(text))
+
+
+def append(path, entry: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read_log(folder) -> list[dict]:
+    """The log's entries; a last line that a kill cut short is left out."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (Path(folder) / "log.jsonl").read_text().splitlines():
+            entries.append(json.loads(line))
+    return entries
+
+
+def draw_curves(folder) -> None:
+    """curves.png: every logged term, and the validation GED, against the step."""
+    log = read_log(folder)
+    skip = {"step", "lr", "seconds_per_step"}
+    names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
+    columns = min(3, len(names))
+    figure, axes = new_figure(-(-len(names) // columns), columns, panel=2.4)
+    for ax, name, color in zip(axes.flat, names, COLORS * 9):
+        points = [(e["step"], e[name]) for e in log if name in e]
+        ax.set_axis_on()
+        ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=6)
+    save_figure(figure, folder / "curves.png")
+
+
+def main(argv=None) -> int:
+    """The command line; a user's mistake is one line on stderr and exit status 2."""
+    args = parse(argv)
+    try:
+        settings, folder = settle(args)
+        return train(settings, folder, args.device, args.compile, bool(args.resume))
+    except (UserError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory: lower --batch-size or --image-size", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
