@@ -363,7 +363,8 @@ def show_image(ax, image, title: str = "") -> None:
     image = torch.as_tensor(image).float().cpu()
     image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0]
     low, high = image.min(), image.max()
-    ax.imshow((image - low) / (high - low).clamp(min=1e-6), cmap="gray", vmin=0, vmax=1)
+    image = (image - low) / (high - low).clamp(min=1e-6)
+    ax.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
     ax.set_title(title, fontsize=8)
 
 
@@ -393,11 +394,12 @@ def show_outlines(ax, image, labels, title: str = "") -> None:
     for reader, label in enumerate(torch.as_tensor(labels).cpu()):
         inside = ((label > 0) & (label != IGNORE)).float()
         if inside.any():  # contour() warns on a constant map
-            ax.contour(inside, levels=[0.5], colors=[COLORS[reader % len(COLORS)]], linewidths=1)
+            ax.contour(inside.numpy(), levels=[0.5], colors=[COLORS[reader % len(COLORS)]], linewidths=1)
 
 
 def show_map(ax, values, title: str = "", **options):
     """A map of numbers (H, W), dark to bright; returns the image for a colour bar."""
-    picture = ax.imshow(torch.as_tensor(values).float().cpu(), cmap="magma", **options)
+    values = torch.as_tensor(values).detach().float().cpu().numpy()
+    picture = ax.imshow(values, cmap="magma", **options)
     ax.set_title(title, fontsize=8)
     return picture

@@ -48,6 +48,7 @@ class Split:
     # Instance ids (N, *S) int32, 0 = membrane, -1 = ignore. Where given, every batch maps the ids
     # anew to random classes 1..K-1; `labels` holds a few such maps, fixed, for evaluation.
     instances: Tensor | None = None
+    exact: bool = False  # whether labels and weights are the whole distribution of label maps
 
     def __len__(self) -> int:
         return len(self.images)
@@ -122,7 +123,7 @@ def split_groups(groups: Sequence[str], val: float) -> dict[str, list[int]]:
 def center(split: Split, size: int | Sequence[int]) -> Split:
     """Centre crop or pad to `size`: images by reflection, labels with 255, instances with -1."""
     shape = split.images.shape[2:]
-    lines = [torch.arange(want, device=split.images.device) + (have - want) // 2
+    lines = [torch.arange(want, device=split.images.device) + _center_start(have, want)
              for have, want in zip(shape, _as_size(size, shape))]
 
     def cut(tensor: Tensor, fill: int | None = None) -> Tensor:
@@ -136,6 +137,11 @@ def center(split: Split, size: int | Sequence[int]) -> Split:
     instances = None if split.instances is None else cut(split.instances, -1)
     return replace(split, images=cut(split.images), labels=cut(split.labels, IGNORE),
                    instances=instances)
+
+
+def _center_start(have: int, want: int) -> int:
+    """Where a central window of `want` pixels starts; padding and cropping back are inverse."""
+    return (have - want) // 2 if have >= want else -((want - have) // 2)
 
 
 def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[int, ...]:
@@ -207,7 +213,8 @@ class _Warp(NamedTuple):
 
 
 def augment(images: Tensor, labels: Tensor, augmentation: Augmentation,
-            generator: torch.Generator, size: int | Sequence[int] | None = None):
+            generator: torch.Generator, size: int | Sequence[int] | None = None,
+            ) -> tuple[Tensor, Tensor]:
     """Augments a batch in one resampling: images (B, C, *S), label maps (B, *S) -> the same kinds.
 
     `size` is the output window: at a random place where it is smaller than the image, centred and
@@ -255,7 +262,7 @@ def _draw_warp(augmentation: Augmentation, count: int, shape, size, generator) -
         matrix = matrix * uniform(math.log1p(augmentation.scale)).exp()[:, None, None]
 
     start = torch.stack([whole(have - want + 1) if have > want else
-                         torch.full((count,), (have - want) // 2, device=device)
+                         torch.full((count,), _center_start(have, want), device=device)
                          for have, want in zip(shape, size)], 1).float()
     if augmentation.translation:
         start = start + uniform(augmentation.translation, dims)
@@ -424,7 +431,7 @@ def _toy1d():
     labels = torch.zeros(1, 2, 21, dtype=torch.uint8)
     labels[:, :, :7] = 1
     labels[:, 1, 7:14] = 1
-    whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"])
+    whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"], exact=True)
     return whole, dict.fromkeys(SPLITS, [0])  # one case, to train and to test on
 
 
@@ -669,7 +676,8 @@ def _made(kind, images, labels, weights, num_classes, groups=None, instances=Non
     names = [f"{kind}-{i:04d}" for i in range(len(images))]
     weights = None if weights is None else weights.float()
     groups = names if groups is None else groups
-    whole = Split(images, labels, weights, groups, num_classes, names, instances)
+    whole = Split(images, labels, weights, groups, num_classes, names, instances,
+                  exact=instances is None)
     return whole, split_groups(groups, val=0.25)
 
 
@@ -712,16 +720,17 @@ def _pickle_cases(path: Path) -> Iterator[_Case]:
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}; give a dict "
                         "{key: {image, masks, series_uid}}")
-    for key, record in table.items():
+    for key in list(table):
+        record = table.pop(key)  # frees it: the real file has 15,096 cases of float64
         missing = {"image", "masks", "series_uid"} - set(record if isinstance(record, dict) else ())
         if missing:
             raise DataError(f"{path}: {key!r}: no {', '.join(sorted(missing))}; each case is a "
                             "dict of image, masks and series_uid")
-        if not isinstance(record["masks"], (list, tuple, np.ndarray)):
-            raise DataError(f"{path}: {key!r}: masks is a {type(record['masks']).__name__}; give a "
-                            "list with the (H, W) array of each reader")
-        image = np.asarray(record["image"])[None]
-        yield str(key), str(record["series_uid"]), image, dict(enumerate(record["masks"]))
+        image, masks = record["image"], record["masks"]
+        if not isinstance(image, np.ndarray) or not isinstance(masks, (list, tuple, np.ndarray)):
+            raise DataError(f"{path}: {key!r}: image is a {type(image).__name__} and masks a "
+                            f"{type(masks).__name__}; give an array and a list of arrays")
+        yield str(key), str(record["series_uid"]), image[None], dict(enumerate(masks))
 
 
 def _png_cases(root: Path, parts: Sequence[str]) -> Iterator[_Case]:
@@ -738,9 +747,9 @@ def _png_cases(root: Path, parts: Sequence[str]) -> Iterator[_Case]:
             raise DataError(f"{root}: no {part}/images/<patient>/*.png: that split is not there")
         for file in files:
             patient, name = file.parent.name, file.stem
-            drawn = (root / part / "gt" / patient).glob(f"{name}_l[0-9]*.png")
+            drawn = (root / part / "gt" / patient).glob(f"{name}_l[0-9].png")
             # Foreground is 1 in some copies, 255 in others, where it would read as "ignore".
-            masks = {int(mask.stem.rpartition("_l")[2]): read(mask) > 0 for mask in drawn}
+            masks = {int(mask.stem[-1]): read(mask) > 0 for mask in drawn}
             yield f"{part}/{patient}/{name}", patient, read(file)[None], masks
 
 
@@ -755,7 +764,7 @@ def _npz_split(path: Path, num_classes: int) -> Split:
     """
     optional = ("weights", "groups", "names", "num_classes")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             given = set(file.files)
             arrays = {key: file[key] for key in ("images", "labels", *optional) if key in given}
     except Exception as error:  # a damaged archive can raise nearly anything
@@ -777,6 +786,8 @@ def _npz_split(path: Path, num_classes: int) -> Split:
             raise DataError(f"{path}: {key} is {_times(arrays[key].shape)} of {arrays[key].dtype}; "
                             f"{_times(sizes[key])} is needed")
     num_classes = num_classes or int(arrays.get("num_classes", 0))
+    if num_classes and not 2 <= num_classes <= IGNORE:
+        raise DataError(f"{path}: num_classes is {num_classes}; 2 to {IGNORE} can be")
     names = [str(name) for name in arrays.get("names", range(len(labels)))]
     groups = [str(group) for group in arrays.get("groups", names)]
     cases = ((name, group, image, dict(enumerate(drawn)))
@@ -854,15 +865,17 @@ def _as_image(image: np.ndarray, where: str) -> np.ndarray:
         return image / np.float32(255)
     if image.dtype.kind != "f":
         raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 (scaled to [0, 1])")
+    with np.errstate(over="ignore"):
+        image = image.astype(np.float32)
     if not np.isfinite(image).all():
         raise DataError(f"{where} has pixels that are not finite; replace them first")
-    return image.astype(np.float32)
+    return image
 
 
 def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
-    label = np.asarray(label)
-    if label.dtype.kind not in "buif":
-        raise DataError(f"{where} is of {label.dtype}; give whole numbers")
+    if not isinstance(label, np.ndarray) or label.dtype.kind not in "buif":
+        kind = getattr(label, "dtype", type(label).__name__)
+        raise DataError(f"{where} is of {kind}; give an array of whole numbers")
     with np.errstate(invalid="ignore"):  # NaN: what it becomes differs from it all the same
         small = label.astype(np.uint8)
     good = (small == label) & ((small < num_classes) | (small == IGNORE))
@@ -911,22 +924,18 @@ class Source:
     tree: bool = False  # a folder of PNGs will do as well
 
 
-def _options(n: tuple[int, int], size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    return {"n": n, "size": size, "seed": (0, 0)}
-
-
 DATASETS: dict[str, Source] = {
     "toy1d": Source(_toy1d, "made: 21 pixels, two label maps", {}),
     "shapes": Source(_shapes, "made: ambiguous class, border and presence; 12 maps of known odds",
-                     _options(n=(1000, 3), size=(64, 32))),
+                     {"n": (1000, 3), "size": (64, 32), "seed": (0, 0)}),
     "modes": Source(_modes, "made: street scenes, five classes flip; 32 maps of known odds",
-                    _options(n=(500, 3), size=(64, 48))),
+                    {"n": (500, 3), "size": (64, 48), "seed": (0, 0)}),
     "cells": Source(_cells, "made: cells and membranes, each cell one of 15 classes at random",
-                    _options(n=(500, 3), size=(64, 32))),
+                    {"n": (500, 3), "size": (64, 32), "seed": (0, 0)}),
     "organs": Source(_organs, "made: five organs with blurred borders, three readers",
-                     _options(n=(400, 12), size=(96, 48))),
+                     {"n": (400, 12), "size": (96, 48), "seed": (0, 0)}),
     "lesions3d": Source(_lesions3d, "made: a sure and a faint lesion in 3D; 6 maps of known odds",
-                        _options(n=(60, 3), size=(48, 32))),
+                        {"n": (60, 3), "size": (48, 32), "seed": (0, 0)}),
     "lidc": Source(_read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", {},
                    (".pickle", ".pkl", ".npz"),
                    "a pickle {key: {image, masks, series_uid}} (data_lidc.pickle, linked from "

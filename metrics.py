@@ -106,9 +106,9 @@ def pairwise_iou(a, b, num_classes=2, empty=1.0):
 # ---- distributions over label maps --------------------------------------------------------------
 
 def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0):
-    """{"ged", "diversity", "hungarian_iou"}: the three functions below at the price of one.
+    """{"ged", "diversity", "hungarian_iou"}: the next three functions at the price of one.
 
-    Its diversity leaves out the pixels no reader labelled, which `sample_diversity` cannot know.
+    Like ged, it leaves out pixels no reader labelled; `sample_diversity` alone sees no labels.
     """
     n, weights = len(samples), _reader_weights(labels, weights)
     iou = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, n + A, n + A)
@@ -122,7 +122,8 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
 
         D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')] = u^T IoU u,  u = (1/n .. 1/n, -w_1 .. -w_A)
 
-    This is the V-statistic: the pairs of a map with itself are counted.
+    This is the V-statistic: the pairs of a map with itself are counted. Pixels no reader labelled
+    are left out of the pairs of samples, too.
     """
     weights = _reader_weights(labels, weights)
     return _ged(_iou_of_all(samples, labels, num_classes, weights, empty), weights)
@@ -130,7 +131,7 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
 
 def _ged(iou, weights):
     n = iou.shape[1] - weights.shape[1]
-    u = torch.cat([weights.new_full((len(weights), n), 1 / n), -weights], 1)
+    u = torch.cat([iou.new_full((len(iou), n), 1 / n), -weights.to(iou)], 1)
     return torch.einsum("bi,bij,bj->b", u, iou, u)
 
 
@@ -162,7 +163,7 @@ def _transport(value, weights):
 
     Successive shortest paths: sample after sample goes where the loss is least, and may push
     earlier ones on from reader to reader. Only the readers are nodes of the search, since the best
-    way from reader j to reader l is the sample, of those at j, that loses least by the move.
+    way from reader j to reader k is the sample, of those at j, that loses least by the move.
     """
     if np.isnan(weights).any():  # no reader
         return math.nan
@@ -170,7 +171,7 @@ def _transport(value, weights):
     eps = 1e-9  # of a sample; what rounding leaves
     room = n * weights / weights.sum()  # in samples
     sent = np.zeros((n, A))
-    loss_by_move = value[:, :, None] - value[:, None, :]  # (n, A, A): sample i from j to l
+    loss_by_move = value[:, :, None] - value[:, None, :]  # (n, A, A): sample i from j to k
     for i in range(n):
         left = 1.0
         while left > eps:
@@ -185,14 +186,14 @@ def _transport(value, weights):
                 before = np.where(better, through.argmin(0), before)
                 loss = np.where(better, through.min(0), loss)
             end = first = np.where(room > eps, loss, np.inf).argmin()
-            moved = []  # (sample, from, to)
+            moved = []  # (sample, from reader, to reader)
             while before[first] >= 0:
                 moved.append((mover[before[first], first], before[first], first))
                 first = before[first]
-            amount = min(left, room[end], *(sent[m, j] for m, j, _ in moved))
-            for m, j, l in moved:
-                sent[m, j] -= amount
-                sent[m, l] += amount
+            amount = min(left, room[end], *(sent[s, j] for s, j, _ in moved))
+            for s, j, k in moved:
+                sent[s, j] -= amount
+                sent[s, k] += amount
             sent[i, first] += amount
             room[end] -= amount
             left -= amount
@@ -259,14 +260,14 @@ def ncc(probs, labels, weights=None):
 
 def _correlation(a, b, valid):
     """Pearson's correlation over the last axis where valid; 0 where a or b is constant."""
-    def centred(x):
-        # Less their minimum, constants are exactly 0 and stay so, whatever the rounding of a mean.
-        x = (x - x.masked_fill(~valid, math.inf).amin(-1, keepdim=True)).masked_fill(~valid, 0)
+    def standardised(x):  # mean 0, norm 1
+        x = x.masked_fill(~valid, 0)
         mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
-        return (x - mean).masked_fill(~valid, 0)
-    a, b = centred(a), centred(b)
-    tiny = torch.finfo(b.dtype).tiny
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=tiny)
+        rest = (x - mean).masked_fill(~valid, 0)
+        norm = rest.norm(dim=-1, keepdim=True)
+        constant = norm <= 1e-6 * x.norm(dim=-1, keepdim=True)  # what is left is rounding
+        return (rest / norm).masked_fill(constant, 0)
+    return (standardised(a) * standardised(b)).sum(-1)
 
 
 def uncertainty_map(probs):
@@ -277,11 +278,11 @@ def uncertainty_map(probs):
     """
     mean = square = 0
     for s in _chunks(probs):
-        deviation = s - probs[0]  # from a sample: exactly 0, like the variance, if all are equal
+        deviation = s - probs[0]  # from a sample: no rounding where all are equal
         mean = mean + deviation.sum(0) / len(probs)
         square = square + deviation.square().sum(0) / len(probs)
     var = (square - mean.square()).clamp(min=0).sum(1)
-    peak = var.flatten(1).amax(1).clamp(min=torch.finfo(var.dtype).tiny)
+    peak = var.flatten(1).amax(1).clamp(min=1e-10)  # less is rounding
     return var / peak.view(-1, *[1] * (var.dim() - 1))
 
 
@@ -292,8 +293,13 @@ def dice(pred, labels, num_classes=2, weights=None):
 
     SSN's DSC: any prediction where the annotation is empty is worth 0; both empty, 1.
     """
-    dices, _ = _dice(pred, labels, num_classes)
-    return (_reader_weights(labels, weights) * dices.mean(0)).sum(1)
+    return sample_dice(pred[None], labels, num_classes, weights)[0]
+
+
+def sample_dice(samples, labels, num_classes=2, weights=None):
+    """`dice` of every one of samples (n, B, *S) by itself, (n, B)."""
+    dices = _dice(samples, labels, num_classes)[0].mean(0)  # (B, n, A)
+    return (_reader_weights(labels, weights)[:, None] * dices).sum(2).T
 
 
 def dice_present(pred, labels, num_classes=2, weights=None):
@@ -301,18 +307,18 @@ def dice_present(pred, labels, num_classes=2, weights=None):
 
     NaN where no reader has any foreground.
     """
-    dices, present = _dice(pred, labels, num_classes)
-    share = _reader_weights(labels, weights) * present  # (K-1, B, A)
+    dices, present = (x[:, :, 0] for x in _dice(pred[None], labels, num_classes))  # (K-1, B, A)
+    share = _reader_weights(labels, weights) * present
     return (share * dices).sum((0, 2)) / share.sum((0, 2))
 
 
-def _dice(pred, labels, num_classes):
-    """Dice, 1 where both are empty, and presence in the reference, each (K-1, B, A)."""
-    dices, present = [], []
-    for inter, size in _overlaps(_joint(pred[None], labels, num_classes), num_classes):
+def _dice(samples, labels, num_classes):
+    """Dice, 1 where both are empty, and presence in the reference, each (K-1, B, n, A)."""
+    n, dices, present = len(samples), [], []
+    for inter, size in _overlaps(_joint(samples, labels, num_classes), num_classes):
         size = size.expand_as(inter)
-        inter, of_pred, of_label = inter[:, 0, 1:], size[:, 0, 1:], size[:, 1:, 0]
-        dices.append((2 * inter / (of_pred + of_label)).nan_to_num(nan=1.0))
+        inter, of_sample, of_label = inter[:, :n, n:], size[:, :n, n:], size[:, n:, :n].mT
+        dices.append((2 * inter / (of_sample + of_label)).nan_to_num(nan=1.0))
         present.append(of_label > 0)
     return torch.stack(dices), torch.stack(present)
 
@@ -335,7 +341,8 @@ def hausdorff95(pred, label, num_classes=2, spacing=1.0):
     for b, k in np.ndindex(*result.shape):
         p, q = (_surface((x[b] == k + 1) & valid[b]) * spacing for x in (pred, label))
         if len(p) and len(q):
-            result[b, k] = torch.cat([_nearest(p, q), _nearest(q, p)]).quantile(0.95)
+            distances = torch.cat([_nearest(p, q), _nearest(q, p)])
+            result[b, k] = distances.cpu().double().quantile(0.95)  # float32 would round the rank
         elif len(p) or len(q):
             result[b, k] = math.nan
     return result
@@ -466,7 +473,7 @@ def paired_test(a, b, resamples=10000, seed=0):
     if a.shape != b.shape:
         raise ValueError(f"a and b must be values of the same cases, got {len(a)} and {len(b)}")
     diff = (a - b)[~np.isnan(a - b)]
-    observed = abs(diff.sum()) * (1 - 1e-12)  # equal up to rounding is equal
+    observed = abs(diff.sum()) - 1e-12 * abs(diff).sum()  # equal up to rounding is equal
     if len(diff) <= 16:
         flips = np.arange(2**len(diff))[:, None] >> np.arange(len(diff)) & 1
         return float(np.mean(abs(diff.sum() - 2 * flips @ diff) >= observed))

@@ -1,0 +1,260 @@
+"""Probabilistic U-Net (Kohl et al., NeurIPS 2018, arXiv:1806.05034), its ablations, and the
+Image2Image VAE it is compared with.
+
+One image, many plausible masks. A latent vector z of a few numbers says which one, and a prior net
+says how likely each z is for this image:
+        z_i ~ P(. | X) = N(mu_prior(X), diag(sigma_prior(X)^2)),                       (Eq. 1)
+        S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
+f_comb is three 1x1 convolutions, so a sample costs those and no more. A posterior net, which sees
+the reader's mask Y too, finds the z that stands for Y during training (Eq. 3), by minimising
+        L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) ),    (Eq. 4)
+which for beta = 1 is -ELBO. What varies between samples is aleatoric uncertainty: what the image
+leaves open.
+
+The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) are points of one small grid: the
+last three fields of the config.
+
+Differences from the paper
+  1. f_comb: three 1x1 convolutions in all, as the text says; the authors' code puts the output layer
+     after three of them (`comb_layers=4`). Its first layer on concat(features, broadcast z) is
+     computed as conv(features) + linear(z), the same numbers: the first half once for all samples.
+  2. The nets predict log sigma, and it is bounded (common.bounded_log_std), so that the KL cannot
+     overflow; the authors' exp of an unbounded number can.
+  3. Learning rate: the paper gives both ends and "in 5 steps"; here each is 10^-0.4, 40k apart.
+  4. Down-sampling is average pooling, which for even sizes is bilinear halving. Any size is
+     padded by reflection. In the posterior's one-hot mask, padding and ignored pixels (255)
+     are zero in every class.
+  5. 1D and 3D work as well (`dims`); the paper is 2D.
+
+    python prob_unet.py              # a small one with a 2D latent, half a minute on two CPU cores
+                                     # -> prob_unet_samples.png, prob_unet_latent.png
+    python train.py --model prob_unet --data lidc --device cuda
+    python train.py --model prob_unet --data lidc --model-args prior=fixed     # an ablation
+    python train.py --model image2image_vae --data lidc --device cuda
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common import (COLORS, CONV, POOL, DiagonalNormal, UNet, center_crop, check_choice, conv_block,
+                    cross_entropy, init_orthogonal, new_figure, pad_to_multiple, save_figure,
+                    show_image, show_label, standard_normal, valid_label)
+
+CHUNK = 2**20  # feature values computed at once when sampling: 4 MB, what a CPU's cache holds
+
+
+@dataclass(frozen=True)
+class ProbUNetConfig:
+    """Defaults are the paper's LIDC model (App. H.1)."""
+
+    in_channels: int = 1
+    num_classes: int = 2
+    dims: int = 2  # spatial axes, 1 to 3
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # a resolution level each
+    convs: int = 3  # 3-wide convolutions a level
+    latent_dim: int = 6  # N, the length of z
+    comb_layers: int = 3  # 1-wide convolutions of f_comb, the last one to the classes
+    beta: float = 1.0  # weight of the KL; only at 1 is the loss a bound of -log p(y | x)
+    prior: str = "conditional"  # or "fixed": N(0, 1) for every image
+    posterior: str = "image_and_mask"  # what it sees; or "mask"
+    z_enters: str = "after"  # the decoder; or "input": beside the image, so a sample costs a U-Net
+
+
+class ProbUNet(nn.Module):
+    """Probabilistic U-Net. Default: 28.35 M parameters, of which sampling needs TODO M."""
+
+    Config = ProbUNetConfig
+    TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
+                    lr_drops=tuple((40_000 * k, 10 ** (-0.4 * k)) for k in range(1, 6)))
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2)
+    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
+
+    def __init__(self, config: ProbUNetConfig | None = None):
+        super().__init__()
+        self.config = c = config or self.Config()
+        check_choice("dims", c.dims, (1, 2, 3))
+        check_choice("prior", c.prior, ("conditional", "fixed"))
+        check_choice("posterior", c.posterior, ("image_and_mask", "mask"))
+        check_choice("z_enters", c.z_enters, ("after", "input"))
+        if min(c.latent_dim, c.comb_layers - 1) < 1:
+            raise ValueError(f"latent_dim={c.latent_dim}, comb_layers={c.comb_layers}: latent_dim "
+                             "is at least 1, comb_layers at least 2")
+        width, at_input = c.channels[0], c.z_enters == "input"
+        self.unet = UNet(c.in_channels + at_input * c.latent_dim, c.channels, dims=c.dims,
+                         convs=c.convs, norm="none")
+        self.prior_net = GaussianNet(c, c.in_channels) if c.prior == "conditional" else None
+        seen = c.num_classes + (c.in_channels if c.posterior == "image_and_mask" else 0)
+        self.posterior_net = GaussianNet(c, seen)
+
+        # f_comb; the first layer is in two halves, see "Differences" 1
+        self.from_features = CONV[c.dims](width, width, 1)
+        self.from_z = None if at_input else nn.Linear(c.latent_dim, width, bias=False)
+        self.comb = nn.Sequential()
+        for out in [width] * (c.comb_layers - 2) + [c.num_classes]:
+            self.comb.extend([nn.ReLU(inplace=True), CONV[c.dims](width, out, 1)])
+        init_orthogonal(self)
+
+    def prior(self, image: Tensor) -> DiagonalNormal:
+        """P(z | X) of Eq. 1: mean and log_std (B, N)."""
+        if self.prior_net is None:
+            zeros = image.new_zeros(len(image), self.config.latent_dim)
+            return DiagonalNormal(zeros, zeros)
+        return self.prior_net(pad_to_multiple(image, self.unet.multiple))
+
+    def posterior(self, image: Tensor, label: Tensor) -> DiagonalNormal:
+        """Q(z | Y, X) of Eq. 3: where in latent space the masks `label` (B, *S) lie."""
+        image = pad_to_multiple(image, self.unet.multiple)
+        seen = image.new_zeros(len(image), self.config.num_classes, *image.shape[2:])  # one-hot
+        classes = torch.arange(seen.shape[1], device=label.device).view(-1, *[1] * self.config.dims)
+        center_crop(seen, label.shape[1:]).copy_(label.unsqueeze(1) == classes)  # 255 is none
+        if self.config.posterior == "image_and_mask":
+            seen = torch.cat([image, seen], 1)
+        return self.posterior_net(seen)
+
+    def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
+        """Eq. 4: (loss in nats, summed over pixels and averaged over the batch; its terms).
+
+        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
+        """
+        label = valid_label(label, mask)
+        prior, posterior = self.prior(image), self.posterior(image, label)
+        logits = self._logits(self._shared(image), posterior.sample().unsqueeze(0))  # (1, B, ...)
+        reconstruction = cross_entropy(logits, label).mean()
+        kl = posterior.kl(prior).mean()
+        return reconstruction + self.config.beta * kl, {"reconstruction": reconstruction.detach(),
+                                                        "kl": kl.detach()}
+
+    forward = loss
+
+    def _shared(self, image):
+        """All that the samples of an image have in common, (B, ., *S)."""
+        return self.from_features(self.unet(image)) if self.from_z else image
+
+    def _logits(self, shared, z):
+        """`_shared` and latents z (n, B, N) -> (n, B, K, *S): what each sample costs."""
+        if self.from_z:
+            bias = self.from_z(z)  # (n, B, width)
+            x = shared + bias.view(*bias.shape, *[1] * self.config.dims)
+            x = x.flatten(0, 1)
+        else:
+            size = shared.shape[2:]
+            z_map = z.view(*z.shape, *[1] * len(size)).expand(*z.shape, *size)
+            x = torch.cat([shared.expand(len(z), *shared.shape), z_map], 2).flatten(0, 1)
+            x = self.from_features(self.unet(x))
+        return self.comb(x).unflatten(0, z.shape[:2])
+
+    def _chunk(self, shared):
+        """How many samples to compute at once, so that memory does not grow with n."""
+        pixels = shared.shape[2:].numel()
+        return max(1, CHUNK // (len(shared) * self.config.channels[0] * pixels))
+
+    @torch.no_grad()
+    def decode(self, image: Tensor, z: Tensor) -> Tensor:
+        """Eq. 2: the logit maps (n, B, K, *S) that latents z (n, B, N) of your choice stand for."""
+        shared = self._shared(image)
+        logits = shared.new_empty(*z.shape[:2], self.config.num_classes, *image.shape[2:])
+        chunk = self._chunk(shared)
+        for out, part in zip(logits.split(chunk), z.split(chunk)):
+            out.copy_(self._logits(shared, part))
+        return logits
+
+    @torch.no_grad()
+    def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n logit maps, (n, B, K, *S): one pass of the U-Net and the prior net whatever n is."""
+        return self.decode(image, draw(self.prior(image), n, generator))
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> Tensor:
+        """Probabilities (B, K, *S) at the prior's mean, its most likely z."""
+        return self.decode(image, self.prior(image).mean.unsqueeze(0))[0].softmax(1)
+
+    @torch.no_grad()
+    def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
+        """Logits (B, K, *S) at the posterior's mean: how well z can say `label`."""
+        return self.decode(image, self.posterior(image, label).mean.unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
+                       mask: Tensor | None = None) -> Tensor:
+        """Lower bound of log p(y | x) in nats by importance sampling (Burda et al. 2016), (B,):
+
+            log (1/n) sum_i P_c(y | S(x, z_i)) P(z_i | x) / Q(z_i | y, x),  z_i ~ Q.
+
+        On average n = 1 gives the ELBO; more samples tighten the bound.
+        """
+        label = valid_label(label, mask)
+        prior, posterior, shared = self.prior(image), self.posterior(image, label), \
+            self._shared(image)
+        log_weight = []  # of each sample, (B,)
+        for part in draw(posterior, n).split(self._chunk(shared)):
+            log_prob = -cross_entropy(self._logits(shared, part), label)
+            log_weight += [log_p + prior.log_prob(z) - posterior.log_prob(z)
+                           for log_p, z in zip(log_prob, part)]
+        return torch.stack(log_weight).logsumexp(0) - math.log(n)
+
+
+@dataclass(frozen=True)
+class Image2ImageVAEConfig(ProbUNetConfig):
+    """The point of the grid that the paper takes for a baseline, with its best LIDC settings."""
+
+    latent_dim: int = 3
+    beta: float = 10.0
+    prior: str = "fixed"
+    posterior: str = "mask"
+    z_enters: str = "input"
+
+
+class Image2ImageVAE(ProbUNet):
+    """Image2Image VAE of Sec. 3.2: neither prior nor posterior knows the image. TODO M."""
+
+    Config = Image2ImageVAEConfig
+
+
+class GaussianNet(nn.Module):
+    """Prior or posterior net: a U-Net's encoder, global average pooling, 1-wide convolution.
+
+    (B, in_channels, *S), sizes multiples of the U-Net's -> DiagonalNormal of (B, N).
+    """
+
+    def __init__(self, c: ProbUNetConfig, in_channels: int):
+        super().__init__()
+        self.pool = POOL["average"][c.dims]
+        self.levels = nn.ModuleList(
+            conv_block(c.dims, before, after, convs=c.convs, norm="none")
+            for before, after in zip((in_channels, *c.channels), c.channels))
+        self.head = nn.Linear(c.channels[-1], 2 * c.latent_dim)
+
+    def forward(self, x):
+        for i, block in enumerate(self.levels):
+            x = block(self.pool(x, 2) if i else x)
+        mean, log_std = self.head(x.flatten(2).mean(2)).chunk(2, 1)
+        return DiagonalNormal(mean, log_std)
+
+
+def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """n draws of each case's latents, (n, B, N)."""
+    batch, latents = normal.mean.shape
+    noise = standard_normal((batch, n, latents), normal.mean, generator)
+    return normal.mean + normal.std * noise.transpose(0, 1)
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def draw_latent_map(model: ProbUNet, image: Tensor, labels: Tensor, path: str,
+                    axes: Sequence[int] = (0, 1)) -> None:
+    """Figs. 6 and 7: the label map that every position of the latent space stands for.
+
+    image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are in units
+    of the prior's std from its mean, so that the prior is a unit normal in the picture: 68, 95 ...
+    """
+    TODO
+
+
+if __name__ == "__main__":
+    pass
