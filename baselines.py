@@ -44,7 +44,7 @@ from common import (CONV, UNet, center_crop, check_choice, cross_entropy, init_o
 TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                 lr_drops=tuple((40_000 * i, 10 ** (-0.4 * i)) for i in range(1, 6)))  # to 1e-6
 QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2)
-QUICK_TRAINING = dict(lr=1e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
+QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
 
 
 @dataclass(frozen=True)

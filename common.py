@@ -358,33 +358,45 @@ def save_figure(figure, path, dpi: int = 110) -> None:
     write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=dpi))
 
 
-def show_image(ax, image, title: str = "") -> None:
-    """Grey or RGB picture of an array (C, H, W): the first channel, or three as colours."""
-    image = torch.as_tensor(image).float().cpu()
-    image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0]
+def paint_image(image) -> Tensor:
+    """Array (C, H, W) -> RGB (H, W, 3) in 0..1: the first channel as grey, or three as colours."""
+    image = torch.as_tensor(image).detach().float().cpu()
+    image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0, ..., None].repeat(1, 1, 3)
     low, high = image.min(), image.max()
-    image = (image - low) / (high - low).clamp(min=1e-6)
-    ax.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    return (image - low) / (high - low).clamp(min=1e-6)
+
+
+def paint_label(label, image=None) -> Tensor:
+    """Label map (H, W) -> RGB (H, W, 3) in the classes' colours, over the image where given."""
+    from matplotlib.colors import to_rgb
+
+    label = torch.as_tensor(label).cpu().long()
+    base = torch.zeros(*label.shape, 3) if image is None else paint_image(image)
+    opacity = 1.0 if image is None else 0.65
+    fill = torch.tensor([to_rgb(c) for c in COLORS])[(label - 1).clamp(min=0) % len(COLORS)]
+    picture = torch.where((label > 0)[..., None], opacity * fill + (1 - opacity) * base, base)
+    picture[label == IGNORE] = 0.5
+    return picture
+
+
+def paint_map(values, high: float | None = None) -> Tensor:
+    """Map of numbers (H, W) from 0 to `high` (else its maximum) -> RGB (H, W, 3), dark to bright."""
+    from matplotlib import colormaps
+
+    values = torch.as_tensor(values).detach().float().cpu()
+    values = values / max(high or values.max().item(), 1e-12)
+    return torch.from_numpy(colormaps["magma"](values.clamp(0, 1).numpy())[..., :3]).float()
+
+
+def show_image(ax, image, title: str = "") -> None:
+    """`paint_image` on an axes."""
+    ax.imshow(paint_image(image).numpy(), interpolation="nearest")
     ax.set_title(title, fontsize=8)
 
 
 def show_label(ax, label, image=None, title: str = "") -> None:
-    """Label map (H, W) in the classes' colours, over the image (C, H, W) where given."""
-    from matplotlib.colors import to_rgb
-
-    label = torch.as_tensor(label).cpu().long()
-    if image is None:
-        base = torch.zeros(*label.shape, 3)
-    else:
-        base = torch.as_tensor(image).float().cpu()
-        base = base.permute(1, 2, 0) if base.shape[0] == 3 else base[0, ..., None].repeat(1, 1, 3)
-        base = (base - base.min()) / (base.max() - base.min()).clamp(min=1e-6)
-    colors = torch.tensor([to_rgb(c) for c in COLORS])
-    fill = colors[(label - 1).clamp(min=0) % len(COLORS)]
-    opacity = 1.0 if image is None else 0.65
-    picture = torch.where((label > 0)[..., None], opacity * fill + (1 - opacity) * base, base)
-    picture[label == IGNORE] = 0.5
-    ax.imshow(picture.numpy(), interpolation="nearest")
+    """`paint_label` on an axes."""
+    ax.imshow(paint_label(label, image).numpy(), interpolation="nearest")
     ax.set_title(title, fontsize=8)
 
 
@@ -394,7 +406,8 @@ def show_outlines(ax, image, labels, title: str = "") -> None:
     for reader, label in enumerate(torch.as_tensor(labels).cpu()):
         inside = ((label > 0) & (label != IGNORE)).float()
         if inside.any():  # contour() warns on a constant map
-            ax.contour(inside.numpy(), levels=[0.5], colors=[COLORS[reader % len(COLORS)]], linewidths=1)
+            ax.contour(inside.numpy(), levels=[0.5], colors=[COLORS[reader % len(COLORS)]],
+                       linewidths=1)
 
 
 def show_map(ax, values, title: str = "", **options):
@@ -403,3 +416,33 @@ def show_map(ax, values, title: str = "", **options):
     picture = ax.imshow(values, cmap="magma", **options)
     ax.set_title(title, fontsize=8)
     return picture
+
+
+def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: float = 1.0) -> None:
+    """A PNG of many small pictures: rows {name: [RGB (H, W, 3) or None, ...]}, all of one size.
+
+    columns: names above. notes: {(row name, column): a few characters in that picture's corner}.
+    cell: inches a picture. One mosaic on one axes: hundreds of axes take matplotlib seconds.
+    """
+    height, width = next(p for row in rows.values() for p in row if p is not None).shape[:2]
+    count, gap = max(map(len, rows.values())), max(1, max(height, width) // 32)
+    mosaic = torch.ones(len(rows) * (height + gap), count * (width + gap), 3)
+    for r, row in enumerate(rows.values()):
+        for c, picture in enumerate(row):
+            if picture is not None:
+                top, left = r * (height + gap), c * (width + gap)
+                mosaic[top : top + height, left : left + width] = picture
+    figure, axes = new_figure(1, 1)
+    figure.set_size_inches(cell * count + 1.2, cell * len(rows) * height / width + 0.4)
+    ax = axes[0, 0]
+    ax.imshow(mosaic.numpy(), interpolation="nearest")
+    ax.set_axis_on()
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    ax.set_yticks([r * (height + gap) + height / 2 for r in range(len(rows))], list(rows))
+    ax.set_xticks([c * (width + gap) + width / 2 for c in range(len(columns))], columns)
+    for (name, c), text in (notes or {}).items():
+        r = list(rows).index(name)
+        ax.text(c * (width + gap) + gap, r * (height + gap) + gap, text, color="white", fontsize=7,
+                va="top")
+    save_figure(figure, path)

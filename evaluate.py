@@ -35,12 +35,12 @@ import torch
 import data
 import metrics
 import train
-from common import (COLORS, IGNORE, UserError, new_figure, pick_device, save_figure, show_image,
-                    show_label, show_map, write_atomically)
+from common import (COLORS, IGNORE, UserError, new_figure, paint_image, paint_label, paint_map,
+                    pick_device, save_figure, save_grid, write_atomically)
 
 COLUMNS = 6  # cases a picture shows
 QUANTILES = ("dice_q05", "dice_q25", "dice_q50", "dice_q75", "dice_q95")
-READERS = 7  # label maps of a case a picture shows, the likeliest first if there are more
+READERS = 7  # label maps of a case a picture shows
 
 
 def report(folder, *, split="test", cases="all", samples=(16, 100), path=None, device=None,
@@ -135,7 +135,7 @@ def draw(out, model, split, values, excess, samples) -> None:
     some = split.subset(rows.tolist())
     generator = torch.Generator(some.images.device).manual_seed(0)
     probs = model.sample(some.images, 16, generator).float().softmax(2)  # (16, B, K, *S)
-    prediction = model.predict(some.images)
+    prediction = model.predict(some.images)  # (B, K, *S)
     shown = [plane(some, case, probs[:, case], prediction[case]) for case in range(len(some))]
     draw_samples(out / "samples.png", shown)
     draw_uncertainty(out / "uncertainty.png", shown)
@@ -147,8 +147,8 @@ def draw(out, model, split, values, excess, samples) -> None:
 def plane(split, case, probs, prediction) -> SimpleNamespace:
     """One case as arrays a picture can show, on the CPU: 2D as it is, 1D as a band, 3D by one slice.
 
-    probs (n, K, *S), prediction (K, *S) -> image (C, H, W), labels (A, H, W) with `titles`,
-    probs (n, K, H, W), prediction (K, H, W).
+    probs (n, K, *S), prediction (K, *S) -> image (C, H, W), labels (A, H, W) with their weights
+    where they differ, the likeliest first; probs (n, K, H, W), prediction (K, H, W).
     """
     image, labels = split.images[case].cpu(), split.labels[case].cpu()
     probs, prediction = probs.cpu(), prediction.cpu()
@@ -161,15 +161,16 @@ def plane(split, case, probs, prediction) -> SimpleNamespace:
         image, labels, probs, prediction = (
             x.select(-3, at) for x in (image, labels, probs, prediction))
     weights = None if split.weights is None else split.weights[case].cpu()
+    mean_label = reader_mean(labels, weights)
     if weights is None:
-        chosen = range(min(len(labels), READERS))
-        titles = [f"reader {a}" for a in chosen]
+        chosen = torch.arange(min(len(labels), READERS))
     else:
-        chosen = weights.argsort(descending=True)[:READERS].tolist()
-        chosen = [a for a in chosen if weights[a] > 0]
-        titles = [f"p = {weights[a]:.2f}" for a in chosen]
-    return SimpleNamespace(image=image, labels=labels[list(chosen)], titles=titles, probs=probs,
-                           prediction=prediction, mean_label=reader_mean(labels, weights))
+        chosen = weights.argsort(descending=True)[:READERS]
+        chosen = chosen[weights[chosen] > 0]
+        weights = weights[chosen]
+    return SimpleNamespace(name=split.names[case][:14], image=image, labels=labels[chosen],
+                           weights=weights, probs=probs, prediction=prediction,
+                           mean_label=mean_label)
 
 
 def reader_mean(labels, weights) -> torch.Tensor:
@@ -182,29 +183,32 @@ def reader_mean(labels, weights) -> torch.Tensor:
 def draw_samples(path, cases) -> None:
     """Image, readers, prediction and samples of every case, a column each."""
     readers, n = max(len(c.labels) for c in cases), len(cases[0].probs)
-    figure, axes = new_figure(2 + readers + n, len(cases), panel=0.95)
-    for column, case in zip(axes.T, cases):
-        show_image(column[0], case.image, "image")
-        for ax, label, title in zip(column[1:], case.labels, case.titles):
-            show_label(ax, label, case.image, title)
-        show_label(column[1 + readers], case.prediction.argmax(0), case.image, "prediction")
-        for i, ax in enumerate(column[2 + readers :]):
-            show_label(ax, case.probs[i].argmax(0), case.image, f"sample {i + 1}")
-    save_figure(figure, path)
+    named = [f"reader {i + 1}" if cases[0].weights is None else f"mode {i + 1}"
+             for i in range(readers)]
+    rows = {"image": [paint_image(c.image) for c in cases]}
+    for i, name in enumerate(named):
+        rows[name] = [paint_label(c.labels[i], c.image) if i < len(c.labels) else None
+                      for c in cases]
+    rows["prediction"] = [paint_label(c.prediction.argmax(0), c.image) for c in cases]
+    for i in range(n):
+        rows[f"sample {i + 1}"] = [paint_label(c.probs[i].argmax(0), c.image) for c in cases]
+    notes = {(named[i], column): f"{p:.2f}" for column, c in enumerate(cases)
+             if c.weights is not None for i, p in enumerate(c.weights)}
+    save_grid(path, rows, [c.name for c in cases], notes)
 
 
 def draw_uncertainty(path, cases) -> None:
-    """Where readers differ and where samples do, a row a case."""
-    figure, axes = new_figure(len(cases), 5, panel=1.5)
-    for row, case in zip(axes, cases):
+    """Where readers differ and where samples do, a column a case."""
+    rows = {"image": [], "readers:\nforeground": [], "samples:\nforeground": [], "gamma map": [],
+            "variance /\nmaximum": []}
+    for case in cases:
         probs = case.probs.unsqueeze(1)  # (n, 1, K, H, W)
-        show_image(row[0], case.image, "image")
-        show_map(row[1], case.mean_label, "readers: foreground", vmin=0, vmax=1)
-        show_map(row[2], 1 - probs.mean(0)[0, 0], "samples: foreground", vmin=0, vmax=1)
-        show_map(row[3], metrics.gamma_map(probs)[0], "gamma map", vmin=0)
-        show_map(row[4], metrics.uncertainty_map(probs)[0], "variance / its maximum", vmin=0,
-                 vmax=1)
-    save_figure(figure, path)
+        pictures = (paint_image(case.image), paint_map(case.mean_label, 1),
+                    paint_map(1 - probs.mean(0)[0, 0], 1), paint_map(metrics.gamma_map(probs)[0]),
+                    paint_map(metrics.uncertainty_map(probs)[0], 1))
+        for row, picture in zip(rows.values(), pictures):
+            row.append(picture)
+    save_grid(path, rows, [c.name for c in cases])
 
 
 def draw_dice(path, values) -> None:
@@ -282,13 +286,12 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
             np.savez_compressed(stream, **arrays)
 
     write_atomically(out / f"{file.stem}.npz", write)
-    figure, axes = new_figure(-(-(samples + 3) // 5), 5, panel=1.5)
-    show_image(axes.flat[0], image[0], "image")
-    show_label(axes.flat[1], prediction, image[0], "prediction")
-    show_map(axes.flat[2], uncertainty, "variance / its maximum", vmin=0, vmax=1)
-    for i, ax in enumerate(axes.flat[3 : 3 + samples]):
-        show_label(ax, arrays["samples"][i], image[0], f"sample {i + 1}")
-    save_figure(figure, out / f"{file.stem}_samples.png")
+    pictures = [paint_image(image[0]), paint_label(prediction, image[0]), paint_map(uncertainty, 1)]
+    pictures += [paint_label(sample, image[0]) for sample in arrays["samples"]]
+    rows = {"image, prediction,\nuncertainty": pictures[:3]}
+    for i in range(3, len(pictures), 4):
+        rows[f"samples {i - 2} to {min(i + 1, len(pictures) - 3)}"] = pictures[i : i + 4]
+    save_grid(out / f"{file.stem}_samples.png", rows, cell=1.6)
     return out / f"{file.stem}.npz"
 
 

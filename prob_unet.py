@@ -65,7 +65,7 @@ class ProbUNetConfig:
 
 
 class ProbUNet(nn.Module):
-    """Probabilistic U-Net. Default: 28.35 M parameters, of which sampling needs TODO M."""
+    """Probabilistic U-Net. Default: 27.50 M parameters, 19.64 M of them for sampling."""
 
     Config = ProbUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
@@ -209,7 +209,7 @@ class Image2ImageVAEConfig(ProbUNetConfig):
 
 
 class Image2ImageVAE(ProbUNet):
-    """Image2Image VAE of Sec. 3.2: neither prior nor posterior knows the image. TODO M."""
+    """Image2Image VAE of Sec. 3.2: neither prior nor posterior knows the image. 19.64 M parameters."""
 
     Config = Image2ImageVAEConfig
 
@@ -248,13 +248,108 @@ def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = Non
 @torch.no_grad()
 def draw_latent_map(model: ProbUNet, image: Tensor, labels: Tensor, path: str,
                     axes: Sequence[int] = (0, 1)) -> None:
-    """Figs. 6 and 7: the label map that every position of the latent space stands for.
+    """Figs. 6 and 7: the label maps that lie across the latent space, and the readers in it.
 
-    image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are in units
-    of the prior's std from its mean, so that the prior is a unit normal in the picture: 68, 95 ...
+    image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are counted
+    in the prior's std from the prior's mean, so it is the unit normal in the picture: rings 1 to 4
+    std about the middle hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples. A coloured number
+    is the posterior's mean for that reader's map; one that lies outside stands at the border. Of
+    a latent space of more than two dimensions it is the slice along `axes` through the prior's mean.
+    Raises ValueError for other axes than the model has, and for 1D and 3D models.
     """
-    TODO
+    from matplotlib.figure import Figure
+
+    latents = model.config.latent_dim
+    if model.config.dims != 2 or len(set(axes)) != 2 or not set(axes) <= set(range(latents)):
+        raise ValueError(f"axes={tuple(axes)}, dims={model.config.dims}: give two different axes "
+                         f"from 0 to {latents - 1}, and a model with dims=2")
+    side, edge = 19, 4.75  # tiles a side, half a std wide each
+    at = torch.linspace(-4.5, 4.5, side, device=image.device)
+    whitened = torch.zeros(side, side, latents, device=image.device)
+    whitened[..., axes[0]] = at
+    whitened[..., axes[1]] = -at[:, None]  # upwards
+    prior = model.prior(image[None])
+    z = prior.mean + prior.std * whitened.view(-1, 1, latents)
+    tiles = model.decode(image[None], z).argmax(2).unflatten(0, (side, side))[:, :, 0]
+    mosaic = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (side * H, side * W)
+    posterior = model.posterior(image.expand(len(labels), -1, -1, -1), labels.long())
+    readers = ((posterior.mean - prior.mean) / prior.std)[:, list(axes)].cpu()
+
+    rows = 1 + len(labels)
+    figure = Figure(figsize=(7.2 + 6.6 / rows, 7), layout="constrained")
+    panels = figure.subplot_mosaic([[row, "map"] for row in range(rows)], width_ratios=(1, rows))
+    show_image(panels[0], image, "image")
+    for a, label in enumerate(labels):
+        show_label(panels[1 + a], label)
+        panels[1 + a].set_title(f"reader {a}", color=COLORS[a % len(COLORS)], fontsize=9,
+                                fontweight="bold")
+    for row in range(rows):
+        panels[row].set_axis_off()
+
+    ax = panels["map"]
+    show_label(ax, mosaic)
+    ax.images[0].set(extent=(-edge, edge, -edge, edge), interpolation="antialiased")
+    lines = torch.linspace(-edge, edge, side + 1)
+    ax.hlines(lines, -edge, edge, color="#555555", linewidth=0.4)
+    ax.vlines(lines, -edge, edge, color="#555555", linewidth=0.4)
+    angle = torch.linspace(0, 2 * math.pi, 200)
+    for ring in range(1, 5):
+        ax.plot(ring * angle.cos(), ring * angle.sin(), color="white", linewidth=1.2)
+        ax.text(0, ring, f"{ring} std", color="black", fontsize=7, ha="center", va="center",
+                bbox=dict(boxstyle="round,pad=0.15", facecolor="white", linewidth=0))
+    for a, (x, y) in enumerate(readers.clamp(-edge, edge).tolist()):
+        ax.text(x, y, str(a), fontsize=10, fontweight="bold", ha="center", va="center",
+                bbox=dict(boxstyle="circle,pad=0.2", facecolor=COLORS[a % len(COLORS)],
+                          edgecolor="white"))
+    ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal",
+           xlabel=f"$z_{axes[0]}$, in std of the prior from its mean", ylabel=f"$z_{axes[1]}$")
+    ax.set_title("the label map of every z; readers at their posterior's mean", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_samples(model: ProbUNet, cases, path: str) -> None:
+    """Image, the four likeliest readers and eight samples of each of `cases`, a data.Split."""
+    odds, order = cases.weights.sort(1, descending=True)
+    samples = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).argmax(2)
+    figure, axes = new_figure(len(cases), 13, panel=0.95,
+                              title="image · the four likeliest of 12 label maps · eight samples")
+    for i, row in enumerate(axes):
+        image = cases.images[i]
+        show_image(row[0], image)
+        for ax, p, reader in zip(row[1:5], odds[i], order[i]):
+            show_label(ax, cases.labels[i, reader], image, f"p = {p:.2f}")
+        for number, (ax, label) in enumerate(zip(row[5:], samples[:, i]), 1):
+            show_label(ax, label, image, f"sample {number}")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":
-    pass
+    import time
+
+    import data
+    import metrics
+
+    train, test = data.load("shapes", ("train", "test"))
+    torch.manual_seed(0)
+    model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(8, 16, 32, 64), convs=2, latent_dim=2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    batches = data.batches(train, 8, seed=0, augmentation=data.AUGMENTATION["shapes"])
+    start, steps = time.monotonic(), 400
+    for step, (image, label) in zip(range(1, steps + 1), batches):
+        optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.8 * steps else 4e-4
+        optimizer.zero_grad()
+        loss, terms = model(image, label)
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}/{steps}, {time.monotonic() - start:.0f} s: reconstruction "
+                  f"{terms['reconstruction']:.0f}, kl {terms['kl']:.2f} nats", flush=True)
+    test = test.subset(range(50))
+    samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
+    alone = model.predict(test.images).argmax(1)[None]
+    print("GED: 16 samples {:.3f}, the prediction alone {:.3f}".format(
+        *(metrics.ged(s, test.labels, 4, test.weights).mean() for s in (samples, alone))))
+    draw_samples(model, test.subset(range(4)), "prob_unet_samples.png")
+    likeliest = test.weights[0].topk(6).indices
+    draw_latent_map(model, test.images[0], test.labels[0, likeliest], "prob_unet_latent.png")
+    print("samples: prob_unet_samples.png, the latent space of one image: prob_unet_latent.png")
