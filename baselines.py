@@ -25,7 +25,7 @@ Differences from the paper
      decoder on the whole input of a block, skip connection included. `predict` leaves it out.
   4. One 1-wide convolution follows the core; the paper has "the appropriate number".
 
-    python train.py --model unet --data lidc --device cuda        # or dropout_unet, ensemble, m_heads
+    python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
 """
 
@@ -81,9 +81,9 @@ def core(c: UNetConfig) -> UNet:
 
 
 class Mixture(nn.Module):
-    """Finitely many outputs of equal probability: p(y | x) = 1/M sum_m prod_i softmax(eta_m)[i, y_i].
+    """M outputs of equal probability: p(y | x) = 1/M sum_m prod_i softmax(eta_m)[i, y_i].
 
-    A subclass sets `count`, M, and defines `outputs` and `loss`.
+    A subclass sets `count`, which is M, and defines `outputs` and `loss`.
     """
 
     TRAINING, QUICK_CONFIG, QUICK_TRAINING = TRAINING, QUICK_CONFIG, QUICK_TRAINING
@@ -144,6 +144,7 @@ class EnsembleUNet(Mixture):
     """M U-Nets of independent initial weights. Default: 188 M parameters; `members[m]` is one."""
 
     Config = EnsembleUNetConfig
+    QUICK_CONFIG = QUICK_CONFIG | dict(members=2)
 
     def __init__(self, config: EnsembleUNetConfig = EnsembleUNetConfig()):
         super().__init__()
@@ -159,7 +160,8 @@ class EnsembleUNet(Mixture):
         """The members' losses summed, so that each has the gradient it would have alone.
 
         Arguments as DeterministicUNet.loss; the term `cross_entropy` is the members' mean. The
-        backward pass computes a member's activations again: only one member's are held at a time.
+        backward pass computes each member's activations anew, so that those of only one are in
+        memory at a time (1 GB a member by default): a third more work.
         """
         losses = [checkpoint(member, image, label, mask, use_reentrant=False)[0]
                   for member in self.members]
@@ -209,7 +211,7 @@ class DropoutUNet(nn.Module):
 
     Config = DropoutUNetConfig
     TRAINING, QUICK_TRAINING = TRAINING, QUICK_TRAINING
-    QUICK_CONFIG = QUICK_CONFIG | dict(dropout_blocks=2)
+    QUICK_CONFIG = QUICK_CONFIG | dict(dropout_blocks=1)  # of three levels
 
     def __init__(self, config: DropoutUNetConfig = DropoutUNetConfig()):
         super().__init__()
@@ -241,7 +243,7 @@ class DropoutUNet(nn.Module):
 
     def inner(self, features: list[Tensor], size,
               generator: torch.Generator | None = None) -> Tensor:
-        """The rest of the network under one dropout mask a case: `outer`'s -> logits (B, K, *size)."""
+        """The rest of the network: from `outer`'s features, logits (B, K, *size) under a new mask."""
         *skips, x = features
         for block in self.unet.encoder[-self.config.dropout_blocks :]:
             skips.append(x)

@@ -1,9 +1,10 @@
 """Judge a trained run: numbers, pictures, and samples for an image of your own.
 
-    python evaluate.py runs/ssn-lidc-0                           # its test split, 16 and 100 samples
+    python evaluate.py runs/ssn-lidc-0                           # its test split
     python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that every reader marked
+    python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples tell who disagrees?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
-    python evaluate.py runs/ssn-lidc-0 --compare runs/prob_unet-lidc-0    # a table, paired tests
+    python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests
 
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr is the bootstrap's, over cases
@@ -11,19 +12,21 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     samples.png      image, every reader, prediction and 16 samples, a column a case
     uncertainty.png  readers' and samples' mean, PHiSeg's gamma map, variance over samples
     dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
-    modes.png        made sets only: how often each mode is drawn, against its known weight
+    ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
+    modes.png        made sets: frequencies of modes and of pixels' classes against the known odds
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
 deterministic `predict`: dice, dice_present, and ged_predict, the GED it would have alone. For the
-mean of the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats the
-prediction's, dice_q05 to dice_q95 quantiles of the samples' Dice. log_likelihood in nats; iou_rec for
-models with latents. mode_tv_<n> is the total variation between the samples' modes and the known
-weights of a case (n draws from the weights themselves have some too); mode_gap_<n> that of the worst
-mode when cases are averaged first.
+mean of the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats
+the prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_likelihood in nats;
+iou_rec for models with latents. Where the odds are known: mode_tv_<n>, the total variation between
+the modes drawn for a case and its odds (n true draws have some too); mode_pooled_tv_<n>, the same with
+frequencies and odds averaged over the cases first, and mode_gap_<n>, the worst mode's difference then.
 """
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -38,12 +41,14 @@ import train
 from common import (COLORS, IGNORE, UserError, new_figure, paint_image, paint_label, paint_map,
                     pick_device, save_figure, save_grid, write_atomically)
 
+SAMPLES = (1, 4, 8, 16, 100)
 COLUMNS = 6  # cases a picture shows
 QUANTILES = ("dice_q05", "dice_q25", "dice_q50", "dice_q75", "dice_q95")
+LINES = [c for c in COLORS if c != "#F0E442"]  # yellow lines do not show on white
 READERS = 7  # label maps of a case a picture shows
 
 
-def report(folder, *, split="test", cases="all", samples=(16, 100), path=None, device=None,
+def report(folder, *, split="test", cases="all", samples=SAMPLES, path=None, device=None,
            quiet=False) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
@@ -70,15 +75,19 @@ def report(folder, *, split="test", cases="all", samples=(16, 100), path=None, d
 
     out = folder if (split, cases) == ("test", "all") else folder / f"{split}-{cases}"
     out.mkdir(exist_ok=True)
-    excess = [values.pop(name) for name in list(values) if name.endswith("_excess")]
+    modes = calibrate(model, part, max(samples)) if part.exact else None
+    if modes:
+        values[f"mode_tv_{max(samples)}"] = abs(modes.frequency - modes.odds).sum(1) / 2
     summary = {name: {k: b[k] for k in ("mean", "stderr", "n")}
                for name, v in values.items() for b in [metrics.bootstrap(v)]}
-    if excess:
-        summary[f"mode_gap_{max(samples)}"] = mode_gap(np.stack(excess, 1))
+    if modes:
+        summary |= pooled(modes, max(samples))
     train.write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False,
                                                       default=float) + "\n")
     write_csv(out / "per_case.csv", part, values)
-    draw(out, model, part, values, excess, samples)
+    draw(out, model, part, values, summary)
+    if modes:
+        draw_modes(out / "modes.png", modes)
     progress.say(table(summary))
     progress.say(f"{split} split, {len(part)} cases: numbers and pictures in {out}")
     return summary
@@ -100,12 +109,43 @@ def agreed(split) -> list[int]:
     return torch.nonzero((foreground | missing).all(1)).flatten().tolist()
 
 
-def mode_gap(excess) -> dict:
-    """Largest |frequency - weight| of any mode, both averaged over cases; excess (N, M)."""
+@torch.no_grad()
+def calibrate(model, split, n) -> SimpleNamespace:
+    """Do modes, and classes of pixels, appear as often as the known odds say?
+
+    frequency, odds: (N, M), of each mode of each case (Kohl et al. 2018, App. C). marginal: (20, 2),
+    for pixels and foreground classes sorted into 20 bins by their known probability (0 and 1 left
+    out): its mean and the mean share of the samples; NaN where a bin is empty.
+    """
+    frequency, odds, totals = [], [], torch.zeros(20, 3, dtype=torch.float64)
+    for part, logits in train.drawn(model, split, n):
+        hard = train.labels_of(logits, 2)
+        labels, count = part.labels, part.labels.shape[1]
+        weights = torch.full_like(labels[:, :, 0].flatten(2)[..., 0], 1 / count, dtype=torch.float) \
+            if part.weights is None else part.weights
+        frequency.append(metrics.mode_frequencies(hard, labels, part.num_classes).cpu())
+        odds.append(weights.cpu())
+        for k in range(1, part.num_classes):
+            known = torch.einsum("bm,bm...->b...", weights, (labels == k).float()).flatten()
+            share = (hard == k).float().mean(0).flatten()
+            open_ = (known > 1e-4) & (known < 1 - 1e-4)
+            known, share = known[open_].double().cpu(), share[open_].double().cpu()
+            row = (known * 20).long().clamp(max=19)
+            totals.index_add_(0, row, torch.stack([known, share, torch.ones_like(known)], 1))
+    return SimpleNamespace(frequency=torch.cat(frequency).numpy(), odds=torch.cat(odds).numpy(),
+                           marginal=(totals[:, :2] / totals[:, 2:]).numpy())
+
+
+def pooled(modes, n) -> dict:
+    """mode_pooled_tv_<n> and mode_gap_<n> with standard errors by resampling cases."""
     rng = np.random.default_rng(0)
-    again = [abs(excess[rng.integers(len(excess), size=len(excess))].mean(0)).max()
-             for _ in range(200)]
-    return {"mean": abs(excess.mean(0)).max(), "stderr": np.std(again), "n": len(excess)}
+    excess = modes.frequency - modes.odds
+    again = excess[rng.integers(len(excess), size=(200, len(excess)))].mean(1)  # (200, M)
+    mean = excess.mean(0)
+    return {f"mode_pooled_tv_{n}": {"mean": abs(mean).sum() / 2, "n": len(excess),
+                                    "stderr": np.std(abs(again).sum(1) / 2)},
+            f"mode_gap_{n}": {"mean": abs(mean).max(), "stderr": np.std(abs(again).max(1)),
+                              "n": len(excess)}}
 
 
 def write_csv(path, split, values) -> None:
@@ -129,8 +169,8 @@ def table(summary: dict) -> str:
 # ----------------------------------------------------------------------------------- pictures
 
 
-def draw(out, model, split, values, excess, samples) -> None:
-    """All pictures of an evaluation, of cases spread evenly over the split."""
+def draw(out, model, split, values, summary) -> None:
+    """The pictures of an evaluation, of cases spread evenly over the split."""
     rows = np.linspace(0, len(split) - 1, min(COLUMNS, len(split))).round().astype(int)
     some = split.subset(rows.tolist())
     generator = torch.Generator(some.images.device).manual_seed(0)
@@ -140,8 +180,7 @@ def draw(out, model, split, values, excess, samples) -> None:
     draw_samples(out / "samples.png", shown)
     draw_uncertainty(out / "uncertainty.png", shown)
     draw_dice(out / "dice.png", values)
-    if excess:
-        draw_modes(out / "modes.png", split, np.stack(excess, 1).mean(0), max(samples))
+    draw_ged(out / "ged.png", {out.name: summary})
 
 
 def plane(split, case, probs, prediction) -> SimpleNamespace:
@@ -237,23 +276,137 @@ def draw_dice(path, values) -> None:
     save_figure(figure, path)
 
 
-def draw_modes(path, split, excess, n) -> None:
-    """How often each mode is drawn beside its known weight, both averaged over the cases."""
-    count = split.labels.shape[1]
-    weights = np.full(count, 1 / count) if split.weights is None \
-        else split.weights.cpu().numpy().mean(0)
-    order = np.argsort(-weights, kind="stable")
-    figure, axes = new_figure(1, 1, panel=3.0)
-    figure.set_size_inches(8, 2.8)
+def draw_ged(path, summaries: dict) -> None:
+    """GED against the number of samples, a line a run; `summaries`: {name: metrics.json}."""
+    figure, axes = new_figure(1, 1)
+    figure.set_size_inches(5, 3.2)
     ax = axes[0, 0]
     ax.set_axis_on()
-    x = np.arange(count)
-    ax.bar(x - 0.2, weights[order], 0.4, color=COLORS[7], label="known weight")
-    ax.bar(x + 0.2, (weights + excess)[order], 0.4, color=COLORS[5], label=f"share of {n} samples")
-    ax.set(xticks=x, xticklabels=order, xlabel="mode", ylabel="mean over cases")
-    ax.tick_params(labelsize=7)
+    for (name, summary), color in zip(summaries.items(), itertools.cycle(LINES)):
+        counts = sorted(int(k[4:]) for k in summary if k.startswith("ged_") and k[4:].isdigit())
+        geds = [summary[f"ged_{n}"] for n in counts]
+        ax.errorbar(counts, [g["mean"] for g in geds], [g["stderr"] for g in geds], label=name,
+                    color=color, marker="o", markersize=3, capsize=2)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="samples", ylabel="squared GED", xticks=counts, xticklabels=counts)
+    ax.set_ylim(bottom=0)
+    ax.tick_params(labelsize=8)
     ax.legend(fontsize=8)
     save_figure(figure, path)
+
+
+def draw_modes(path, modes) -> None:
+    """Frequencies against known odds: of modes, averaged over cases; and of the classes of pixels."""
+    odds, frequency = modes.odds.mean(0), modes.frequency.mean(0)
+    figure, axes = new_figure(1, 3, panel=2.6)
+    figure.set_size_inches(9, 2.9)
+    bars, modewise, pixelwise = axes[0]
+    x = np.arange(len(odds))
+    order = np.argsort(-odds, kind="stable")
+    bars.bar(x - 0.2, odds[order], 0.4, color=COLORS[7], label="known odds")
+    bars.bar(x + 0.2, frequency[order], 0.4, color=COLORS[5], label="share of samples")
+    bars.set(xticks=x[:: 1 + len(x) // 16], xticklabels=order[:: 1 + len(x) // 16], xlabel="mode")
+    bars.legend(fontsize=7)
+    floor = min(odds.min(), 1e-3) / 2  # where modes that were never drawn are put
+    modewise.plot([floor, 1], [floor, 1], color=COLORS[7])
+    modewise.plot(odds, frequency.clip(floor), "o", color=COLORS[5], markersize=3)
+    modewise.set(xscale="log", yscale="log", xlabel="odds of a mode", ylabel="its frequency")
+    pixelwise.plot([0, 1], [0, 1], color=COLORS[7])
+    pixelwise.plot(*modes.marginal.T, "s", color=COLORS[6], markersize=4)
+    pixelwise.set(xlabel="odds of a pixel's class", ylabel="its frequency")
+    for ax in axes[0]:
+        ax.set_axis_on()
+        ax.tick_params(labelsize=7)
+    for ax in (modewise, pixelwise):
+        ax.set_aspect("equal")
+    figure.suptitle(f"total variation, pooled over cases: {abs(odds - frequency).sum() / 2:.3f}",
+                    fontsize=9)
+    save_figure(figure, path)
+
+
+# ----------------------------------------------------------------------- several runs, ambiguity
+
+
+COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice", "dice_present",
+            "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
+
+
+def compare(folders) -> str:
+    """A table of finished runs, one a line, and `compare.png`, both in the first run's folder.
+
+    p: the paired permutation test, over cases, of a run's `ged_16` against the first's.
+    Raises UserError where runs were not judged on the same cases.
+    """
+    folders = [Path(f) for f in folders]
+    summaries, cases = {}, []
+    for folder in folders:
+        try:
+            summaries[folder.name] = json.loads((folder / "metrics.json").read_text())
+            with open(folder / "per_case.csv", newline="", encoding="utf-8") as file:
+                cases.append({row["name"]: float(row["ged_16"]) for row in csv.DictReader(file)})
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
+                            f"python evaluate.py {folder}") from None
+        if cases[-1].keys() != cases[0].keys():
+            raise UserError(f"{folder} and {folders[0]} were judged on different cases")
+    names = [n for n in COMPARED if any(n in s for s in summaries.values())]
+    lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
+    for (run, summary), values in zip(summaries.items(), cases):
+        cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := summary.get(n)) else ""
+                 for n in names]
+        p = metrics.paired_test([values[c] for c in cases[0]], list(cases[0].values()))
+        lines.append(f"| {run} | " + " | ".join(cells) +
+                     (f" | {p:.2g} |" if values is not cases[0] else " | |"))
+    text = "\n".join(lines) + "\n"
+    train.write_text(folders[0] / "compare.md", text)
+    draw_ged(folders[0] / "compare.png", summaries)
+    return text
+
+
+@torch.no_grad()
+def ambiguity(folder, *, path=None, device=None, n=16) -> dict:
+    """Can the samples tell which cases the readers disagree on? (Kohl et al. 2018, App. E.)
+
+    A case is ambiguous if a reader marked nothing and another something. It is called so if fewer
+    than t of its n samples mark something, with the t that is right most often on the validation
+    split. Writes ambiguity.json and ambiguity.png; returns accuracy on the test split, the share that
+    the commoner answer would get right, and t.
+    """
+    folder = Path(folder)
+    settings = read_config(folder)["settings"]
+    device = device or pick_device()
+    model = train.load(folder / "best.pt", device)
+    splits = data.load(settings["data"], ("val", "test"), path or settings["path"],
+                       **settings["data_args"])
+    counts, truth = [], []
+    for split in splits:
+        if settings["image_size"] is not None:
+            split = data.center(split, settings["image_size"])
+        marked = [((train.labels_of(logits, 2) > 0).flatten(2).any(2)).sum(0).cpu()
+                  for _, logits in train.drawn(model, split.to(device), n)]
+        counts.append(torch.cat(marked).numpy())
+        drew = ((split.labels > 0) & (split.labels != IGNORE)).flatten(2).any(2)
+        there = (split.labels != IGNORE).flatten(2).any(2)
+        truth.append(((drew & there).any(1) & (~drew & there).any(1)).numpy())
+    right = [((counts[0] < t) == truth[0]).mean() for t in range(n + 2)]
+    threshold = int(np.argmax(right))
+    result = dict(accuracy=float(((counts[1] < threshold) == truth[1]).mean()),
+                  commoner=float(max(truth[1].mean(), 1 - truth[1].mean())),
+                  threshold=threshold, samples=n, n=len(truth[1]))
+    train.write_text(folder / "ambiguity.json", json.dumps(result, indent=2) + "\n")
+    figure, axes = new_figure(1, 1)
+    figure.set_size_inches(5, 3)
+    ax = axes[0, 0]
+    ax.set_axis_on()
+    ax.hist([counts[1][truth[1]], counts[1][~truth[1]]], bins=np.arange(n + 2) - 0.5,
+            color=[COLORS[6], COLORS[5]], label=["readers disagree", "readers agree"])
+    ax.axvline(threshold - 0.5, color="black", linestyle="--", linewidth=1)
+    ax.set(xlabel=f"samples of {n} that mark something", ylabel="test cases")
+    ax.set_title(f"accuracy {result['accuracy']:.3f} (commoner answer {result['commoner']:.3f})",
+                 fontsize=9)
+    ax.legend(fontsize=8)
+    save_figure(figure, folder / "ambiguity.png")
+    return result
 
 
 # -------------------------------------------------------------------------- one image of yours
@@ -331,7 +484,9 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--cases", choices=["all", "agreed"], default="all",
                    help="agreed: only cases that every reader marked")
     p.add_argument("--path", help="judge on this file of the same data set")
-    p.add_argument("--samples", type=int, nargs="+", default=[16, 100], metavar="N")
+    p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N")
+    p.add_argument("--ambiguous", action="store_true", help="tell cases on which readers disagree")
+    p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and figure with these")
     p.add_argument("--image", metavar="FILE", help="draw samples for this picture instead")
     p.add_argument("--out", help="where --image writes (default: the run's folder)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -346,8 +501,13 @@ def main(argv=None) -> int:
         if min(args.samples) < 1:
             raise UserError("--samples: numbers from 1 up")
         if args.image:
-            print(predict_image(args.run, args.image, samples=args.samples[0], out=args.out,
-                                device=device))
+            print(predict_image(args.run, args.image, out=args.out, device=device,
+                                samples=16 if len(args.samples) > 1 else args.samples[0]))
+        elif args.compare:
+            print(compare([args.run, *args.compare]), end="")
+        elif args.ambiguous:
+            result = ambiguity(args.run, path=args.path, device=device)
+            print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
         else:
             report(args.run, split=args.split, cases=args.cases, samples=tuple(args.samples),
                    path=args.path, device=device)

@@ -275,27 +275,36 @@ def train_step(loss_of, optimizer, image, label, lr, autocast):
     return {"loss": loss.detach(), **terms, "gradient": norm}
 
 
+def drawn(model, split, n, seed=0):
+    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it.
+
+    Draws depend on (seed, batch) alone. As many cases at once as keep the logits under 128 MiB.
+    """
+    batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
+    for start in range(0, len(split), batch):
+        part = split.subset(range(start, min(start + batch, len(split))))
+        generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
+        torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
+        yield part, model.sample(part.images, n, generator).float()
+
+
 @torch.no_grad()
 def evaluate(model, split, samples=(16,), seed=0, full=True, progress=None) -> dict:
     """Every measure of every case: {name: (N,) float64}, for each n in `samples`.
 
-    full=False only measures `ged_<n>`, as validation during training does. Draws are seeded by
-    (seed, batch). `progress(done)` is called after every batch.
+    full=False only measures `ged_<n>`, as validation during training does. `progress(done)` is
+    called after every batch.
     """
     was_training = model.training
     model.eval()
-    n = max(samples)
-    batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
     results: dict[str, list] = {}
-    for start in range(0, len(split), batch):
-        part = split.subset(range(start, min(start + batch, len(split))))
-        torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
-        generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
-        logits = model.sample(part.images, n, generator).float()  # (n, B, K, *S)
+    done = 0
+    for part, logits in drawn(model, split, max(samples), seed):
         for name, values in score(model, part, logits, samples, full).items():
             results.setdefault(name, []).append(values.double().cpu())
+        done += len(part)
         if progress:
-            progress(start + len(part))
+            progress(done)
     model.train(was_training)
     return {name: torch.cat(values) for name, values in results.items()}
 
@@ -321,13 +330,7 @@ def score(model, part, logits, samples, full) -> dict:
     out["dice_better"] = (dices > out["dice"]).double().mean(0)
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
-    out |= likelihoods(model, part, max(samples))
-    if part.exact:
-        shares = metrics.mode_frequencies(hard, labels, classes)  # (B, A)
-        known = torch.full_like(shares, 1 / shares.shape[1]) if weights is None else weights
-        out[f"mode_tv_{max(samples)}"] = (shares - known).abs().sum(1) / 2
-        out |= {f"mode_{m}_excess": shares[:, m] - known[:, m] for m in range(shares.shape[1])}
-    return out
+    return out | likelihoods(model, part, max(samples))
 
 
 def labels_of(scores, axis: int):

@@ -206,7 +206,8 @@ def test_prediction_and_likelihood_of_a_mixture(Model):
     nats = model.log_likelihood(image, label, 1)
     for b in range(2):
         likelihoods = [math.exp(log_prob_by_loop(output[b], label[b])) for output in outputs]
-        assert nats[b].item() == pytest.approx(math.log(sum(likelihoods) / len(likelihoods)), rel=1e-6)
+        expected = math.log(sum(likelihoods) / len(likelihoods))
+        assert nats[b].item() == pytest.approx(expected, rel=1e-6)
     assert torch.equal(nats, model.log_likelihood(image, label, 50))  # exact: n does not matter
 
 

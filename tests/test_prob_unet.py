@@ -205,7 +205,7 @@ def test_bound_rises_with_n_and_stays_below_4096_samples():
     high = model.log_likelihood(image[:1], label[:1], 4096).item()
     means = [b.mean().item() for b in bounds.values()] + [high]
     error = max(b.std().item() for b in bounds.values()) / 200**0.5
-    assert means[1] - means[0] > 10 * error  # there is something to gain
+    assert means[1] - means[0] > 5 * error  # there is something to gain
     assert means == sorted(means)
     torch.manual_seed(1)
     elbo = -model(image, label)[0].item()

@@ -57,7 +57,8 @@ def finished(tmp_path_factory):
 def test_a_run_writes_what_it_says(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "metrics.json",
-                     "per_case.csv", "samples.png", "uncertainty.png", "dice.png", "modes.png"}
+                     "per_case.csv", "samples.png", "uncertainty.png", "dice.png", "ged.png",
+                     "modes.png"}
     config = json.loads((finished / "config.json").read_text())
     assert config["settings"]["steps"] == 100 and config["training"]["lr"] == 1e-3
     assert config["config"]["channels"] == [4, 6] and config["config"]["num_classes"] == 4
@@ -68,9 +69,9 @@ def test_a_run_writes_what_it_says(finished):
     assert {"lr", "negative_log_likelihood", "gradient", "seconds_per_step"} <= entries[0].keys()
     metrics = json.loads((finished / "metrics.json").read_text())
     wanted = {f"{name}_{n}" for name in ("ged", "ncc", "diversity", "hungarian_iou")
-              for n in (16, 100)}
+              for n in (1, 4, 8, 16, 100)}
     assert wanted | {"dice", "dice_present", "dice_mean", "log_likelihood", "mode_tv_100",
-                     "mode_gap_100", "ged_predict"} <= metrics.keys()
+                     "mode_pooled_tv_100", "mode_gap_100", "ged_predict"} <= metrics.keys()
     assert metrics["ged_16"].keys() == {"mean", "stderr", "n"} and metrics["ged_16"]["n"] == 4
 
 

@@ -1,0 +1,225 @@
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import metrics
+import train
+from common import UserError
+
+
+class Oracle(torch.nn.Module):
+    """A model that knows: `shapes` cases from their images, drawn from the true odds."""
+
+    def __init__(self, split):
+        super().__init__()
+        self.split = split
+
+    def _case(self, image):
+        same = (self.split.images[None] == image[:, None]).flatten(2).all(2)
+        return same.float().argmax(1)
+
+    def sample(self, image, n, generator=None):
+        case = self._case(image)
+        modes = torch.multinomial(self.split.weights[case], n, replacement=True,
+                                  generator=generator).T  # (n, B)
+        labels = self.split.labels[case.expand(n, -1), modes].long()
+        return 40.0 * torch.nn.functional.one_hot(labels, 4).movedim(-1, 2)
+
+    def predict(self, image):
+        case = self._case(image)
+        best = self.split.weights[case].argmax(1)
+        label = self.split.labels[case, best].long()
+        return torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float()
+
+    def log_likelihood(self, image, label, n, mask=None):
+        return torch.full((len(image),), -float(n))
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return data.load("shapes", "test", n=60, size=32)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["--data", "shapes", "--data-args", "n=20", "size=32", "--model-args",
+                 "channels=(4,6)", "convs=1", "mc_samples=4", "--batch-size", "4", "--device", "cpu",
+                 "--steps", "1", "--out", folder]
+    assert train.main([*map(str, arguments)]) == 0
+    return folder
+
+
+def test_the_true_distribution_scores_as_theory_says(shapes):
+    values = train.evaluate(Oracle(shapes), shapes, samples=(16, 400))
+    assert all(v.shape == (len(shapes),) and not v.isnan().any() for v in values.values())
+    # E[GED of n true draws] = E[d(s, s')] / n, with s, s' two independent draws
+    iou = torch.stack([metrics.pairwise_iou(x, x, 4) for x in shapes.labels]).double()
+    spread = 1 - torch.einsum("ba,bac,bc->b", shapes.weights.double(), iou,
+                              shapes.weights.double()).mean()
+    assert abs(values["ged_16"].mean() - spread / 16) < 0.25 * spread / 16
+    assert abs(values["diversity_400"].mean() - spread) < 0.02
+    assert values["ged_predict"].mean() > 5 * values["ged_16"].mean()
+    assert (values["hungarian_iou_400"] > 0.9).all()
+    assert (values["log_likelihood"] == -400).all()
+    assert (values["dice_q05"] <= values["dice_q50"]).all()
+
+
+def test_true_draws_are_calibrated_and_one_mode_is_not(shapes):
+    modes = evaluate.calibrate(Oracle(shapes), shapes, 400)
+    np.testing.assert_allclose(modes.frequency.sum(1), 1, rtol=1e-5)
+    assert abs(modes.frequency - modes.odds).sum(1).mean() / 2 < 0.08
+    pooled = evaluate.pooled(modes, 400)
+    assert pooled["mode_gap_400"]["mean"] < 0.02 and pooled["mode_pooled_tv_400"]["mean"] < 0.05
+    known, share = modes.marginal[~np.isnan(modes.marginal[:, 0])].T
+    assert len(known) > 10 and abs(known - share).max() < 0.05
+
+    always = Oracle(shapes)
+    always.sample = lambda image, n, generator=None: always.predict(image).expand(n, -1, -1, -1, -1)
+    modes = evaluate.calibrate(always, shapes, 4)
+    likeliest = shapes.weights.max(1).values.mean().item()
+    tv = abs(modes.frequency - modes.odds).sum(1).mean() / 2
+    assert abs(tv - (1 - likeliest)) < 1e-5  # all mass on one mode
+
+
+def test_evaluation_repeats_itself_and_ignores_the_batch_before_it(shapes):
+    model = Oracle(shapes)
+    first = train.evaluate(model, shapes, full=False)
+    torch.rand(3)
+    assert torch.equal(first["ged_16"], train.evaluate(model, shapes, full=False)["ged_16"])
+
+
+def test_expectation_over_readers_skips_missing_ones():
+    """iou_rec by hand: readers at 1/2 each, one reconstructed exactly, one not at all."""
+    labels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    labels[0, 0], labels[0, 1] = torch.tensor([[1, 0], [0, 0]]), torch.tensor([[0, 0], [0, 1]])
+    part = data.Split(torch.zeros(1, 1, 2, 2), labels, None, ["g"], 2, ["n"])
+
+    class Model:
+        def reconstruct(self, image, label):  # always the first reader's map
+            return torch.nn.functional.one_hot(labels[:, 0].long(), 2).movedim(-1, 1).float()
+
+        def log_likelihood(self, image, label, n):
+            return torch.where(label[:, 0, 0] == 1, -1.0, -3.0)
+
+    out = train.likelihoods(Model(), part, 5)
+    assert out["iou_rec"].tolist() == [0.5] and out["log_likelihood"].tolist() == [-2.0]
+
+
+def test_report_writes_csv_and_json_that_agree(run, capsys):
+    summary = evaluate.report(run, split="val", samples=(4,), quiet=True)
+    folder = run / "val-all"
+    assert json.loads((folder / "metrics.json").read_text()) == summary
+    rows = list(csv.DictReader((folder / "per_case.csv").open()))
+    assert len(rows) == 4 and rows[0]["name"].startswith("shape")
+    column = [float(row["ged_4"]) for row in rows]
+    assert abs(np.mean(column) - summary["ged_4"]["mean"]) < 1e-5
+
+
+def test_compare_tabulates_and_tests_runs(run, tmp_path, capsys):
+    evaluate.report(run, samples=(16,), quiet=True)
+    better = tmp_path / "better"
+    shutil.copytree(run, better)
+    rows = list(csv.reader((run / "per_case.csv").open()))
+    column = rows[0].index("ged_16")
+    for row in rows[1:]:
+        row[column] = str(float(row[column]) - 0.1)
+    with (better / "per_case.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert evaluate.main([str(run), "--compare", str(better), "--device", "cpu"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and table[3].startswith("| better |")
+    assert table[3].endswith("| 0.12 |")  # 4 cases, all better: 2 of 2^4 sign patterns
+    assert (run / "compare.md").exists() and (run / "compare.png").exists()
+    rows[1][0] = "another case"
+    with (better / "per_case.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(UserError, match="different cases"):
+        evaluate.compare([run, better])
+
+
+def test_ambiguity_finds_the_threshold(run, monkeypatch):
+    """Readers disagree on every odd case, and samples mark something there half of the time."""
+    def split(count):
+        labels = torch.zeros(count, 2, 4, 4, dtype=torch.uint8)
+        labels[:, 0, 1, 1] = 1
+        labels[::2, 1, 1, 1] = 1
+        images = (torch.arange(count) % 2).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+        return data.Split(images, labels, None, ["g"] * count, 2, ["n"] * count)
+
+    class Model:
+        def sample(self, image, n, generator=None):
+            marks = torch.ones(n, len(image), 2, 4, 4)
+            draw = torch.arange(n).view(-1, 1, 1, 1) % 2
+            marks[:, :, 1] = torch.where(draw >= image[:, 0], 2.0, 0.0)
+            return marks
+
+    monkeypatch.setattr(train, "load", lambda *a: Model())
+    monkeypatch.setattr(data, "load", lambda *a, **k: [split(6), split(9)])
+    result = evaluate.ambiguity(run, device=torch.device("cpu"))
+    assert result["accuracy"] == 1 and 8 < result["threshold"] <= 16
+    assert result["commoner"] == 5 / 9 and (run / "ambiguity.png").exists()
+
+
+def test_agreed_keeps_the_cases_that_every_reader_marked():
+    labels = torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
+    labels[0, :, 0, 0] = 1  # both
+    labels[1, 0, 0, 0] = 1  # one
+    labels[2, 0, 0, 0], labels[2, 1] = 1, 255  # the only one there is
+    split = data.Split(torch.zeros(4, 1, 3, 3), labels, None, list("abcd"), 2, list("abcd"))
+    assert evaluate.agreed(split) == [0, 2]
+
+
+def test_an_image_of_ones_own(run, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (21, 30), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "größe 1.png")
+    assert evaluate.main([str(run), "--image", str(tmp_path / "größe 1.png"), "--out",
+                          str(tmp_path / "out"), "--samples", "5", "--device", "cpu"]) == 0
+    arrays = np.load(tmp_path / "out" / "größe 1.npz")
+    assert arrays["samples"].shape == (5, 21, 30) and arrays["samples"].dtype == np.uint8
+    assert arrays["probabilities"].shape == (4, 21, 30)
+    np.testing.assert_allclose(arrays["probabilities"].sum(0), 1, rtol=1e-5)
+    assert (tmp_path / "out" / "größe 1_samples.png").exists()
+
+
+@pytest.mark.parametrize("mode, dtype, top", [("L", np.uint8, 255), ("I;16", np.uint16, 65535)])
+def test_pictures_are_scaled_to_one(tmp_path, mode, dtype, top):
+    array = np.array([[0, top], [top // 5, 0]], dtype=dtype)
+    Image.fromarray(array).save(tmp_path / "x.png")
+    tensor = evaluate.read_picture(tmp_path / "x.png", 1)
+    torch.testing.assert_close(tensor[0, 0], torch.tensor([[0, 1], [0.2, 0]]), atol=1e-4, rtol=0)
+    colour = evaluate.read_picture(tmp_path / "x.png", 3)
+    assert colour.shape == (1, 3, 2, 2)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["/nowhere"], "no run there"), (["RUN", "--image", "/nowhere.png"], "no such file"),
+    (["RUN", "--samples", "0"], "from 1 up"), (["RUN", "--image", "BROKEN"], "not a picture"),
+    (["RUN", "--path", "/nowhere"], "leave the path out")])
+def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    swap = {"RUN": str(run), "BROKEN": str(broken)}
+    assert evaluate.main([swap.get(a, a) for a in arguments] + ["--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, options", [("toy1d", {}), ("lesions3d", dict(n=6, size=32))])
+def test_pictures_of_lines_and_volumes(tmp_path, name, options):
+    split = data.load(name, "test", **options)
+    size = split.labels.shape[2:]
+    probs = torch.rand(3, split.num_classes, *size).softmax(1)
+    shown = [evaluate.plane(split, 0, probs, probs[0])]
+    assert shown[0].image.dim() == 3 and shown[0].probs.dim() == 4
+    evaluate.draw_samples(tmp_path / "a.png", shown)
+    evaluate.draw_uncertainty(tmp_path / "b.png", shown)
+    assert {p.name for p in Path(tmp_path).iterdir()} == {"a.png", "b.png"}
