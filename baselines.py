@@ -243,7 +243,7 @@ class DropoutUNet(nn.Module):
 
     def inner(self, features: list[Tensor], size,
               generator: torch.Generator | None = None) -> Tensor:
-        """The rest of the network: from `outer`'s features, logits (B, K, *size) under a new mask."""
+        """The rest: from the features of `outer`, logits (B, K, *size) under a new mask."""
         *skips, x = features
         for block in self.unet.encoder[-self.config.dropout_blocks :]:
             skips.append(x)

@@ -99,7 +99,7 @@ class LowRankNormal:
         return self.factor.square().sum(1) + self.diagonal
 
     def sample(self, n: int, generator: torch.Generator | None = None, *,
-               antithetic: bool = False, temperature: float = 1.0) -> Tensor:
+               antithetic: bool = False, temperature: float | Tensor = 1.0) -> Tensor:
         """n reparameterised draws, (n, B, K, *S) float32.
 
         antithetic: draws n/2 .. n-1 mirror draws 0 .. n/2-1 about the mean. An average over
@@ -116,7 +116,7 @@ class LowRankNormal:
                 noise = standard_normal((batch, drawn, rank), self.mean, generator)
                 deviation = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
                 deviation = deviation.view(batch, drawn, *self.mean.shape[1:])
-            if temperature != 1:
+            if not isinstance(temperature, float) or temperature != 1:
                 deviation = deviation * temperature**0.5
             mean = self.mean.unsqueeze(1)
             samples = mean + deviation

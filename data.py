@@ -53,6 +53,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def odds(self) -> Tensor:
+        """(N, A) float32, rows sum to 1: `weights`, or uniform over the readers that are there."""
+        there = (self.labels != IGNORE).flatten(2).any(2)
+        odds = there * (1.0 if self.weights is None else self.weights)
+        return odds / odds.sum(1, keepdim=True)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         return {key: change(value) for key, value in vars(self).items() if torch.is_tensor(value)}
 

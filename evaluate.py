@@ -120,13 +120,10 @@ def calibrate(model, split, n) -> SimpleNamespace:
     frequency, odds, totals = [], [], torch.zeros(20, 3, dtype=torch.float64)
     for part, logits in train.drawn(model, split, n):
         hard = train.labels_of(logits, 2)
-        labels, count = part.labels, part.labels.shape[1]
-        weights = torch.full_like(labels[:, :, 0].flatten(2)[..., 0], 1 / count, dtype=torch.float) \
-            if part.weights is None else part.weights
-        frequency.append(metrics.mode_frequencies(hard, labels, part.num_classes).cpu())
-        odds.append(weights.cpu())
+        frequency.append(metrics.mode_frequencies(hard, part.labels, part.num_classes).cpu())
+        odds.append(part.odds.cpu())
         for k in range(1, part.num_classes):
-            known = torch.einsum("bm,bm...->b...", weights, (labels == k).float()).flatten()
+            known = torch.einsum("bm,bm...->b...", part.odds, (part.labels == k).float()).flatten()
             share = (hard == k).float().mean(0).flatten()
             open_ = (known > 1e-4) & (known < 1 - 1e-4)
             known, share = known[open_].double().cpu(), share[open_].double().cpu()

@@ -329,21 +329,21 @@ if __name__ == "__main__":
     import data
     import metrics
 
-    train, test = data.load("shapes", ("train", "test"))
+    train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
-    model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(8, 16, 32, 64), convs=2, latent_dim=2))
+    model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(16, 32, 64), convs=1, latent_dim=2))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     batches = data.batches(train, 8, seed=0, augmentation=data.AUGMENTATION["shapes"])
-    start, steps = time.monotonic(), 400
+    start, steps = time.monotonic(), 1000
     for step, (image, label) in zip(range(1, steps + 1), batches):
-        optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.8 * steps else 4e-4
+        optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.7 * steps else 4e-4
         optimizer.zero_grad()
         loss, terms = model(image, label)
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"step {step}/{steps}, {time.monotonic() - start:.0f} s: reconstruction "
-                  f"{terms['reconstruction']:.0f}, kl {terms['kl']:.2f} nats", flush=True)
+                  f"{terms['reconstruction']:.0f} nats, kl {terms['kl']:.1f} nats", flush=True)
     test = test.subset(range(50))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
     alone = model.predict(test.images).argmax(1)[None]

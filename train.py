@@ -37,11 +37,19 @@ from torch import nn
 
 import data
 import metrics
-from common import IGNORE, UserError, new_figure, pick_device, save_figure, write_atomically
+from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
+from common import UserError, new_figure, pick_device, save_figure, write_atomically
+from prob_unet import Image2ImageVAE, ProbUNet
 from ssn import SSN
 
 MODELS = {
     "ssn": SSN,
+    "prob_unet": ProbUNet,
+    "image2image_vae": Image2ImageVAE,
+    "unet": DeterministicUNet,
+    "dropout_unet": DropoutUNet,
+    "ensemble": EnsembleUNet,
+    "m_heads": MHeads,
 }
 
 LOG_EVERY = 50  # steps
@@ -343,14 +351,12 @@ def likelihoods(model, part, n) -> dict:
 
     The expectation over a case's label maps; over two drawn from it where there are more than 8.
     """
-    present = (part.labels != IGNORE).flatten(2).any(2)  # (B, A)
-    odds = present.float() if part.weights is None else part.weights * present
+    odds = part.odds  # (B, A)
     rows = torch.arange(len(odds), device=odds.device)
     if odds.shape[1] > 8:
         drawn = torch.multinomial(odds, 2, replacement=True)
         chosen = [(drawn[:, i], torch.full_like(odds[:, 0], 0.5)) for i in range(2)]
     else:
-        odds = odds / odds.sum(1, keepdim=True)
         chosen = [(torch.full_like(rows, a), odds[:, a]) for a in range(odds.shape[1])]
     out = {"log_likelihood": torch.zeros_like(odds[:, 0])}
     for reader, weight in chosen:
