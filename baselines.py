@@ -9,18 +9,18 @@ eta_1 ... eta_M, each a map of logits, and CE_m = -sum_i log softmax(eta_m)[i, y
     EnsembleUNet        sum_m CE_m, M separate networks        one network        the weights
     MHeads              (1 - eps) CE_best + eps/(M - 1) sum of the other CE_m     the head
 
-    What varies with the weights is epistemic uncertainty: what more data would settle. It cannot
-tell how readers differ. The M-Heads model learns from how they differ, which is aleatoric, but not
-how often: the winner takes all, and every head is sampled equally often. The deterministic U-Net
-holds aleatoric uncertainty only pixel by pixel, in its probabilities; its samples are all the same.
-    The Image2Image VAE, the paper's fifth baseline, is a configuration of prob_unet.py.
+What varies with the weights is epistemic uncertainty: what more data would settle, not how readers
+differ. M-Heads learn how readers differ, which is aleatoric, but not how often: the best head takes
+nearly all of the loss, and all are drawn equally often. A deterministic U-Net holds aleatoric
+uncertainty pixel by pixel, in its probabilities. The Image2Image VAE, the paper's other baseline,
+is a configuration of prob_unet.py.
 
 Differences from the paper
-  1. Sampling beyond M cycles through the outputs. The paper trains a model of 4, 8 and 16 outputs
-     for as many samples; here the default of 16 serves them all with its first 4 or 8.
+  1. The paper trains a model of 4, 8 and 16 outputs for as many samples. Here any number can be
+     drawn: the first 4 of 16 outputs, or all of them over and over. For the paper's, set M.
   2. The ensemble's members are trained in one run. They differ in their initial weights and, unlike
-     separate runs, see the same batches. For different batches, train the model `unet` with several
-     --seed. As each has its own loss and Adam works weight by weight, nothing else ties them.
+     separate runs, the same batches; nothing else ties them, as each has its own loss and Adam
+     works weight by weight. For different batches too, train `unet` with one --seed after another.
   3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows, and in the
      decoder on the whole input of a block, skip connection included. `predict` leaves it out.
   4. One 1-wide convolution follows the core; the paper has "the appropriate number".

@@ -13,6 +13,7 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     uncertainty.png  readers' and samples' mean, PHiSeg's gamma map, variance over samples
     dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
     ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
+    manipulation.png SSN: one sample, its classes scaled after the fact (SSN's Fig. 6)
     modes.png        made sets: frequencies of modes and of pixels' classes against the known odds
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
@@ -40,6 +41,7 @@ import metrics
 import train
 from common import (COLORS, IGNORE, UserError, new_figure, paint_image, paint_label, paint_map,
                     pick_device, save_figure, save_grid, write_atomically)
+from ssn import SSN, draw_manipulation
 
 SAMPLES = (1, 4, 8, 16, 100)
 COLUMNS = 6  # cases a picture shows
@@ -178,6 +180,8 @@ def draw(out, model, split, values, summary) -> None:
     draw_uncertainty(out / "uncertainty.png", shown)
     draw_dice(out / "dice.png", values)
     draw_ged(out / "ged.png", {out.name: summary})
+    if isinstance(model, SSN) and model.config.dims == 2:
+        draw_manipulation(model, some.images[0], out / "manipulation.png")
 
 
 def plane(split, case, probs, prediction) -> SimpleNamespace:

@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (BATCH_NORM, CONV, IGNORE, LowRankNormal, UNet, bounded_log_std, center_crop,
-                    check_choice, conv_block, cross_entropy, new_figure, reflect_index,
-                    reflect_pad, save_figure, show_map, valid_label)
+                    check_choice, conv_block, cross_entropy, new_figure, paint_label, reflect_index,
+                    reflect_pad, save_figure, save_grid, show_map, valid_label)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class SSN(nn.Module):
 
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, patch=18, hidden=(32,),
-                        pathway=(8, 8, 12, 12, 16, 16), scales=(1, 3))
-    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, mean_steps=100, patch=18,
+                        pathway=(8, 8, 12, 12, 16, 16), scales=(1, 3), hidden=(32,))
+    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((450, 0.2),), batch_size=8, steps=600)
 
     def __init__(self, config: SSNConfig = SSNConfig(), backbone: nn.Module | None = None):
         super().__init__()
@@ -292,6 +292,28 @@ class DeepMedic(nn.Module):
             if mask is not None:
                 masks.append(F.pad(mask[case][window], missing, value=False))
         return torch.stack(images), torch.stack(labels), torch.stack(masks) if masks else None
+
+
+@torch.no_grad()
+def draw_manipulation(model: SSN, image: Tensor, path: str, seed: int = 0) -> None:
+    """Fig. 6: one sample of an image (C, H, W), changed after the fact.
+
+    A row for every foreground class, whose part of (sample - mean) is scaled by -3 ... 3 with the
+    other classes left alone, and one for the temperature, at which everything is scaled.
+    """
+    scales = (-3, -2, -1, 0, 1, 2, 3)
+    normal = model.distribution(image[None])
+    sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))
+    rows = {}
+    for k in range(1, model.config.num_classes):
+        changes = torch.ones(len(scales), model.config.num_classes)
+        changes[:, k] = torch.tensor(scales)
+        rows[f"class {k} scaled"] = [normal.scale_classes(sample, c) for c in changes]
+    rows["temperature 0 to 9"] = [normal.mean + s * (sample - normal.mean) if s >= 0 else None
+                                  for s in scales]
+    pictures = {name: [None if x is None else paint_label(x.reshape(x.shape[-3:]).argmax(0), image)
+                       for x in row] for name, row in rows.items()}
+    save_grid(path, pictures, [f"x {s}" for s in scales])
 
 
 # ------------------------------------------------------------------------- the toy of Sec. 5.1
