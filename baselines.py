@@ -3,11 +3,11 @@
 All stand on the same U-Net core and are trained on the same schedule (App. H.1). With M outputs
 eta_1 ... eta_M, each a map of logits, and CE_m = -sum_i log softmax(eta_m)[i, y_i], they are
 
-                        loss                                   a sample           it varies with
-    DeterministicUNet   CE                                     the output         nothing
-    DropoutUNet         CE under one random dropout mask       one random mask    the weights
-    EnsembleUNet        sum_m CE_m, M separate networks        one network        the weights
-    MHeads              (1 - eps) CE_best + eps/(M - 1) sum of the other CE_m     the head
+                        loss                                            a sample      varies with
+    DeterministicUNet   CE                                              the output    nothing
+    DropoutUNet         CE under a random dropout mask                  one mask      the weights
+    EnsembleUNet        sum_m CE_m of M separate networks               one network   the weights
+    MHeads              (1 - eps) CE_best + eps/(M - 1) sum of others   one head      the head
 
 What varies with the weights is epistemic uncertainty: what more data would settle, not how readers
 differ. M-Heads learn how readers differ, which is aleatoric, but not how often: the best head takes
@@ -18,9 +18,9 @@ is a configuration of prob_unet.py.
 Differences from the paper
   1. The paper trains a model of 4, 8 and 16 outputs for as many samples. Here any number can be
      drawn: the first 4 of 16 outputs, or all of them over and over. For the paper's, set M.
-  2. The ensemble's members are trained in one run. They differ in their initial weights and, unlike
-     separate runs, the same batches; nothing else ties them, as each has its own loss and Adam
-     works weight by weight. For different batches too, train `unet` with one --seed after another.
+  2. The ensemble's members are trained in one run. They differ in their initial weights alone and,
+     unlike separate runs, see the same batches. Nothing else ties them: each has its own loss, and
+     Adam works weight by weight. For other batches too, train `unet` with one --seed after another.
   3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows, and in the
      decoder on the whole input of a block, skip connection included. `predict` leaves it out.
   4. One 1-wide convolution follows the core; the paper has "the appropriate number".

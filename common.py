@@ -340,16 +340,23 @@ COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D5
 
 
 def new_figure(rows: int, columns: int, *, panel: float = 1.3, title: str = ""):
-    """(figure, (rows, columns) array of axes without ticks), `panel` inches a side each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(panel * columns + 0.4, panel * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    """(figure, (rows, columns) array of bare axes), `panel` inches a side each, for pictures."""
+    figure, axes = new_plot(rows, columns, size=(panel * columns + 0.4, panel * rows + 0.5))
     for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
         ax.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=10)
+    return figure, axes
+
+
+def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
+    """(figure of `size` inches, (rows, columns) array of axes with ticks), for curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.tick_params(labelsize=7)
     return figure, axes
 
 
@@ -432,11 +439,9 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
             if picture is not None:
                 top, left = r * (height + gap), c * (width + gap)
                 mosaic[top : top + height, left : left + width] = picture
-    figure, axes = new_figure(1, 1)
-    figure.set_size_inches(cell * count + 1.2, cell * len(rows) * height / width + 0.4)
+    figure, axes = new_plot(size=(cell * count + 1.2, cell * len(rows) * height / width + 0.4))
     ax = axes[0, 0]
     ax.imshow(mosaic.numpy(), interpolation="nearest")
-    ax.set_axis_on()
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
     ax.set_yticks([r * (height + gap) + height / 2 for r in range(len(rows))], list(rows))

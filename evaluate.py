@@ -10,6 +10,7 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr is the bootstrap's, over cases
     per_case.csv     every measure of every case
     samples.png      image, every reader, prediction and 16 samples, a column a case
+    overview.png     the same in short, a row a case
     uncertainty.png  readers' and samples' mean, PHiSeg's gamma map, variance over samples
     dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
     ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
@@ -39,7 +40,7 @@ import torch
 import data
 import metrics
 import train
-from common import (COLORS, IGNORE, UserError, new_figure, paint_image, paint_label, paint_map,
+from common import (COLORS, IGNORE, UserError, new_plot, paint_image, paint_label, paint_map,
                     pick_device, save_figure, save_grid, write_atomically)
 from ssn import SSN, draw_manipulation
 
@@ -177,6 +178,7 @@ def draw(out, model, split, values, summary) -> None:
     prediction = model.predict(some.images)  # (B, K, *S)
     shown = [plane(some, case, probs[:, case], prediction[case]) for case in range(len(some))]
     draw_samples(out / "samples.png", shown)
+    draw_overview(out / "overview.png", shown)
     draw_uncertainty(out / "uncertainty.png", shown)
     draw_dice(out / "dice.png", values)
     draw_ged(out / "ged.png", {out.name: summary})
@@ -237,6 +239,20 @@ def draw_samples(path, cases) -> None:
     save_grid(path, rows, [c.name for c in cases], notes)
 
 
+def draw_overview(path, cases) -> None:
+    """`draw_samples` in short, a row a case: four cases, four readers, eight samples."""
+    rows = {}
+    for c in cases[:: -(-len(cases) // 4)]:
+        labels = [paint_label(label, c.image) for label in c.labels[:4]]
+        rows[c.name] = [paint_image(c.image), *labels, *[None] * (4 - len(labels))]
+        rows[c.name] += [paint_label(p.argmax(0), c.image) for p in c.probs[:8]]
+    columns = ["image", *(f"{'reader' if cases[0].weights is None else 'mode'} {i}"
+                          for i in range(1, 5)), *(f"sample {i}" for i in range(1, 9))]
+    notes = {(c.name, 1 + i): f"{p:.2f}" for c in cases if c.name in rows and c.weights is not None
+             for i, p in enumerate(c.weights[:4])}
+    save_grid(path, rows, columns, notes, cell=0.8)
+
+
 def draw_uncertainty(path, cases) -> None:
     """Where readers differ and where samples do, a column a case."""
     rows = {"image": [], "readers:\nforeground": [], "samples:\nforeground": [], "gamma map": [],
@@ -258,10 +274,8 @@ def draw_dice(path, values) -> None:
     low, quarter, median, three, high, predicted, better = (
         values[name][order] for name in (*QUANTILES, "dice", "dice_better"))
     x = np.arange(len(order))
-    figure, axes = new_figure(1, 1, panel=3.2)
-    figure.set_size_inches(8, 3.4)
+    figure, axes = new_plot(size=(8, 3.6))
     ax = axes[0, 0]
-    ax.set_axis_on()
     ax.bar(x, better, width=0.9, color=COLORS[4], alpha=0.6, label="share of samples above the "
            "prediction")
     ax.axhline(values["dice_better"].mean(), color="#666666", linestyle="--", linewidth=1,
@@ -273,16 +287,14 @@ def draw_dice(path, values) -> None:
     ax.set(ylim=(0, 1.02), xlabel="case, by the prediction's Dice", yticks=[0, 0.5, 1])
     ax.set_title(f"Dice of the samples: mean 95% quantile {values['dice_q95'].mean():.3f}, "
                  f"prediction {values['dice'].mean():.3f}", fontsize=9)
-    ax.legend(fontsize=7, loc="upper left")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=5)
     save_figure(figure, path)
 
 
 def draw_ged(path, summaries: dict) -> None:
     """GED against the number of samples, a line a run; `summaries`: {name: metrics.json}."""
-    figure, axes = new_figure(1, 1)
-    figure.set_size_inches(5, 3.2)
+    figure, axes = new_plot(size=(5, 3.2))
     ax = axes[0, 0]
-    ax.set_axis_on()
     for (name, summary), color in zip(summaries.items(), itertools.cycle(LINES)):
         counts = sorted(int(k[4:]) for k in summary if k.startswith("ged_") and k[4:].isdigit())
         geds = [summary[f"ged_{n}"] for n in counts]
@@ -291,7 +303,6 @@ def draw_ged(path, summaries: dict) -> None:
     ax.set_xscale("log", base=2)
     ax.set(xlabel="samples", ylabel="squared GED", xticks=counts, xticklabels=counts)
     ax.set_ylim(bottom=0)
-    ax.tick_params(labelsize=8)
     ax.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -299,8 +310,7 @@ def draw_ged(path, summaries: dict) -> None:
 def draw_modes(path, modes) -> None:
     """Frequencies against known odds: of modes, averaged over cases; and of the classes of pixels."""
     odds, frequency = modes.odds.mean(0), modes.frequency.mean(0)
-    figure, axes = new_figure(1, 3, panel=2.6)
-    figure.set_size_inches(9, 2.9)
+    figure, axes = new_plot(1, 3, size=(9, 2.9))
     bars, modewise, pixelwise = axes[0]
     x = np.arange(len(odds))
     order = np.argsort(-odds, kind="stable")
@@ -308,16 +318,14 @@ def draw_modes(path, modes) -> None:
     bars.bar(x + 0.2, frequency[order], 0.4, color=COLORS[5], label="share of samples")
     bars.set(xticks=x[:: 1 + len(x) // 16], xticklabels=order[:: 1 + len(x) // 16], xlabel="mode")
     bars.legend(fontsize=7)
-    floor = min(odds.min(), 1e-3) / 2  # where modes that were never drawn are put
-    modewise.plot([floor, 1], [floor, 1], color=COLORS[7])
+    seen = np.concatenate([odds, frequency])
+    floor = seen[seen > 0].min() / 2  # where modes that were never drawn are put
+    modewise.plot([floor, 2 * seen.max()], [floor, 2 * seen.max()], color=COLORS[7])
     modewise.plot(odds, frequency.clip(floor), "o", color=COLORS[5], markersize=3)
     modewise.set(xscale="log", yscale="log", xlabel="odds of a mode", ylabel="its frequency")
     pixelwise.plot([0, 1], [0, 1], color=COLORS[7])
     pixelwise.plot(*modes.marginal.T, "s", color=COLORS[6], markersize=4)
     pixelwise.set(xlabel="odds of a pixel's class", ylabel="its frequency")
-    for ax in axes[0]:
-        ax.set_axis_on()
-        ax.tick_params(labelsize=7)
     for ax in (modewise, pixelwise):
         ax.set_aspect("equal")
     figure.suptitle(f"total variation, pooled over cases: {abs(odds - frequency).sum() / 2:.3f}",
@@ -395,10 +403,8 @@ def ambiguity(folder, *, path=None, device=None, n=16) -> dict:
                   commoner=float(max(truth[1].mean(), 1 - truth[1].mean())),
                   threshold=threshold, samples=n, n=len(truth[1]))
     train.write_text(folder / "ambiguity.json", json.dumps(result, indent=2) + "\n")
-    figure, axes = new_figure(1, 1)
-    figure.set_size_inches(5, 3)
+    figure, axes = new_plot(size=(5, 3))
     ax = axes[0, 0]
-    ax.set_axis_on()
     ax.hist([counts[1][truth[1]], counts[1][~truth[1]]], bins=np.arange(n + 2) - 0.5,
             color=[COLORS[6], COLORS[5]], label=["readers disagree", "readers agree"])
     ax.axvline(threshold - 0.5, color="black", linestyle="--", linewidth=1)

@@ -15,9 +15,9 @@ The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) are points of 
 last three fields of the config.
 
 Differences from the paper
-  1. f_comb: three 1x1 convolutions in all, as the text says; the authors' code puts the output layer
-     after three of them (`comb_layers=4`). Its first layer on concat(features, broadcast z) is
-     computed as conv(features) + linear(z), the same numbers: the first half once for all samples.
+  1. f_comb: three 1x1 convolutions in all, as the text says; the authors' code puts the output
+     layer after three of them (`comb_layers=4`). Its first layer on concat(features, broadcast z)
+     is computed as conv(features) + linear(z): the first half once for all samples.
   2. The nets predict log sigma, and it is bounded (common.bounded_log_std), so that the KL cannot
      overflow; the authors' exp of an unbounded number can.
   3. Learning rate: the paper gives both ends and "in 5 steps"; here each is 10^-0.4, 40k apart.
@@ -41,8 +41,8 @@ import torch
 from torch import Tensor, nn
 
 from common import (COLORS, CONV, POOL, DiagonalNormal, UNet, center_crop, check_choice, conv_block,
-                    cross_entropy, init_orthogonal, new_figure, pad_to_multiple, save_figure,
-                    show_image, show_label, standard_normal, valid_label)
+                    cross_entropy, init_orthogonal, pad_to_multiple, paint_image, paint_label,
+                    save_figure, save_grid, show_image, show_label, standard_normal, valid_label)
 
 CHUNK = 2**20  # feature values computed at once when sampling: 4 MB, what a CPU's cache holds
 
@@ -70,8 +70,10 @@ class ProbUNet(nn.Module):
     Config = ProbUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((40_000 * k, 10 ** (-0.4 * k)) for k in range(1, 6)))
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2)
-    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
+    # one convolution a level: this initialisation lets deeper stacks without a norm start slowly
+    QUICK_CONFIG = dict(channels=(16, 32, 64, 64), convs=1)
+    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((800, 0.5), (1150, 0.2), (1350, 0.05)), batch_size=4,
+                          steps=1500)
 
     def __init__(self, config: ProbUNetConfig | None = None):
         super().__init__()
@@ -209,7 +211,7 @@ class Image2ImageVAEConfig(ProbUNetConfig):
 
 
 class Image2ImageVAE(ProbUNet):
-    """Image2Image VAE of Sec. 3.2: neither prior nor posterior knows the image. 19.64 M parameters."""
+    """Image2Image VAE (Sec. 3.2): prior and posterior do not see the image. 19.64 M parameters."""
 
     Config = Image2ImageVAEConfig
 
@@ -251,10 +253,10 @@ def draw_latent_map(model: ProbUNet, image: Tensor, labels: Tensor, path: str,
     """Figs. 6 and 7: the label maps that lie across the latent space, and the readers in it.
 
     image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are counted
-    in the prior's std from the prior's mean, so it is the unit normal in the picture: rings 1 to 4
-    std about the middle hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples. A coloured number
-    is the posterior's mean for that reader's map; one that lies outside stands at the border. Of
-    a latent space of more than two dimensions it is the slice along `axes` through the prior's mean.
+    in the prior's std from the prior's mean, so the prior is the unit normal in the picture: the
+    rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples, if the latent space
+    is 2D; if it is not, the picture is its slice along `axes` through the prior's mean. A dot is
+    the posterior's mean for a reader's map; one that lies outside is drawn at the border.
     Raises ValueError for other axes than the model has, and for 1D and 3D models.
     """
     from matplotlib.figure import Figure
@@ -298,29 +300,30 @@ def draw_latent_map(model: ProbUNet, image: Tensor, labels: Tensor, path: str,
         ax.text(0, ring, f"{ring} std", color="black", fontsize=7, ha="center", va="center",
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", linewidth=0))
     for a, (x, y) in enumerate(readers.clamp(-edge, edge).tolist()):
-        ax.text(x, y, str(a), fontsize=10, fontweight="bold", ha="center", va="center",
-                bbox=dict(boxstyle="circle,pad=0.2", facecolor=COLORS[a % len(COLORS)],
-                          edgecolor="white"))
+        color, turn = COLORS[a % len(COLORS)], 2 * math.pi * a / len(labels)
+        ax.annotate(str(a), (x, y), (22 * math.sin(turn), 22 * math.cos(turn)),
+                    textcoords="offset points", fontsize=10, fontweight="bold",
+                    ha="center", va="center", arrowprops=dict(color=color, arrowstyle="-", lw=2),
+                    bbox=dict(boxstyle="circle,pad=0.2", facecolor=color, edgecolor="white"))
+        ax.plot(x, y, "o", color=color, markersize=6, markeredgecolor="white")
     ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal",
            xlabel=f"$z_{axes[0]}$, in std of the prior from its mean", ylabel=f"$z_{axes[1]}$")
-    ax.set_title("the label map of every z; readers at their posterior's mean", fontsize=10)
+    ax.set_title("the label map that each latent position stands for\n"
+                 "rings: the prior; numbers: where the posterior puts each reader", fontsize=10)
     save_figure(figure, path)
 
 
 def draw_samples(model: ProbUNet, cases, path: str) -> None:
-    """Image, the four likeliest readers and eight samples of each of `cases`, a data.Split."""
+    """Image, its four likeliest label maps with their odds, eight samples; cases: a data.Split."""
     odds, order = cases.weights.sort(1, descending=True)
     samples = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).argmax(2)
-    figure, axes = new_figure(len(cases), 13, panel=0.95,
-                              title="image · the four likeliest of 12 label maps · eight samples")
-    for i, row in enumerate(axes):
-        image = cases.images[i]
-        show_image(row[0], image)
-        for ax, p, reader in zip(row[1:5], odds[i], order[i]):
-            show_label(ax, cases.labels[i, reader], image, f"p = {p:.2f}")
-        for number, (ax, label) in enumerate(zip(row[5:], samples[:, i]), 1):
-            show_label(ax, label, image, f"sample {number}")
-    save_figure(figure, path)
+    rows, notes = {}, {}
+    for i, (name, image) in enumerate(zip(cases.names, cases.images)):
+        labels = [*cases.labels[i, order[i, :4]], *samples[:, i]]
+        rows[name] = [paint_image(image), *(paint_label(label, image) for label in labels)]
+        notes |= {(name, 1 + a): f"p = {odds[i, a]:.2f}" for a in range(4)}
+    columns = ["image", *(f"reader {a}" for a in range(4)), *(f"sample {m}" for m in range(1, 9))]
+    save_grid(path, rows, columns, notes)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ from common import (BATCH_NORM, CONV, IGNORE, LowRankNormal, UNet, bounded_log_s
                     reflect_pad, save_figure, save_grid, show_map, valid_label)
 
 
+TILE = 60  # voxels a side that DeepMedic computes at once at test time: bounds memory, else nothing
+
+
 @dataclass(frozen=True)
 class SSNConfig:
     """Defaults are the paper's LIDC model; the last five fields only serve dims=3 and dims=1."""
@@ -79,7 +82,7 @@ class SSN(nn.Module):
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
     QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, mean_steps=100, patch=18,
-                        pathway=(8, 8, 12, 12, 16, 16), scales=(1, 3), hidden=(32,))
+                        pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32,))
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((450, 0.2),), batch_size=8, steps=600)
 
     def __init__(self, config: SSNConfig = SSNConfig(), backbone: nn.Module | None = None):
@@ -107,7 +110,7 @@ class SSN(nn.Module):
         mask (B, *S), true inside the region of interest: outside, logits stay at their mean.
         """
         if isinstance(self.backbone, DeepMedic):
-            maps = self.backbone.stitch(image, self.config.patch, self._maps)
+            maps = self.backbone.stitch(image, TILE, self._maps)
         else:
             maps = self._maps(self.backbone(image))
         return self._normal(*maps, mask)
@@ -247,9 +250,9 @@ class DeepMedic(nn.Module):
     def stitch(self, volume, tile, head):
         """`head` of the features of a whole volume (B, C, *S), computed tile by tile.
 
-        Tiles start at multiples of every scale, so the result is the same for any tile.
+        Tiles start at multiples of every scale, so the result is the same whatever side they have.
         """
-        size = volume.shape[2:]
+        size, tile = volume.shape[2:], tile - tile % self.multiple
         up = [-s % self.multiple for s in size]
         volume = reflect_pad(volume, [(self.margin, self.margin + u) for u in up])
         padded = [s + u for s, u in zip(size, up)]

@@ -39,7 +39,7 @@ from torch import nn
 import data
 import metrics
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
-from common import UserError, new_figure, pick_device, save_figure, write_atomically
+from common import UserError, new_plot, pick_device, save_figure, write_atomically
 from prob_unet import Image2ImageVAE, ProbUNet
 from ssn import SSN
 
@@ -170,7 +170,9 @@ def load(path, device="cpu") -> nn.Module:
 
 def place(model, device) -> nn.Module:
     """To the device; 2D convolutions run faster with the channels innermost in memory."""
-    return model.to(device, memory_format=torch.channels_last)
+    if model.config.dims == 2:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -653,13 +655,14 @@ def draw_curves(folder) -> None:
     skip = {"step", "lr", "seconds_per_step"}
     names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
     columns = min(3, len(names))
-    figure, axes = new_figure(-(-len(names) // columns), columns, panel=2.4)
+    rows = -(-len(names) // columns)
+    figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
     for ax, name in zip(axes.flat, names):
         points = [(e["step"], e[name]) for e in log if name in e]
-        ax.set_axis_on()
         ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
-        ax.set_title(name, fontsize=8)
-        ax.tick_params(labelsize=6)
+        ax.set_title(name.replace("_", " "), fontsize=8)
     save_figure(figure, folder / "curves.png")
 
 

@@ -134,8 +134,9 @@ def concatenated(model, image, z):
         if model.config.z_enters == "input":
             x = model.from_features(model.unet(torch.cat([image, z_map], 1)))
         else:
-            weight = torch.cat([model.from_features.weight, model.from_z.weight[..., None, None]], 1)
-            x = F.conv2d(torch.cat([model.unet(image), z_map], 1), weight, model.from_features.bias)
+            first = model.from_features
+            weight = torch.cat([first.weight, model.from_z.weight[..., None, None]], 1)
+            x = F.conv2d(torch.cat([model.unet(image), z_map], 1), weight, first.bias)
         for layer in model.comb:
             x = F.relu(x) if isinstance(layer, torch.nn.ReLU) else layer(x)
         out.append(x)

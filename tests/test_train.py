@@ -58,7 +58,7 @@ def test_a_run_writes_what_it_says(finished):
     names = {p.name for p in finished.iterdir()}
     assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "metrics.json",
                      "per_case.csv", "samples.png", "uncertainty.png", "dice.png", "ged.png",
-                     "modes.png", "manipulation.png"}
+                     "modes.png", "manipulation.png", "overview.png"}
     config = json.loads((finished / "config.json").read_text())
     assert config["settings"]["steps"] == 100 and config["training"]["lr"] == 1e-3
     assert config["config"]["channels"] == [4, 6] and config["config"]["num_classes"] == 4
@@ -263,6 +263,15 @@ def test_bf16_trains_and_changes_the_loss(finished, tmp_path):
     run(*TINY, "--steps", 1, "--precision", "bf16", "--out", tmp_path)
     a, b = log(tmp_path)[0]["loss"], log(finished)[0]["loss"]
     assert a != b and abs(a / b - 1) < 0.02
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--data", "toy1d", "--model-args", "mc_samples=4"],
+    ["--data", "lesions3d", "--data-args", "n=5", "size=32", "--model-args", "pathway=(2,2)",
+     "scales=(1,3)", "patch=12", "hidden=(4,)", "mc_samples=2"]])
+def test_lines_and_volumes_train(arguments, tmp_path):
+    run(*arguments, "--device", "cpu", "--steps", 2, "--batch-size", 2, "--out", tmp_path)
+    assert (tmp_path / "samples.png").exists()
 
 
 def test_image_size_crops_the_validation_too(tmp_path):
