@@ -425,12 +425,17 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.restore()
+
+    def restore(self) -> None:
+        """Signals do what they did before, now that there is nothing to save."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def agreed(self, device) -> bool:
         """True on every process once one was asked, so that none waits for another for ever."""
@@ -580,6 +585,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                 progress.update(step, f"loss {means['loss']:.4g}", line=True)
             logged_at = time.monotonic()
 
+    stop.restore()
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopping and not finished:
