@@ -82,7 +82,7 @@ def report(folder, *, split="test", cases="all", samples=SAMPLES, path=None, dev
     if modes:
         values[f"mode_tv_{max(samples)}"] = abs(modes.frequency - modes.odds).sum(1) / 2
     summary = {name: {k: b[k] for k in ("mean", "stderr", "n")}
-               for name, v in values.items() for b in [metrics.bootstrap(v)]}
+               for name, v in values.items() if (b := metrics.bootstrap(v))["n"]}
     if modes:
         summary |= pooled(modes, max(samples))
     train.write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False,
