@@ -60,22 +60,29 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class DropoutUNetConfig(UNetConfig):
+    """The core, and where its activations are dropped."""
+
     p: float = 0.5  # probability that an activation is dropped
     dropout_blocks: int = 3  # innermost encoder blocks, and decoder blocks, with dropout
 
 
 @dataclass(frozen=True)
 class EnsembleUNetConfig(UNetConfig):
+    """The core of every member."""
+
     members: int = 16  # M; the paper has one for each sample, of which it draws up to 16
 
 
 @dataclass(frozen=True)
 class MHeadsConfig(UNetConfig):
+    """The core under all heads."""
+
     heads: int = 16  # M; the paper has one for each sample, of which it draws up to 16
     epsilon: float = 0.05  # weight of all heads but the best, together (Rupprecht et al. 2017)
 
 
 def core(c: UNetConfig) -> UNet:
+    """The U-Net all of them stand on: no normalisation, as in the paper."""
     check_choice("dims", c.dims, (1, 2, 3))
     return UNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs, norm="none")
 

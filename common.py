@@ -316,7 +316,7 @@ def write_atomically(path, write) -> None:
     A kill or a full disk leaves what stood at `path` before, whole.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    handle, temporary = tempfile.mkstemp(".tmp", f".{os.path.basename(path)}.", folder)
     os.close(handle)
     try:
         write(temporary)

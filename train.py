@@ -21,6 +21,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -203,6 +204,7 @@ def settle(args) -> tuple[dict, Path]:
 
 
 def default_folder(settings) -> str:
+    """Where a run goes without --out."""
     return "runs/{model}-{data}-{seed}".format(**settings)
 
 
@@ -429,6 +431,7 @@ class Stop:
                        for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number, frame):
+        """The handler of the first signal."""
         self.signal = number
         self.restore()
 
@@ -457,6 +460,7 @@ class Terms:
         self.sum, self.count, self.bad = None, 0, None
 
     def add(self, step: int, terms: dict) -> None:
+        """Count in the terms of one step, tensors on the device."""
         self.names = list(terms)
         values = torch.stack([v.detach().float().reshape(()) for v in terms.values()])
         if self.sum is None:
@@ -587,6 +591,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
     stop.restore()
     if dist.is_initialized():
+        del loss_of  # freed after its group is gone, DistributedDataParallel can hang
+        gc.collect()
         dist.destroy_process_group()
     if stopping and not finished:
         progress.say(f"stopped and saved at step {step}; go on with: "
@@ -632,16 +638,20 @@ def begin_files(folder, settings, training, model, start) -> None:
                   versions=dict(python=platform.python_version(), torch=torch.__version__,
                                 numpy=numpy.__version__, matplotlib=matplotlib.__version__))
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
+        half.unlink()
     log = folder / "log.jsonl"
     kept = [line for line in read_log(folder) if line["step"] <= start]
     write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def write_text(path, text: str) -> None:
+    """Write `text`, whole or not at all."""
     write_atomically(path, lambda name: Path(name).write_text(text))
 
 
 def append(path, entry: dict) -> None:
+    """One more line of JSON."""
     with open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -680,6 +690,10 @@ def main(argv=None) -> int:
         return train(settings, folder, args.device, args.compile, bool(args.resume))
     except (UserError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}; "
+              "what was saved before stands", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("error: out of memory: lower --batch-size or --image-size", file=sys.stderr)
