@@ -387,7 +387,7 @@ def paint_label(label, image=None) -> Tensor:
 
 
 def paint_map(values, high: float | None = None) -> Tensor:
-    """Map of numbers (H, W) from 0 to `high` (else its maximum) -> RGB (H, W, 3), dark to bright."""
+    """Map of numbers (H, W) from 0 to `high` (else its maximum) -> RGB (H, W, 3)."""
     from matplotlib import colormaps
 
     values = torch.as_tensor(values).detach().float().cpu()

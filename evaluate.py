@@ -22,8 +22,9 @@ deterministic `predict`: dice, dice_present, and ged_predict, the GED it would h
 mean of the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats
 the prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_likelihood in nats;
 iou_rec for models with latents. Where the odds are known: mode_tv_<n>, the total variation between
-the modes drawn for a case and its odds (n true draws have some too); mode_pooled_tv_<n>, the same with
-frequencies and odds averaged over the cases first, and mode_gap_<n>, the worst mode's difference then.
+the modes drawn for a case and its odds (n true draws have some too); mode_pooled_tv_<n>, the same
+with frequencies and odds averaged over the cases first, and mode_gap_<n>, the worst mode's
+difference then.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def agreed(split) -> list[int]:
 def calibrate(model, split, n) -> SimpleNamespace:
     """Do modes, and classes of pixels, appear as often as the known odds say?
 
-    frequency, odds: (N, M), of each mode of each case (Kohl et al. 2018, App. C). marginal: (20, 2),
+    frequency, odds: (N, M), of each mode of each case (Kohl et al. 2018, App. C). marginal (20, 2):
     for pixels and foreground classes sorted into 20 bins by their known probability (0 and 1 left
     out): its mean and the mean share of the samples; NaN where a bin is empty.
     """
@@ -187,7 +188,7 @@ def draw(out, model, split, values, summary) -> None:
 
 
 def plane(split, case, probs, prediction) -> SimpleNamespace:
-    """One case as arrays a picture can show, on the CPU: 2D as it is, 1D as a band, 3D by one slice.
+    """One case as arrays a picture can show, on the CPU: 1D as a band, of 3D one slice.
 
     probs (n, K, *S), prediction (K, *S) -> image (C, H, W), labels (A, H, W) with their weights
     where they differ, the likeliest first; probs (n, K, H, W), prediction (K, H, W).
@@ -268,7 +269,7 @@ def draw_uncertainty(path, cases) -> None:
 
 
 def draw_dice(path, values) -> None:
-    """SSN's Fig. 5: the samples' Dice of each case, and the share of samples above the prediction."""
+    """SSN's Fig. 5: the samples' Dice of each case, and the share above the prediction's."""
     order = np.argsort(values["dice"], kind="stable")
     order = order[np.linspace(0, len(order) - 1, min(80, len(order))).round().astype(int)]
     low, quarter, median, three, high, predicted, better = (
@@ -308,7 +309,7 @@ def draw_ged(path, summaries: dict) -> None:
 
 
 def draw_modes(path, modes) -> None:
-    """Frequencies against known odds: of modes, averaged over cases; and of the classes of pixels."""
+    """Frequencies against known odds: of modes, averaged over cases; and of pixels' classes."""
     odds, frequency = modes.odds.mean(0), modes.frequency.mean(0)
     figure, axes = new_plot(1, 3, size=(9, 2.9))
     bars, modewise, pixelwise = axes[0]
@@ -336,8 +337,8 @@ def draw_modes(path, modes) -> None:
 # ----------------------------------------------------------------------- several runs, ambiguity
 
 
-COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice", "dice_present",
-            "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
+COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice",
+            "dice_present", "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
 
 
 def compare(folders) -> str:
@@ -378,8 +379,8 @@ def ambiguity(folder, *, path=None, device=None, n=16) -> dict:
 
     A case is ambiguous if a reader marked nothing and another something. It is called so if fewer
     than t of its n samples mark something, with the t that is right most often on the validation
-    split. Writes ambiguity.json and ambiguity.png; returns accuracy on the test split, the share that
-    the commoner answer would get right, and t.
+    split. Writes ambiguity.json and ambiguity.png; returns accuracy on the test split, the share
+    that the commoner answer would get right, and t.
     """
     folder = Path(folder)
     settings = read_config(folder)["settings"]

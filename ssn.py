@@ -165,7 +165,7 @@ class SSN(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Eq. 6 with n samples: estimate of log p(y | x) in nats, a lower bound on average, (B,)."""
+        """Eq. 6 with n samples: log p(y | x) in nats, a lower bound on average, (B,)."""
         normal = self.distribution(image, mask)
         label = valid_label(label, mask)
         chunk = max(1, 2**24 // normal.mean.numel())  # memory does not grow with n

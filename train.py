@@ -11,8 +11,8 @@ A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     last.pt       the latest checkpoint; best.pt the one of lowest validation GED
 and at the end what evaluate.py writes for best.pt.
 
-All randomness of step t is a function of (seed, t) alone, so a run that was killed at any moment and
-resumed gives the same weights, bit for bit on a CPU, as one that was not; and W processes with
+All randomness of step t is a function of (seed, t) alone, so a run that was killed at any moment
+and resumed gives the same weights, bit for bit on a CPU, as one that was not; and W processes with
 --batch-size B see the rows and the noise that one process with the same B would see.
 """
 
@@ -192,8 +192,8 @@ def settle(args) -> tuple[dict, Path]:
                             "leave --resume out to begin one") from None
         for key, value in given.items():
             if key not in ("steps", "path") and plain(value) != settings[key]:
-                raise UserError(f"--resume {folder}: {key} was {settings[key]} there and is {value} "
-                                "now; leave the option out, or begin another run with --out")
+                raise UserError(f"--resume {folder}: {key} was {settings[key]} there and is "
+                                f"{value} now; leave the option out, or begin another run with --out")
         return settings | plain(given), folder
     settings = SETTINGS | given
     folder = Path(args.out or default_folder(settings))
@@ -247,7 +247,7 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: else a CPU step spends a seventh of its time on page faults.
+    """Tell glibc to keep what is freed: else a seventh of a CPU step goes into page faults.
 
     Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
     """

@@ -52,8 +52,8 @@ def shapes():
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     arguments = ["--data", "shapes", "--data-args", "n=20", "size=32", "--model-args",
-                 "channels=(4,6)", "convs=1", "mc_samples=4", "--batch-size", "4", "--device", "cpu",
-                 "--steps", "1", "--out", folder]
+                 "channels=(4,6)", "convs=1", "mc_samples=4", "--batch-size", "4",
+                 "--device", "cpu", "--steps", "1", "--out", folder]
     assert train.main([*map(str, arguments)]) == 0
     return folder
 
