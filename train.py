@@ -193,7 +193,7 @@ def settle(args) -> tuple[dict, Path]:
         for key, value in given.items():
             if key not in ("steps", "path") and plain(value) != settings[key]:
                 raise UserError(f"--resume {folder}: {key} was {settings[key]} there and is "
-                                f"{value} now; leave the option out, or begin another run with --out")
+                                f"{value} now; leave it out, or begin another run with --out")
         return settings | plain(given), folder
     settings = SETTINGS | given
     folder = Path(args.out or default_folder(settings))
