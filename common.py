@@ -407,16 +407,6 @@ def show_label(ax, label, image=None, title: str = "") -> None:
     ax.set_title(title, fontsize=8)
 
 
-def show_outlines(ax, image, labels, title: str = "") -> None:
-    """Every reader's foreground (A, H, W) as an outline of its own colour over the image."""
-    show_image(ax, image, title)
-    for reader, label in enumerate(torch.as_tensor(labels).cpu()):
-        inside = ((label > 0) & (label != IGNORE)).float()
-        if inside.any():  # contour() warns on a constant map
-            ax.contour(inside.numpy(), levels=[0.5], colors=[COLORS[reader % len(COLORS)]],
-                       linewidths=1)
-
-
 def show_map(ax, values, title: str = "", **options):
     """A map of numbers (H, W), dark to bright; returns the image for a colour bar."""
     values = torch.as_tensor(values).detach().float().cpu().numpy()

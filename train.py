@@ -247,7 +247,7 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: else a seventh of a CPU step goes into page faults.
+    """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
 
     Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
     """
