@@ -142,6 +142,18 @@ def valid_label(label: Tensor, mask: Tensor | None) -> Tensor:
     return label if mask is None else label.masked_fill(~mask, IGNORE)
 
 
+def one_hot(label: Tensor, num_classes: int, size) -> Tensor:
+    """Label map (B, *S) -> float32 (B, K, *size), what the posterior nets see of a reader.
+
+    Centred in `size` as `pad_to_multiple` centres an image; the padding and ignored pixels (255)
+    are zero in every class.
+    """
+    classes = torch.arange(num_classes, device=label.device).view(-1, *[1] * len(size))
+    hot = torch.zeros(len(label), num_classes, *size, device=label.device)
+    center_crop(hot, label.shape[1:]).copy_(label.unsqueeze(1) == classes)
+    return hot
+
+
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """-sum_i log softmax(logits_i)[label_i] over each case's pixels, in nats.
 

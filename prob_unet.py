@@ -40,9 +40,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import (COLORS, CONV, POOL, DiagonalNormal, UNet, center_crop, check_choice, conv_block,
-                    cross_entropy, init_orthogonal, pad_to_multiple, paint_image, paint_label,
-                    save_figure, save_grid, show_image, show_label, standard_normal, valid_label)
+from common import (COLORS, CONV, POOL, DiagonalNormal, UNet, check_choice, conv_block,
+                    cross_entropy, init_orthogonal, one_hot, pad_to_multiple, paint_image,
+                    paint_label, save_figure, save_grid, show_image, show_label, standard_normal,
+                    valid_label)
 
 CHUNK = 2**20  # feature values computed at once when sampling: 4 MB, what a CPU's cache holds
 
@@ -110,9 +111,7 @@ class ProbUNet(nn.Module):
     def posterior(self, image: Tensor, label: Tensor) -> DiagonalNormal:
         """Q(z | Y, X) of Eq. 3: where in latent space the masks `label` (B, *S) lie."""
         image = pad_to_multiple(image, self.unet.multiple)
-        seen = image.new_zeros(len(image), self.config.num_classes, *image.shape[2:])  # one-hot
-        classes = torch.arange(seen.shape[1], device=label.device).view(-1, *[1] * self.config.dims)
-        center_crop(seen, label.shape[1:]).copy_(label.unsqueeze(1) == classes)  # 255 is none
+        seen = one_hot(label, self.config.num_classes, image.shape[2:])
         if self.config.posterior == "image_and_mask":
             seen = torch.cat([image, seen], 1)
         return self.posterior_net(seen)
