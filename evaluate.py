@@ -12,9 +12,11 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     samples.png      image, every reader, prediction and 16 samples, a column a case
     overview.png     the same in short, a row a case
     uncertainty.png  readers' and samples' mean, PHiSeg's gamma map, variance over samples
+    maps.png         does the model vary where readers contradict it? (PHiSeg's Fig. 3)
     dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
     ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
     manipulation.png SSN: one sample, its classes scaled after the fact (SSN's Fig. 6)
+    levels.png       PHiSeg: samples growing level by level, and their residuals (its Fig. 1)
     modes.png        made sets: frequencies of modes and of pixels' classes against the known odds
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
@@ -43,6 +45,7 @@ import metrics
 import train
 from common import (COLORS, IGNORE, UserError, new_plot, paint_image, paint_label, paint_map,
                     pick_device, save_figure, save_grid, write_atomically)
+from phiseg import PHiSeg, draw_levels, draw_maps
 from ssn import SSN, draw_manipulation
 
 SAMPLES = (1, 4, 8, 16, 100)
@@ -52,17 +55,18 @@ LINES = [c for c in COLORS if c != "#F0E442"]  # yellow lines do not show on whi
 READERS = 7  # label maps of a case a picture shows
 
 
-def report(folder, *, split="test", cases="all", samples=SAMPLES, path=None, device=None,
-           quiet=False) -> dict:
+def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
+           device=None, quiet=False) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
-    split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked.
+    split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked. weights:
+    "best", the checkpoint of lowest validation GED, or "last".
     Raises UserError or DataError for what the user can mend.
     """
     folder = Path(folder)
     settings = read_config(folder)["settings"]
     device = device or pick_device()
-    model = train.load(folder / "best.pt", device)
+    model = train.load(folder / f"{weights}.pt", device)
     part = data.load(settings["data"], split, path or settings["path"], **settings["data_args"])
     if settings["image_size"] is not None:
         part = data.center(part, settings["image_size"])
@@ -77,7 +81,8 @@ def report(folder, *, split="test", cases="all", samples=SAMPLES, path=None, dev
         model, part, samples, progress=lambda done: progress.update(done, "cases evaluated"))
     values = {name: v.numpy() for name, v in values.items()}
 
-    out = folder if (split, cases) == ("test", "all") else folder / f"{split}-{cases}"
+    named = [split, cases] + ["last"] * (weights == "last")
+    out = folder if named == ["test", "all"] else folder / "-".join(named)
     out.mkdir(exist_ok=True)
     modes = calibrate(model, part, max(samples)) if part.exact else None
     if modes:
@@ -177,32 +182,39 @@ def draw(out, model, split, values, summary) -> None:
     generator = torch.Generator(some.images.device).manual_seed(0)
     probs = model.sample(some.images, 16, generator).float().softmax(2)  # (16, B, K, *S)
     prediction = model.predict(some.images)  # (B, K, *S)
-    shown = [plane(some, case, probs[:, case], prediction[case]) for case in range(len(some))]
+    error = metrics.error_map(probs, some.labels, some.weights)
+    gamma, ncc = metrics.gamma_map(probs), metrics.ncc(probs, some.labels, some.weights)
+    shown = [plane(some, case, probs[:, case], prediction[case], error[case], gamma[case])
+             for case in range(len(some))]
     draw_samples(out / "samples.png", shown)
     draw_overview(out / "overview.png", shown)
     draw_uncertainty(out / "uncertainty.png", shown)
+    draw_maps(out / "maps.png", [dict(name=c.name, image=c.image, labels=c.labels, error=c.error,
+                                      gamma=c.gamma, samples=c.probs.argmax(1), ncc=ncc[i])
+                                 for i, c in enumerate(shown)])
     draw_dice(out / "dice.png", values)
     draw_ged(out / "ged.png", {out.name: summary})
     if isinstance(model, SSN) and model.config.dims == 2:
         draw_manipulation(model, some.images[0], out / "manipulation.png")
+    if isinstance(model, PHiSeg) and model.config.dims == 2:
+        draw_levels(model, some.images[0], out / "levels.png")
 
 
-def plane(split, case, probs, prediction) -> SimpleNamespace:
+def plane(split, case, probs, prediction, error, gamma) -> SimpleNamespace:
     """One case as arrays a picture can show, on the CPU: 1D as a band, of 3D one slice.
 
-    probs (n, K, *S), prediction (K, *S) -> image (C, H, W), labels (A, H, W) with their weights
-    where they differ, the likeliest first; probs (n, K, H, W), prediction (K, H, W).
+    probs (n, K, *S), prediction (K, *S), error and gamma maps (*S) -> image (C, H, W), labels
+    (A, H, W) with their weights where they differ, the likeliest first; the others with H, W.
     """
-    image, labels = split.images[case].cpu(), split.labels[case].cpu()
-    probs, prediction = probs.cpu(), prediction.cpu()
-    if image.dim() == 2:
-        image, labels, probs, prediction = (
-            x.unsqueeze(-2).expand(*x.shape[:-1], x.shape[-1] // 2, x.shape[-1])
-            for x in (image, labels, probs, prediction))
-    if image.dim() == 4:  # the slice with the most foreground
-        at = int(((labels > 0) & (labels != IGNORE)).sum((0, 2, 3)).argmax())
-        image, labels, probs, prediction = (
-            x.select(-3, at) for x in (image, labels, probs, prediction))
+    maps = [x.cpu() for x in (split.images[case], split.labels[case], probs, prediction, error,
+                              gamma)]
+    if maps[0].dim() == 2:
+        maps = [x.unsqueeze(-2).expand(*x.shape[:-1], x.shape[-1] // 2, x.shape[-1]) for x in maps]
+    if maps[0].dim() == 4:  # the slice with the most foreground
+        marked = (maps[1] > 0) & (maps[1] != IGNORE)
+        at = int(marked.sum((0, 2, 3)).argmax())
+        maps = [x.select(-3, at) for x in maps]
+    image, labels, probs, prediction, error, gamma = maps
     weights = None if split.weights is None else split.weights[case].cpu()
     mean_label = reader_mean(labels, weights)
     if weights is None:
@@ -213,7 +225,7 @@ def plane(split, case, probs, prediction) -> SimpleNamespace:
         weights = weights[chosen]
     return SimpleNamespace(name=split.names[case][:14], image=image, labels=labels[chosen],
                            weights=weights, probs=probs, prediction=prediction,
-                           mean_label=mean_label)
+                           mean_label=mean_label, error=error, gamma=gamma)
 
 
 def reader_mean(labels, weights) -> torch.Tensor:
@@ -261,7 +273,7 @@ def draw_uncertainty(path, cases) -> None:
     for case in cases:
         probs = case.probs.unsqueeze(1)  # (n, 1, K, H, W)
         pictures = (paint_image(case.image), paint_map(case.mean_label, 1),
-                    paint_map(1 - probs.mean(0)[0, 0], 1), paint_map(metrics.gamma_map(probs)[0]),
+                    paint_map(1 - probs.mean(0)[0, 0], 1), paint_map(case.gamma),
                     paint_map(metrics.uncertainty_map(probs)[0], 1))
         for row, picture in zip(rows.values(), pictures):
             row.append(picture)
@@ -491,6 +503,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--split", choices=["test", "val", "all"], default="test")
     p.add_argument("--cases", choices=["all", "agreed"], default="all",
                    help="agreed: only cases that every reader marked")
+    p.add_argument("--weights", choices=["best", "last"], default="best",
+                   help="best: of lowest validation GED; last: at the end of training")
     p.add_argument("--path", help="judge on this file of the same data set")
     p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N")
     p.add_argument("--ambiguous", action="store_true", help="tell cases on which readers disagree")
@@ -517,8 +531,8 @@ def main(argv=None) -> int:
             result = ambiguity(args.run, path=args.path, device=device)
             print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
         else:
-            report(args.run, split=args.split, cases=args.cases, samples=tuple(args.samples),
-                   path=args.path, device=device)
+            report(args.run, split=args.split, cases=args.cases, weights=args.weights,
+                   samples=tuple(args.samples), path=args.path, device=device)
         return 0
     except (UserError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)

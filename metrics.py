@@ -253,11 +253,28 @@ def ncc(probs, labels, weights=None):
         raise ValueError(f"probs (n, B, K, *S) and labels (B, A, *S) must share B and *S, "
                          f"got {tuple(probs.shape)} and {tuple(labels.shape)}")
     gamma, mean_log = _gamma(probs)
-    labels = labels.flatten(2).long()  # (B, A, P)
-    valid = labels != IGNORE
-    error = -mean_log.flatten(2).gather(1, labels * valid)  # CE with the one-hot map of a reader
+    error, valid = _reader_errors(mean_log, labels)
     correlation = _correlation(gamma.flatten(1)[:, None], error, valid)
     return (_reader_weights(labels, weights) * correlation).sum(1)
+
+
+def error_map(probs, labels, weights=None):
+    """PHiSeg's average error E_y,s[CE(y, s)] over readers y and samples s, as (B, *S) nats.
+
+    What `gamma_map` should look like (Baumgartner et al. 2019, Fig. 3). probs (n, B, K, *S). The
+    mean is over the readers that do not ignore the pixel; 0 where all do.
+    """
+    error, valid = _reader_errors(_gamma(probs)[1], labels)
+    weights = _reader_weights(labels, weights)[:, :, None] * valid
+    mean = (weights * error).sum(1) / weights.sum(1).clamp(min=1e-12)
+    return mean.view(len(labels), *labels.shape[2:])
+
+
+def _reader_errors(mean_log, labels):
+    """CE of each reader's one-hot map with the samples, (B, A, P), and where it is valid."""
+    labels = labels.flatten(2).long()  # (B, A, P)
+    valid = labels != IGNORE
+    return -mean_log.flatten(2).gather(1, labels * valid), valid
 
 
 def _correlation(a, b, valid):

@@ -41,12 +41,16 @@ import data
 import metrics
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
 from common import UserError, new_plot, pick_device, save_figure, write_atomically
+from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
 from ssn import SSN
+from vae_unet import VAEUNet
 
 MODELS = {
     "ssn": SSN,
     "prob_unet": ProbUNet,
+    "phiseg": PHiSeg,
+    "vae_unet": VAEUNet,
     "image2image_vae": Image2ImageVAE,
     "unet": DeterministicUNet,
     "dropout_unet": DropoutUNet,
@@ -57,6 +61,7 @@ MODELS = {
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
+QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
 
 # What decides a run's result. A resumed run must agree on all of it but the length.
 SETTINGS = dict(model="ssn", data="shapes", path=None, steps=None, batch_size=None, lr=None, seed=0,
@@ -526,7 +531,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     if size is not None:
         val_split = data.center(val_split, size)
     train_split = train_split.to(device)
-    every = max(1, len(val_split) // VALIDATION_CASES)
+    every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
     stream = data.batches(
         train_split, training["batch_size"], settings["seed"], start=start, size=size, rank=rank,
@@ -601,7 +606,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     if main:
         import evaluate as evaluation  # it imports this module, to read what is written here
 
-        evaluation.report(folder, device=device)
+        samples = QUICK_SAMPLES if settings["quick"] else evaluation.SAMPLES
+        evaluation.report(folder, samples=samples, device=device)
     return 0
 
 

@@ -124,6 +124,19 @@ def test_report_writes_csv_and_json_that_agree(run, capsys):
     assert abs(np.mean(column) - summary["ged_4"]["mean"]) < 1e-5
 
 
+def test_weights_of_the_end(run, tmp_path):
+    """last.pt is judged in a folder of its own, and is another model than best.pt."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    content = torch.load(folder / "last.pt", weights_only=True)
+    content["state"]["mean.bias"] += torch.tensor([0.0, 50.0, 0.0, 0.0])
+    torch.save(content, folder / "last.pt")
+    assert evaluate.main([str(folder), "--weights", "last", "--samples", "2"]) == 0
+    last = json.loads((folder / "test-all-last" / "metrics.json").read_text())
+    best = evaluate.report(folder, samples=(2,), quiet=True)
+    assert last["ged_2"]["mean"] > best["ged_2"]["mean"] + 0.1  # everything is class 1
+
+
 def test_compare_tabulates_and_tests_runs(run, tmp_path, capsys):
     evaluate.report(run, samples=(16,), quiet=True)
     better = tmp_path / "better"
@@ -218,7 +231,7 @@ def test_pictures_of_lines_and_volumes(tmp_path, name, options):
     split = data.load(name, "test", **options)
     size = split.labels.shape[2:]
     probs = torch.rand(3, split.num_classes, *size).softmax(1)
-    shown = [evaluate.plane(split, 0, probs, probs[0])]
+    shown = [evaluate.plane(split, 0, probs, probs[0], *probs[:2, 1])]
     assert shown[0].image.dim() == 3 and shown[0].probs.dim() == 4
     evaluate.draw_samples(tmp_path / "a.png", shown)
     evaluate.draw_uncertainty(tmp_path / "b.png", shown)

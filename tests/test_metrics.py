@@ -284,6 +284,38 @@ def test_gamma_map_and_ncc_are_those_of_a_loop(n, K):
         close(metrics.ncc(probs.float(), labels, w), want, 1e-5)
 
 
+def error_loop(probs, labels, weights):
+    """probs (n, K, P), labels (A, P) -> E_y,s[CE(y, s)], pixel after pixel, (P,)"""
+    out = np.zeros(labels.shape[1])
+    for i in range(labels.shape[1]):
+        there = [(w, y[i]) for w, y in zip(weights, labels) if y[i] != 255]
+        total = sum(w for w, _ in there)
+        for w, k in there:
+            out[i] -= w / total * np.mean([np.log(s[k, i] + 1e-8) for s in probs]) if total else 0
+    return out
+
+
+def test_error_map_is_that_of_a_loop():
+    probs = random_probs(22, 4, 2, 3, 5, 6)
+    labels = random_maps(23, 2, 3, 5, 6, num_classes=3, ignored=0.2)
+    labels[0, :, 0, 0] = 255  # nobody knows
+    weights = torch.tensor([[.2, .3, .5], [.6, .4, 0]], dtype=torch.float64)
+    flat_probs, flat_labels = probs.flatten(3).numpy(), labels.flatten(2).numpy()
+    for w in (None, weights):
+        want = [error_loop(flat_probs[:, b], flat_labels[b], [1 / 3] * 3 if w is None else w[b])
+                for b in (0, 1)]
+        close(metrics.error_map(probs, labels, w).flatten(1), want)
+    assert metrics.error_map(probs, labels)[0, 0, 0] == 0
+
+
+def test_error_map_of_readers_who_are_the_samples_is_the_gamma_map():
+    """Fig. 3 of the PHiSeg paper: both maps match in a perfect model."""
+    maps = random_maps(31, 6, 1, 4, 5, num_classes=3)
+    probs = torch.nn.functional.one_hot(maps, 3).movedim(-1, 2).double()
+    close(metrics.error_map(probs, maps[:, 0][None]), metrics.gamma_map(probs))
+    close(metrics.ncc(probs, maps[:, 0][None]).clamp(max=0.1), [0.1])
+
+
 def test_ncc_of_constant_maps_is_zero():
     labels = random_maps(24, 1, 2, 5, 6)
     for p in (0.0, 0.1, 0.3, 1.0):
