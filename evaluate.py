@@ -3,12 +3,15 @@
     python evaluate.py runs/ssn-lidc-0                           # its test split
     python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that every reader marked
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples tell who disagrees?
+    python evaluate.py runs/ssn-lidc-0 --ood                     # ... and blurred, foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests
 
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr is the bootstrap's, over cases
     per_case.csv     every measure of every case
+    per_class.csv    2D with 3 to 20 classes, or --per-class: Dice and 95% Hausdorff distance of
+                     every class, of `predict` and of samples (VAE U-Net's Table 2)
     samples.png      image, every reader, prediction and 16 samples, a column a case
     overview.png     the same in short, a row a case
     uncertainty.png  readers' and samples' mean, PHiSeg's gamma map, variance over samples
@@ -17,6 +20,8 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
     manipulation.png SSN: one sample, its classes scaled after the fact (SSN's Fig. 6)
     levels.png       PHiSeg: samples growing level by level, and their residuals (its Fig. 1)
+    scales.png       HPU-Net: all latents drawn, the most local, the most global ones (its Fig. 3)
+    instances.png    sets with instances: objects clustered from 16 samples (HPU-Net's Fig. 4)
     modes.png        made sets: frequencies of modes and of pixels' classes against the known odds
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
@@ -26,25 +31,32 @@ the prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_l
 iou_rec for models with latents. Where the odds are known: mode_tv_<n>, the total variation between
 the modes drawn for a case and its odds (n true draws have some too); mode_pooled_tv_<n>, the same
 with frequencies and odds averaged over the cases first, and mode_gap_<n>, the worst mode's
-difference then.
+difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects clustered from
+n samples, and rand_error_components of what hangs together in the prediction. dice_class_<k> and
+hd95_class_<k> (in pixels): of `predict`, over the cases that have class k.
 """
 
 import argparse
 import csv
 import itertools
 import json
+import math
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import metrics
 import train
 from common import (COLORS, IGNORE, UserError, new_plot, paint_image, paint_label, paint_map,
-                    pick_device, save_figure, save_grid, write_atomically)
+                    pick_device, reflect_pad, save_figure, save_grid, write_atomically)
+from hpunet import HPUNet, clean_instances, cluster_instances, draw_instances, draw_scales
 from phiseg import PHiSeg, draw_levels, draw_maps
 from ssn import SSN, draw_manipulation
 
@@ -56,11 +68,12 @@ READERS = 7  # label maps of a case a picture shows
 
 
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           device=None, quiet=False) -> dict:
+           classes=False, device=None, quiet=False) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
     split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked. weights:
-    "best", the checkpoint of lowest validation GED, or "last".
+    "best", the checkpoint of lowest validation GED, or "last". classes: every class by itself, too,
+    as is done anyway where it costs little.
     Raises UserError or DataError for what the user can mend.
     """
     folder = Path(folder)
@@ -87,6 +100,15 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     modes = calibrate(model, part, max(samples)) if part.exact else None
     if modes:
         values[f"mode_tv_{max(samples)}"] = abs(modes.frequency - modes.odds).sum(1) / 2
+    if part.instances is not None:
+        found, shown = instances(model, part)
+        values |= found
+        draw_instances(out / "instances.png", shown)
+    elif classes or part.images.dim() == 4 and 3 <= part.num_classes <= 20:
+        by_class = per_class(model, part)
+        write_per_class(out / "per_class.csv", by_class)
+        values |= {f"{name}_class_{k}": v[0, :, k - 1] for name, v in by_class.items()
+                   for k in range(1, part.num_classes)}
     summary = {name: {k: b[k] for k in ("mean", "stderr", "n")}
                for name, v in values.items() if (b := metrics.bootstrap(v))["n"]}
     if modes:
@@ -198,6 +220,8 @@ def draw(out, model, split, values, summary) -> None:
         draw_manipulation(model, some.images[0], out / "manipulation.png")
     if isinstance(model, PHiSeg) and model.config.dims == 2:
         draw_levels(model, some.images[0], out / "levels.png")
+    if isinstance(model, HPUNet) and model.config.dims == 2:
+        draw_scales(model, some.images[0], out / "scales.png")
 
 
 def plane(split, case, probs, prediction, error, gamma) -> SimpleNamespace:
@@ -429,6 +453,291 @@ def ambiguity(folder, *, path=None, device=None, n=16) -> dict:
     return result
 
 
+# -------------------------------------------------------------------------- objects by sampling
+
+
+@torch.no_grad()
+def instances(model, split, n=16) -> tuple[dict, list[dict]]:
+    """Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H) against the split's ids:
+    {name: (N,)}, and a few cases for `draw_instances`.
+
+    rand_error_<n>, ap_<n>, ap50_<n> of the clusters of n samples; an object's confidence is the
+    samples' mean foreground probability over it. rand_error_components: what a deterministic
+    network could do, the connected components of the foreground in `predict`. Pixels of id -1
+    count nowhere.
+    """
+    scores, shown, device = {}, [], split.images.device
+    generator = torch.Generator().manual_seed(0)
+    for part, logits in train.drawn(model, split, n):
+        samples = train.labels_of(logits, 2)  # (n, B, H, W)
+        foreground = 1 - logits.softmax(2)[:, :, 0].mean(0)
+        found = torch.stack([clean_instances(cluster_instances(s, generator=generator))
+                             for s in samples.unbind(1)]).to(device)
+        parts = metrics.connected_components(train.labels_of(model.predict(part.images), 1) > 0)
+        known, truth = part.instances >= 0, part.instances.clamp(min=0)
+        batch = metrics.average_precision(found * known, truth, foreground)
+        batch = {f"{name}_{n}": values for name, values in batch.items()}
+        batch[f"rand_error_{n}"] = metrics.rand_error(found * known, truth)
+        batch["rand_error_components"] = metrics.rand_error(parts * known, truth)
+        for name, values in batch.items():
+            scores.setdefault(name, []).append(values.double().cpu())
+        again = None
+        if hasattr(model, "reconstruct"):
+            again = train.labels_of(model.reconstruct(part.images, part.labels[:, 0].long()), 1)
+        for i in range(len(part) if len(shown) < 4 else 0):
+            shown.append(dict(name=part.names[i][:14], image=part.images[i], found=found[i],
+                              truth=part.instances[i], samples=samples[:, i],
+                              again=truth[i] * 0 if again is None else again[i]))
+    return {name: torch.cat(values).numpy() for name, values in scores.items()}, shown[:4]
+
+
+# -------------------------------------------------------------------------- every class by itself
+
+
+@torch.no_grad()
+def per_class(model, split, n=8) -> dict:
+    """Dice and 95% Hausdorff distance (pixels) of every foreground class, as (1 + n, N, K - 1).
+
+    First `predict` (the VAE U-Net's prior mode), then n samples, each judged by itself. Reference
+    is each case's likeliest reader, the first of equals. NaN where that reader's map lacks the
+    class; for the distance also where the prediction does.
+    """
+    dices, distances = [], []
+    for part, logits in train.drawn(model, split, n):
+        first = part.odds.argmax(1)
+        label = part.labels[torch.arange(len(part), device=first.device), first]  # (B, *S)
+        maps = torch.cat([train.labels_of(model.predict(part.images), 1)[None],
+                          train.labels_of(logits, 2)])  # (1 + n, B, *S)
+        of_class = [torch.where(label == IGNORE, IGNORE, label == k).byte()
+                    for k in range(1, split.num_classes)]
+        absent = torch.stack([(x != 1).flatten(1).all(1) for x in of_class], 1)  # (B, K - 1)
+        dice = torch.stack([metrics.sample_dice((maps == k).byte(), x[:, None])
+                            for k, x in enumerate(of_class, 1)], 2)
+        distance = torch.stack([metrics.hausdorff95(x, label, split.num_classes) for x in maps])
+        dices.append(dice.masked_fill(absent, np.nan).cpu().double())
+        distances.append(distance.masked_fill(absent, np.nan).cpu().double())
+    return {"dice": torch.cat(dices, 1).numpy(), "hd95": torch.cat(distances, 1).numpy()}
+
+
+def write_per_class(path, values: dict) -> None:
+    """per_class.csv, laid out as the VAE U-Net's Table 2: a line a mode and class, and their mean.
+
+    A sample's Dice of a class is its mean over the cases that have the class; the line of the
+    samples holds mean and standard deviation of that over the samples. missed: cases of the class
+    in which nothing of it was predicted, so that they have no distance.
+    """
+    with warnings.catch_warnings():  # a class that no case has is NaN all over: empty in the table
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean = {name: np.nanmean(v, 1) for name, v in values.items()}  # (1 + n, K - 1)
+        mean = {name: np.c_[v, np.nanmean(v, 1)] for name, v in mean.items()}
+        cases = (~np.isnan(values["dice"][0])).sum(0)
+        missed = (np.isnan(values["hd95"]) & ~np.isnan(values["dice"])).sum(1)  # (1 + n, K - 1)
+    text = ["mode,class,dice,dice_deviation,hd95,hd95_deviation,cases,missed"]
+    for mode, rows in (("predict", slice(0, 1)), ("samples", slice(1, None))):
+        for k in range(mean["dice"].shape[1]):
+            last = k == len(cases)
+            cells = [mode, "mean" if last else str(k + 1)]
+            for name in ("dice", "hd95"):
+                column = mean[name][rows, k]
+                cells += [f"{column.mean():.6g}"]
+                cells += [f"{column.std():.6g}" if mode == "samples" else ""]
+            cells += ["", ""] if last else [str(cases[k]), f"{missed[rows, k].mean():.6g}"]
+            text.append(",".join("" if cell == "nan" else cell for cell in cells))
+    train.write_text(path, "\n".join(text) + "\n")
+
+
+# ------------------------------------------------------------------------- out of distribution
+
+
+CORRUPTIONS = {"blur": (1, 2, 4, 8), "patch": (5, 10, 20, 40), "noise": (0.25, 0.5, 1, 2)}
+UNITS = {"blur": "blur, sigma in pixels", "patch": "patch, % of the side",
+         "noise": "noise, in std of the images"}
+OOD_CASES, OOD_SAMPLES = 64, 10
+MARGIN = 5  # pixels round the predicted foreground that count
+
+
+def corrupt(images, kind: str, strength: float, seed=0) -> torch.Tensor:
+    """Images (B, C, H, W) taken out of their distribution (Bai and Bai 2023, Sec. 4.2).
+
+    blur: Gaussian, sigma of `strength` pixels. patch: a rectangle of `strength` percent of both
+    sides, at random, as bright as the image's maximum. noise: white, `strength` times as strong as
+    the images vary (std). Places and noise depend on seed and case alone, not on the strength.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "blur":
+        radius = math.ceil(4 * strength)
+        at = torch.arange(-radius, radius + 1, device=images.device)
+        weight = torch.exp(-(at / strength).square() / 2)
+        weight = (weight / weight.sum()).view(1, 1, -1, 1)
+        rows = reflect_pad(images, [(radius, radius)] * 2).flatten(0, 1).unsqueeze(1)
+        return F.conv2d(F.conv2d(rows, weight), weight.mT).view_as(images)
+    if kind == "patch":
+        images = images.clone()
+        height, width = (max(1, round(strength / 100 * side)) for side in images.shape[2:])
+        places = torch.rand(len(images), 2, generator=generator).tolist()
+        for image, (down, right) in zip(images, places):
+            top = int(down * (image.shape[1] - height + 1))
+            left = int(right * (image.shape[2] - width + 1))
+            image[:, top : top + height, left : left + width] = image.max()
+        return images
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return images + strength * images.std() * noise
+
+
+def as_foreign(images, like) -> torch.Tensor:
+    """Images (M, C', H', W') in size, channels, mean and std of `like` (N, C, H, W).
+
+    So that what they show is foreign, not their scale: (M, C, H, W).
+    """
+    grey = images.mean(1, keepdim=True).expand(-1, like.shape[1], -1, -1)
+    same = images if images.shape[1] == like.shape[1] else grey
+    same = F.interpolate(same, like.shape[2:], mode="bilinear", antialias=True)
+    return (same - same.mean()) / same.std().clamp(min=1e-6) * like.std() + like.mean()
+
+
+def warning_scores(probs) -> dict:
+    """How much an image's samples differ, in one number: probs (n, B, K, H, W) -> two of (B,).
+
+    The mean of a map over the predicted foreground, where the class of highest mean probability is
+    not 0, and MARGIN pixels round it in every direction; over the whole image where nothing is
+    predicted. variance: over the samples, added over the classes. It is not divided by its maximum,
+    as in metrics.uncertainty_map, or the worst pixel of every image would count the same. gamma:
+    PHiSeg's map, which also sees what is uncertain within each sample.
+    """
+    foreground = (train.labels_of(probs.mean(0), 1) > 0).float().unsqueeze(1)
+    near = F.max_pool2d(foreground, 2 * MARGIN + 1, 1, MARGIN).flatten(1)  # (B, H*W)
+    near = torch.where(near.any(1, keepdim=True), near, torch.ones_like(near))
+    maps = {"variance": probs.var(0, correction=0).sum(1), "gamma": metrics.gamma_map(probs)}
+    return {name: (m.flatten(1) * near).sum(1) / near.sum(1) for name, m in maps.items()}
+
+
+@torch.no_grad()
+def ood(folder, *, split="test", path=None, foreign=None, device=None) -> dict:
+    """Do the samples of corrupted and foreign images differ more than those of the split's own?
+
+    (Bai and Bai 2023, Sec. 4.2.) For every corruption and strength the AUROC of both warning scores
+    against the same cases left as they are. foreign: (data set, its path or None) of the foreign
+    images; None takes a made set. Writes ood.json, which is returned, ood.csv with every score,
+    ood.png and ood_curve.png. Raises UserError for data that are not 2D.
+    """
+    folder = Path(folder)
+    settings = read_config(folder)["settings"]
+    device = device or pick_device()
+    part = data.load(settings["data"], split, path or settings["path"], **settings["data_args"])
+    name, place = foreign or ("organs" if settings["data"] == "shapes" else "shapes", None)
+    others = data.load(name, "test", place)
+    for owner, images in ((settings["data"], part.images), (name, others.images)):
+        if images.dim() != 4:
+            raise UserError(f"--ood is for 2D images; those of {owner} have "
+                            f"{images.dim() - 2} axes")
+    if settings["image_size"] is not None:
+        part = data.center(part, settings["image_size"])
+    model = train.load(folder / "best.pt", device)
+    part = part.subset(spread(len(part), OOD_CASES)).to(device)
+    others = as_foreign(others.images[spread(len(others), len(part))].to(device), part.images)
+
+    strengths = [(kind, strength) for kind in CORRUPTIONS for strength in CORRUPTIONS[kind]]
+    conditions = [("clean", ""), *strengths, ("foreign", name)]
+    marked = ((part.labels > 0) & (part.labels != IGNORE)).flatten(1).sum(1)
+    scores, shown = {}, {}  # by condition: {score: (cases,)}, and images for the picture
+    progress = train.Progress(len(conditions))
+    for kind, strength in conditions:
+        images = {"clean": part.images, "foreign": others}.get(kind)
+        images = corrupt(part.images, kind, strength) if images is None else images
+        cases = replace(part.subset(range(len(images))), images=images)
+        batches = [warning_scores(logits.softmax(2))
+                   for _, logits in train.drawn(model, cases, OOD_SAMPLES)]
+        scores[kind, strength] = {key: torch.cat([b[key] for b in batches]).double().cpu().numpy()
+                                  for key in batches[0]}
+        rows = range(min(3, len(images))) if kind == "foreign" else [int(marked.argmax())]
+        shown[kind, strength] = images[rows]
+        progress.update(len(scores), f"{kind} {strength}")
+
+    out = folder if split == "test" else folder / f"{split}-all"
+    out.mkdir(exist_ok=True)
+    summary = ood_summary(scores)
+    train.write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    lines = ["kind,strength,case,variance,gamma"]
+    lines += [f"{kind},{strength},{i},{variance:.6g},{gamma:.6g}"
+              for (kind, strength), both in scores.items()
+              for i, (variance, gamma) in enumerate(zip(both["variance"], both["gamma"]))]
+    train.write_text(out / "ood.csv", "\n".join(lines) + "\n")
+    draw_ood(out / "ood.png", model, shown)
+    draw_ood_curve(out / "ood_curve.png", summary)
+    return summary
+
+
+def ood_summary(scores: dict) -> dict:
+    """{"<score>_<kind>_<strength>": {"mean", "stderr", "n"}}, and under "auroc_..." the AUROC.
+
+    scores {(kind, strength): {score: (cases,)}} with ("clean", "") among them. Standard errors are
+    those of resampled cases, each with its clean image.
+    """
+    clean, summary = scores["clean", ""], {}
+    for (kind, strength), both in scores.items():
+        for score, values in both.items():
+            name = f"{score}_{kind}_{strength}".rstrip("_")
+            summary[name] = {k: v for k, v in metrics.bootstrap(values).items()
+                             if k in ("mean", "stderr", "n")}
+            if kind == "clean":
+                continue
+            rng, again = np.random.default_rng(0), []
+            for _ in range(200):
+                cases = rng.integers(len(clean[score]), size=len(clean[score]))
+                mine = rng.integers(len(values), size=len(values)) if kind == "foreign" else cases
+                again.append(metrics.auroc(values[mine], clean[score][cases]))
+            summary[f"auroc_{name}"] = {"mean": metrics.auroc(values, clean[score]),
+                                        "stderr": float(np.std(again)), "n": len(values)}
+    return summary
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices, evenly spread over 0 .. count - 1."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
+def draw_ood(path, model, shown: dict) -> None:
+    """Bai and Bai's Figs. 3, 8 and 9: image, prediction and uncertainty of one case, by strength.
+
+    shown {(kind, strength): images (1, C, H, W)}, the first "clean", the last "foreign" and up to
+    three images. Every map of uncertainty is divided by its own maximum.
+    """
+    images = torch.cat(list(shown.values()))
+    probs = model.sample(images, OOD_SAMPLES, torch.Generator(images.device).manual_seed(0))
+    probs = probs.float().softmax(2)
+    labels, maps = train.labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
+    cells = [[paint_image(image), paint_label(label, image), paint_map(m, 1)]
+             for image, label, m in zip(images, labels, maps)]
+    of, foreign = dict(zip(shown, cells)), list(shown)[-1]
+    rows, notes = {"as it is": of["clean", ""]}, {}
+    for step, strengths in enumerate(zip(*CORRUPTIONS.values()), 1):
+        keys = list(zip(CORRUPTIONS, strengths))
+        rows[f"strength {step}"] = sum((of[key] for key in keys), [])
+        notes |= {(f"strength {step}", 3 * i): f"{kind} {s}" for i, (kind, s) in enumerate(keys)}
+    rows[f"foreign:\n{foreign[1]}"] = sum(cells[len(shown) - 1 :], [])
+    save_grid(path, rows, ["image", "prediction", "uncertainty"] * len(CORRUPTIONS), notes)
+
+
+def draw_ood_curve(path, summary: dict) -> None:
+    """AUROC against strength, a panel a corruption, and that of foreign images in the title."""
+    figure, axes = new_plot(1, len(CORRUPTIONS), size=(8, 2.8))
+    for ax, (kind, strengths) in zip(axes[0], CORRUPTIONS.items()):
+        for score, color in (("variance", COLORS[5]), ("gamma", COLORS[0])):
+            points = [summary[f"auroc_{score}_{kind}_{s}"] for s in strengths]
+            ax.errorbar(range(len(points)), [p["mean"] for p in points],
+                        [p["stderr"] for p in points], label=score, color=color, marker="o",
+                        markersize=3, capsize=2)
+        ax.axhline(0.5, color=COLORS[7], linestyle="--", linewidth=1)
+        ax.set(ylim=(-0.02, 1.02), xticks=range(len(strengths)), xticklabels=strengths,
+               xlabel=UNITS[kind])
+    axes[0, 0].set_ylabel("AUROC against clean")
+    axes[0, 0].legend(fontsize=7, loc="lower right")
+    foreign = [f"{values['mean']:.2f} by {score}" for score in ("variance", "gamma")
+               for name, values in summary.items() if name.startswith(f"auroc_{score}_foreign_")]
+    figure.suptitle(f"can the samples tell? (foreign images: {', '.join(foreign)})", fontsize=9)
+    save_figure(figure, path)
+
+
 # -------------------------------------------------------------------------- one image of yours
 
 
@@ -508,6 +817,11 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--path", help="judge on this file of the same data set")
     p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N")
     p.add_argument("--ambiguous", action="store_true", help="tell cases on which readers disagree")
+    p.add_argument("--per-class", action="store_true",
+                   help="Dice and Hausdorff distance of every class by itself")
+    p.add_argument("--ood", action="store_true", help="can samples tell corrupted images?")
+    p.add_argument("--ood-data", nargs="+", metavar=("NAME", "PATH"),
+                   help="--ood: data set whose images are the foreign ones (default: a made one)")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and figure with these")
     p.add_argument("--image", metavar="FILE", help="draw samples for this picture instead")
     p.add_argument("--out", help="where --image writes (default: the run's folder)")
@@ -530,9 +844,18 @@ def main(argv=None) -> int:
         elif args.ambiguous:
             result = ambiguity(args.run, path=args.path, device=device)
             print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        elif args.ood or args.ood_data:
+            if args.ood_data and len(args.ood_data) > 2:
+                raise UserError("--ood-data: a data set's name, and its path if it needs one")
+            summary = ood(args.run, split=args.split, path=args.path, device=device,
+                          foreign=args.ood_data and (*args.ood_data, None)[:2])
+            print("AUROC against the same images left as they are:")
+            print(table({name.removeprefix("auroc_"): values for name, values in summary.items()
+                         if name.startswith("auroc_")}))
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
-                   samples=tuple(args.samples), path=args.path, device=device)
+                   samples=tuple(args.samples), path=args.path, classes=args.per_class,
+                   device=device)
         return 0
     except (UserError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)

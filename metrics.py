@@ -443,6 +443,28 @@ def average_precision(pred, target, confidence=None):
     return {"ap": curves.mean(1), "ap50": curves[:, 0]}
 
 
+def connected_components(mask):
+    """Ids (B, *S) int64 of what hangs together in mask (B, *S) bool: pixels that share a side.
+
+    0 where the mask is false; ids are above 0, but not counted up.
+    """
+    size = mask[0].numel()
+    ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
+    while True:
+        high = ids.clone()
+        for axis, side in enumerate(mask.shape[1:], 1):
+            for here, there in ((0, 1), (1, 0)):  # each pixel takes a neighbour's larger id
+                target = high.narrow(axis, here, side - 1)
+                torch.maximum(target, ids.narrow(axis, there, side - 1), out=target)
+        high *= mask
+        # and then what has that id's own pixel by now, so that ids travel ever further
+        known = torch.cat([high.new_zeros(len(high), 1), high.flatten(1)], 1)
+        high = known.gather(1, high.flatten(1)).view_as(ids)
+        if torch.equal(high, ids):
+            return ids
+        ids = high
+
+
 def _pairs_of_maps(pred, target):
     if pred.shape != target.shape:
         raise ValueError(f"pred and target must both be (B, *S), "
@@ -500,6 +522,19 @@ def paired_test(a, b, resamples=10000, seed=0):
     flips = (rng.integers(2, size=len(diff)) for _ in range(resamples))
     extreme = sum(abs(diff.sum() - 2 * flip @ diff) >= observed for flip in flips)
     return float((1 + extreme) / (1 + resamples))
+
+
+def auroc(positive, negative):
+    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half.
+
+    Scores in any shape; NaN are left out. NaN where either side has none.
+    """
+    positive, negative = (x[~np.isnan(x)] for x in map(_float64, (positive, negative)))
+    if not len(positive) or not len(negative):
+        return math.nan
+    negative = np.sort(negative)
+    below, up_to = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
 
 
 def _float64(values):

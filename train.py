@@ -41,6 +41,7 @@ import data
 import metrics
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
 from common import UserError, new_plot, pick_device, save_figure, write_atomically
+from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
 from ssn import SSN
@@ -50,6 +51,7 @@ MODELS = {
     "ssn": SSN,
     "prob_unet": ProbUNet,
     "phiseg": PHiSeg,
+    "hpunet": HPUNet,
     "vae_unet": VAEUNet,
     "image2image_vae": Image2ImageVAE,
     "unet": DeterministicUNet,

@@ -122,6 +122,9 @@ def test_report_writes_csv_and_json_that_agree(run, capsys):
     assert len(rows) == 4 and rows[0]["name"].startswith("shape")
     column = [float(row["ged_4"]) for row in rows]
     assert abs(np.mean(column) - summary["ged_4"]["mean"]) < 1e-5
+    counts = [sum(row[f"dice_class_{k}"] != "nan" for row in rows) for k in (1, 2, 3)]
+    assert counts == [summary.get(f"dice_class_{k}", {"n": 0})["n"] for k in (1, 2, 3)]
+    assert max(counts) > 0 and (folder / "per_class.csv").exists()
 
 
 def test_weights_of_the_end(run, tmp_path):
@@ -236,3 +239,175 @@ def test_pictures_of_lines_and_volumes(tmp_path, name, options):
     evaluate.draw_samples(tmp_path / "a.png", shown)
     evaluate.draw_uncertainty(tmp_path / "b.png", shown)
     assert {p.name for p in Path(tmp_path).iterdir()} == {"a.png", "b.png"}
+
+
+# ----------------------------------------------------------------- classes, out of distribution
+
+
+class Fixed:
+    """A model whose prediction and samples are given label maps, whatever the image."""
+
+    def __init__(self, prediction, samples, classes):
+        self.maps = [torch.nn.functional.one_hot(x.long(), classes).movedim(-1, -3).float()
+                     for x in (prediction, samples)]
+
+    def predict(self, image):
+        return self.maps[0]
+
+    def sample(self, image, n, generator=None):
+        return 40 * self.maps[1][:n]
+
+
+def test_every_class_by_itself(tmp_path):
+    """Two cases, three classes: the likelier of two readers counts; class 2 is in one of them."""
+    labels = torch.zeros(2, 2, 6, 6, dtype=torch.uint8)
+    labels[:, 1, 1:5, 1:3] = 1  # 8 pixels
+    labels[0, 1, 0, 5] = 2
+    labels[1, 1, 5] = 255
+    split = data.Split(torch.zeros(2, 1, 6, 6), labels, torch.tensor([[0.4, 0.6]] * 2), ["g"] * 2,
+                       3, ["a", "b"])
+    prediction = torch.zeros(2, 6, 6)
+    prediction[:, 1:5, 1:4] = 1  # 12 pixels, 8 of them right
+    samples = torch.stack([prediction, labels[:, 1] % 255])
+    samples[:, 1, 5] = 2  # ignored there
+    values = evaluate.per_class(Fixed(prediction, samples, 3), split, n=2)
+    nan = np.nan
+    np.testing.assert_allclose(values["dice"], [[[0.8, 0], [0.8, nan]], [[0.8, 0], [0.8, nan]],
+                                                [[1, 1], [1, nan]]], rtol=1e-6)
+    # of class 1, half of the borders' pixels are a pixel away
+    np.testing.assert_allclose(values["hd95"], [[[1, nan], [1, nan]], [[1, nan], [1, nan]],
+                                                [[0, 0], [0, nan]]])
+    evaluate.write_per_class(tmp_path / "per_class.csv", values)
+    rows = {(row["mode"], row["class"]): row
+            for row in csv.DictReader((tmp_path / "per_class.csv").open())}
+    assert len(rows) == 6
+    first, second, mean = (rows["samples", k] for k in ("1", "2", "mean"))
+    assert (float(first["dice"]), first["cases"]) == (pytest.approx(0.9), "2")
+    assert float(first["dice_deviation"]) == pytest.approx(0.1)
+    assert (second["dice"], second["cases"], second["missed"]) == ("0.5", "1", "0.5")
+    assert float(mean["dice"]) == pytest.approx((0.9 + 0.5) / 2)
+    assert rows["predict", "2"]["hd95"] == "" and rows["predict", "1"]["dice_deviation"] == ""
+
+
+def test_corruptions():
+    images = torch.zeros(2, 2, 33, 33)
+    images[:, :, 16, 16] = 1
+    at = torch.arange(33) - 16.0
+    for sigma in (1, 2):
+        line = evaluate.corrupt(images, "blur", sigma)[0, 0].sum(0)
+        assert line.sum().item() == pytest.approx(1, abs=1e-5)
+        assert (line * at.square()).sum().item() == pytest.approx(sigma**2, rel=0.01)
+    assert torch.allclose(evaluate.corrupt(images + 3, "blur", 8).mean(), images.mean() + 3)
+    for percent, side in ((1, 1), (10, 3), (40, 13)):
+        patched = evaluate.corrupt(torch.rand(2, 2, 33, 33) - 2, "patch", percent, seed=1)
+        for image in patched:
+            rows, columns = (image == image.max()).all(0).nonzero().unbind(1)
+            assert rows.max() - rows.min() == columns.max() - columns.min() == side - 1
+            assert len(rows) == side**2
+    assert images.sum() == 4  # left as they were
+    images = torch.rand(4, 1, 64, 64)
+    weak, strong = (evaluate.corrupt(images, "noise", s) - images for s in (0.5, 2))
+    assert weak.std().item() == pytest.approx(0.5 * images.std().item(), rel=0.02)
+    assert torch.allclose(4 * weak, strong, atol=1e-5)
+    assert torch.equal(evaluate.corrupt(images, "noise", 2) - images, strong)
+
+
+def test_foreign_images_look_alike():
+    like = 5 + 3 * torch.randn(4, 3, 20, 24)
+    for channels in (1, 2, 3):
+        foreign = evaluate.as_foreign(torch.rand(2, channels, 40, 30), like)
+        assert foreign.shape == (2, 3, 20, 24)
+        assert foreign.mean().item() == pytest.approx(like.mean().item(), abs=1e-4)
+        assert foreign.std().item() == pytest.approx(like.std().item(), rel=1e-4)
+
+
+def test_warning_scores_against_a_loop():
+    probs = torch.rand(5, 2, 3, 30, 25, generator=torch.Generator().manual_seed(0)) ** 3
+    probs[:, :, 0] += 2
+    probs[:, 0, 1, 3:5, 20] += 9  # what is predicted of the first case; nothing of the second
+    probs /= probs.sum(2, keepdim=True)
+    scores = evaluate.warning_scores(probs)
+    probs = probs.double().numpy()
+    gamma = metrics.gamma_map(torch.from_numpy(probs)).numpy()
+    near = [(y, x) for y in range(30) for x in range(25)
+            if max(abs(y - 3), abs(x - 20)) <= 5 or max(abs(y - 4), abs(x - 20)) <= 5]
+    everywhere = [(y, x) for y in range(30) for x in range(25)]
+    for case, place in enumerate((near, everywhere)):
+        var = [sum(np.var(probs[:, case, k, y, x]) for k in range(3)) for y, x in place]
+        assert scores["variance"][case].item() == pytest.approx(np.mean(var), rel=1e-5)
+        of_gamma = np.mean([gamma[case, y, x] for y, x in place])
+        assert scores["gamma"][case].item() == pytest.approx(of_gamma, rel=1e-5)
+
+
+def test_auroc_of_scores():
+    both = lambda values: {"variance": np.array(values), "gamma": np.zeros(len(values))}
+    scores = {("clean", ""): both([1.0, 2, 3]), ("blur", 2): both([2.0, 3, 4]),
+              ("foreign", "organs"): both([9.0, 8])}
+    summary = evaluate.ood_summary(scores)
+    assert summary["variance_clean"]["mean"] == 2
+    assert summary["auroc_variance_blur_2"]["mean"] == pytest.approx(7 / 9)
+    assert summary["auroc_variance_foreign_organs"] == {"mean": 1.0, "stderr": 0.0, "n": 2}
+    assert summary["auroc_gamma_blur_2"]["mean"] == 0.5
+
+
+def test_ood_writes_what_it_returns(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "OOD_CASES", 3)
+    monkeypatch.setattr(evaluate, "OOD_SAMPLES", 2)
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"blur": (1, 4), "patch": (10, 40),
+                                                  "noise": (0.5, 2)})
+    assert evaluate.main([str(run), "--ood", "--ood-data", "modes", "--device", "cpu"]) == 0
+    assert "variance_foreign_modes" in capsys.readouterr().out
+    summary = json.loads((run / "ood.json").read_text())
+    rows = list(csv.DictReader((run / "ood.csv").open()))
+    assert len(rows) == (1 + 6 + 1) * 3
+    strong = [float(row["gamma"]) for row in rows
+              if (row["kind"], row["strength"]) == ("blur", "4")]
+    clean = [float(row["gamma"]) for row in rows if row["kind"] == "clean"]
+    assert summary["gamma_blur_4"]["mean"] == pytest.approx(np.mean(strong), rel=1e-4)
+    assert summary["auroc_gamma_blur_4"]["mean"] == pytest.approx(metrics.auroc(strong, clean))
+    assert (run / "ood.png").exists() and (run / "ood_curve.png").exists()
+    assert evaluate.main([str(run), "--ood-data", "modes", "here", "there", "--device", "cpu"]) == 2
+    assert evaluate.main([str(run), "--ood", "--ood-data", "toy1d", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "a data set's name, and its path" in error and "those of toy1d have 1 axes" in error
+
+
+class Colours:
+    """Knows the true objects and gives each a random class in every sample."""
+
+    def __init__(self, split):
+        self.split, self.done = split, 0
+
+    def sample(self, image, n, generator=None):
+        ids = self.split.instances[self.done : self.done + len(image)].long()
+        self.done += len(image)
+        table = torch.randint(1, 16, (n, 1000), generator=generator)
+        table[:, 0] = 0
+        self.last = 40.0 * torch.nn.functional.one_hot(table[:, ids], 16).movedim(-1, 2)
+        return self.last
+
+    def predict(self, image):
+        return self.last[0]
+
+
+def test_instances_of_a_model_that_knows_them():
+    split = data.load("cells", "test", n=15)
+    split.instances[0, :5] = -1  # nobody knows
+    scores, shown = evaluate.instances(Colours(split), split)
+    assert scores["rand_error_16"].shape == (len(split),) == (3,)
+    assert scores["rand_error_16"].max() < 0.02  # all but slivers that the clean-up paints over
+    assert scores["ap50_16"].min() > 0.7
+    # cells are parted by their membranes: components of the true foreground are nearly as good
+    assert scores["rand_error_components"].min() < 1e-6
+    assert len(shown) == 3 and shown[0]["found"].shape == split.instances.shape[1:]
+
+
+def test_instances_of_a_model_that_does_not():
+    split = data.load("cells", "test", n=15)
+    model = Colours(split)
+    model.sample = lambda image, n, generator=None: torch.randn(
+        (n, len(image), 16, *image.shape[2:]), generator=generator)
+    model.predict = lambda image: torch.eye(16)[1][None, :, None, None].expand(
+        len(image), -1, *image.shape[2:])  # all one object
+    scores, _ = evaluate.instances(model, split)
+    assert scores["rand_error_16"].min() > 0.6 and scores["rand_error_components"].min() > 0.6

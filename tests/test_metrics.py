@@ -614,3 +614,51 @@ def test_ged_is_far_faster_than_a_loop_over_pairs():
         fast.append(time.perf_counter() - start)
     close(got, [want])
     assert slow / min(fast) > 50
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    for n, m in ((1, 1), (7, 30), (50, 20)):
+        positive, negative = rng.integers(0, 9, n) / 3, rng.integers(-2, 6, m) / 3  # many ties
+        pairs = [1.0 if p > q else 0.5 if p == q else 0.0 for p in positive for q in negative]
+        assert abs(metrics.auroc(positive, negative) - sum(pairs) / len(pairs)) < 1e-12
+        assert abs(metrics.auroc(negative, positive) - 1 + sum(pairs) / len(pairs)) < 1e-12
+    assert metrics.auroc(torch.tensor([2.0, math.nan]), [1.0, 3.0, math.nan]) == 0.5
+    assert metrics.auroc([1, 1], [1, 1, 1]) == 0.5
+    assert math.isnan(metrics.auroc([], [1.0]))
+
+
+def flood_fill(mask):
+    """mask (H, W) -> ids by a stack of pixels, 4-connected."""
+    ids, count = np.zeros(mask.shape, int), 0
+    for start in zip(*np.nonzero(mask)):
+        if ids[start]:
+            continue
+        count, stack = count + 1, [start]
+        while stack:
+            y, x = stack.pop()
+            inside = 0 <= y < mask.shape[0] and 0 <= x < mask.shape[1]
+            if inside and mask[y, x] and not ids[y, x]:
+                ids[y, x] = count
+                stack += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
+    return ids
+
+
+def test_connected_components_are_those_of_a_flood_fill():
+    masks = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(3)) < 0.6
+    spiral = torch.zeros(20, 30, dtype=torch.bool)  # one long snake
+    spiral[::2] = True
+    spiral[1::4, -1] = spiral[3::4, 0] = True
+    masks = torch.cat([masks, spiral[None], torch.zeros(1, 20, 30, dtype=torch.bool)])
+    for ids, mask in zip(metrics.connected_components(masks), masks):
+        want = torch.from_numpy(flood_fill(mask.numpy()))
+        pairs = torch.stack([ids, want]).flatten(1).unique(dim=1)
+        assert pairs.shape[1] == len(ids.unique()) == len(want.unique())  # a renaming
+        assert torch.equal(ids == 0, ~mask)
+
+
+def test_connected_components_of_a_volume():
+    mask = torch.zeros(1, 3, 3, 3, dtype=torch.bool)
+    mask[0, 0, 0, 0] = mask[0, 1, 0, 0] = mask[0, 2, 1, 0] = True  # the third meets at an edge
+    ids = metrics.connected_components(mask)[0]
+    assert ids[0, 0, 0] == ids[1, 0, 0] != ids[2, 1, 0] != 0

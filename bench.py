@@ -1,0 +1,501 @@
+"""Speed and memory of every model, as ratios measured in one run.
+
+    python bench.py                                       # every model: batch 4, 128 x 128
+    python bench.py --device cuda --precision bf16 --compile --batch-size 32
+    python bench.py --models ssn phiseg --rounds 9 --json bench.json
+    python bench.py --tables costs                        # what a method adds to its U-Net
+    python bench.py --tables scaling --models ssn         # against side, batch, samples, rank
+    python bench.py --tables evaluation                   # a test split: network, metrics, pictures
+    python bench.py --tables processes                    # two processes beside one
+
+How to read it. Machines are noisy, so trust ratios: what is compared runs in turn, A B A B, and
+a figure is the median over the rounds; a ratio is the median of the rounds' own ratios, +- half
+the distance of its quartiles. All models have their default configuration, the papers' LIDC one.
+    step      forward, loss, backward and optimiser as train.py does them, for a batch
+    / plain   against the same model as it comes: float32, eager, contiguous, unfused optimiser
+    / convs   against its convolutions alone, same precision and layout, forward and backward: no
+              norm, activation, upsampling, loss or optimiser. 1 cannot be reached by removing
+              overhead; only by fusing what stands between into the convolutions can it be neared
+    GFLOP     of a step, by torch's counter; on a GPU also the share of the measured matrix rate
+    sample    n samples of one image, and the same n in multiples of one sample
+    memory    peak of a step beyond what the model and its optimiser hold
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import evaluate
+import metrics
+import train
+from common import UserError, cross_entropy, pick_device
+from ssn import SSN
+
+TABLES = ("models", "costs", "scaling", "evaluation", "processes")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def in_turn(functions: dict, rounds: int, device) -> dict:
+    """Seconds of every function in every round, {name: [rounds]}, run in turn after a warm-up."""
+    def once(function):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for function in functions.values():
+        once(function), once(function)
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(once(function))
+    return times
+
+
+def ratio(a: list, b: list) -> tuple[float, float]:
+    """Median of the rounds' a / b, and half the distance of its quartiles."""
+    each = sorted(x / y for x, y in zip(a, b))
+    quarter = len(each) // 4
+    return statistics.median(each), (each[-1 - quarter] - each[quarter]) / 2
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make while it is on; `peak` of those alive.
+
+    Independent of the allocator, so it repeats exactly; what an operation uses inside is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs))
+                  if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self.seen:
+                    self.seen[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def freed(self, key):
+        self.now -= self.seen.pop(key)
+
+
+def peak_memory(function, device) -> int:
+    """Bytes that `function` needs at its worst, beyond what stood before."""
+    function()  # what is made once, like the optimiser's state, is not counted
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with Allocations() as allocations:
+        function()
+    return allocations.peak
+
+
+def operations(function) -> int:
+    """Floating-point operations by torch's counter; a multiplication and an addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def matrix_rate(device, dtype) -> float:
+    """Operations a second of one large matrix product: what the machine can do."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / statistics.median(in_turn({"": lambda: a @ a}, 5, device)[""])
+
+
+def copy_rate(device) -> float:
+    """Bytes read and written a second by a large copy."""
+    a = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    b = torch.empty_like(a)
+    return 8 * a.numel() / statistics.median(in_turn({"": lambda: b.copy_(a)}, 5, device)[""])
+
+
+def convolutions_alone(model, function, backward: bool):
+    """A function that runs, one by one, the convolutions and linear layers that `function` runs in
+    `model`: on inputs of the same shape and layout, with their gradients if `backward`."""
+    calls = []
+
+    def note(module, inputs, output):
+        x = inputs[0]
+        calls.append((module, torch.randn_like(x), x.requires_grad, torch.randn_like(output)))
+
+    hooks = [m.register_forward_hook(note) for m in model.modules()
+             if isinstance(m, CONVOLUTIONS)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [hook.remove() for hook in hooks])
+        function()
+
+    def run():
+        for module, x, needs_gradient, gradient in calls:
+            if not backward:
+                with torch.no_grad():
+                    module(x)
+                continue
+            module(x.requires_grad_(needs_gradient)).backward(gradient)
+            x.grad = None
+            module.zero_grad(set_to_none=True)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------- the tables
+
+
+class Bench:
+    """A model with inputs, and the functions to be timed."""
+
+    def __init__(self, name: str, options, *, plain=False, batch=None, side=None, **fields):
+        self.device = options.device
+        torch.manual_seed(0)
+        model = train.build(name, fields)
+        self.model = model.to(self.device) if plain else train.place(model, self.device)
+        batch, side = batch or options.batch_size, side or options.image_size
+        size = [side] * self.model.config.dims
+        classes = self.model.config.num_classes
+        self.image = torch.randn(batch, self.model.config.in_channels, *size, device=self.device)
+        self.label = torch.randint(classes, (batch, *size), device=self.device)
+        bf16 = options.precision == "bf16" and not plain
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=not plain)
+        self.loss = self.model
+        if options.compile and not plain:
+            self.loss = torch.compile(self.model)
+
+    def step(self):
+        """One training step, as train.py does it."""
+        train.train_step(self.loss, self.optimizer, self.image, self.label, 1e-6, self.autocast())
+
+    def forward(self):
+        """The loss alone."""
+        with self.autocast():
+            return self.model(self.image, self.label)[0]
+
+    def sample(self, n: int):
+        """n samples of the first image."""
+        with self.autocast():
+            return self.model.sample(self.image[:1], n)
+
+    def predict(self):
+        with self.autocast():
+            return self.model.predict(self.image[:1])
+
+
+def table_of_models(options) -> list[dict]:
+    """A row a model: training step, samples, memory."""
+    rows, rate = [], None
+    if options.device.type == "cuda":
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        rate = matrix_rate(options.device, dtype)
+        print(f"measured limits: {rate / 1e12:.0f} Tflop/s ({dtype}), "
+              f"{copy_rate(options.device) / 1e9:.0f} GB/s", flush=True)
+    for name in options.models:
+        b, plain = Bench(name, options), Bench(name, options, plain=True)
+        flops = operations(plain.step)
+        with b.autocast():
+            convs = convolutions_alone(b.model, b.forward, backward=True)
+
+        def limit():
+            with b.autocast():
+                convs()
+
+        times = in_turn({"step": b.step, "plain": plain.step, "convs": limit}, options.rounds,
+                        options.device)
+        b.model.eval()
+        drawn = in_turn({"one": lambda: b.sample(1), "n": lambda: b.sample(options.samples),
+                         "predict": b.predict}, options.rounds, options.device)
+        step = statistics.median(times["step"])
+        row = {"model": name, "parameters": sum(p.numel() for p in b.model.parameters()),
+               "GFLOP": flops / 1e9, "step ms": 1e3 * step,
+               "/ plain": ratio(times["step"], times["plain"]),
+               "/ convs": ratio(times["step"], times["convs"]),
+               "predict ms": 1e3 * statistics.median(drawn["predict"]),
+               "1 sample ms": 1e3 * statistics.median(drawn["one"]),
+               f"{options.samples} samples": ratio(drawn["n"], drawn["one"]),
+               "memory MB": peak_memory(b.model.train() and plain.step, options.device) / 1e6}
+        if rate:
+            row["share of limit"] = flops / step / rate
+        rows.append(row)
+        show(rows, last=True)
+    return rows
+
+
+def table_of_costs(options) -> list[dict]:
+    """What the methods add to a deterministic U-Net, the ratios that their papers' designs hang on.
+
+    The U-Net of a method is its own backbone, with one 1-wide convolution to the classes.
+    """
+    rows, n = [], 100
+
+    def add(what, times, a, b):
+        rows.append({"what": what, "ratio": ratio(times[a], times[b]),
+                     "ms": 1e3 * statistics.median(times[a])})
+        show(rows, last=True)
+
+    b = Bench("ssn", options)
+    label = b.label
+
+    def of_mean(image, label):  # the same network without its distribution
+        return cross_entropy(b.model.mean(b.model.backbone(image)), label).mean(), {}
+
+    plain = torch.optim.Adam([*b.model.backbone.parameters(), *b.model.mean.parameters()],
+                             fused=True)
+    times = in_turn({"ssn": b.step, "unet": lambda: train.train_step(
+        of_mean, plain, b.image, label, 1e-6, b.autocast())}, options.rounds, options.device)
+    add("ssn: step with 20 samples / cross-entropy step", times, "ssn", "unet")
+
+    def unet_of(model):
+        if isinstance(model, SSN):
+            return lambda: model.mean(model.backbone(b.image[:1]))
+        head = list(model.comb)[-1]  # to the classes
+        return lambda: head(model.unet(b.image[:1]))
+
+    for name in ("ssn", "prob_unet"):
+        model = Bench(name, options).model.eval()
+        unet = unet_of(model)
+        with torch.no_grad(), b.autocast():
+            times = in_turn({"n": lambda: model.sample(b.image[:1], n), "unet": unet},
+                            options.rounds, options.device)
+        add(f"{name}: {n} samples / one U-Net pass", times, "n", "unet")
+    for name in [m for m in ("phiseg", "hpunet", "vae_unet") if m in train.MODELS]:
+        c = Bench(name, options)
+        c.model.eval()
+        alone = {k: convolutions_alone(c.model, lambda: c.sample(k), backward=False)
+                 for k in (1, 17)}
+        times = in_turn({"1": lambda: c.sample(1), "17": lambda: c.sample(17),
+                         "convs 1": alone[1], "convs 17": alone[17]}, options.rounds,
+                        options.device)
+        half = {"sample": [y - x for x, y in zip(times["1"], times["17"])],
+                "convs": [y - x for x, y in zip(times["convs 1"], times["convs 17"])]}
+        add(f"{name}: 16 more samples / their convolutions alone", half, "sample", "convs")
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    far = ((x - 64) ** 2 + (y - 64) ** 2).sqrt()  # lesion-like: discs of 15 to 25 pixels
+    radius = 20 + 5 * torch.randn(104, 1, 1)
+    probs = torch.sigmoid(radius[:100] - far)
+    probs = torch.stack([1 - probs, probs], 1)[:, None].to(options.device)  # (100, 1, 2, H, W)
+    hard = train.labels_of(probs, 2)
+    readers = (far < radius[100:]).byte()[None].to(options.device)
+
+    def every_metric():
+        metrics.sample_scores(hard, readers)
+        metrics.ncc(probs, readers)
+        metrics.sample_dice(hard, readers)
+        metrics.gamma_map(probs), metrics.uncertainty_map(probs)
+
+    times = in_turn({"metrics": every_metric, "": lambda: None}, options.rounds, options.device)
+    rows.append({"what": "all metrics of a case: 100 samples, 4 readers", "ratio": None,
+                 "ms": 1e3 * statistics.median(times["metrics"])})
+    show(rows, last=True)
+    return rows
+
+
+def table_of_scaling(options) -> list[dict]:
+    """Time and memory of a step against side and batch, time of samples against their number."""
+    rows = []
+
+    def measure(name, what, value, function):
+        times = in_turn({"": function}, options.rounds, options.device)[""]
+        rows.append({"model": name, what: value, "ms": 1e3 * statistics.median(times),
+                     "memory MB": peak_memory(function, options.device) / 1e6})
+        show(rows, last=True, header=value == first)
+
+    for name in options.models:
+        sides, first = (64, 128, 256), 64
+        for side in sides:
+            measure(name, "side (step)", side, Bench(name, options, side=side).step)
+        first = 1
+        for batch in (1, 2, 4, 8):
+            measure(name, "batch (step)", batch, Bench(name, options, batch=batch).step)
+        b = Bench(name, options)
+        b.model.eval()
+        for n in (1, 4, 16, 64):
+            measure(name, "samples", n, lambda: b.sample(n))
+        if name == "ssn":
+            for rank in (1, 5, 10, 20):
+                measure(name, "rank (step)", rank, Bench(name, options, rank=rank).step)
+    return rows
+
+
+def table_of_evaluation(options) -> list[dict]:
+    """A test split of made scenes, 100 samples, every metric and picture: where the time goes."""
+    rows = []
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            # one training step: evaluation costs the same whatever the weights are
+            split = ["--data", "shapes", "--data-args", f"n={5 * options.cases}",
+                     f"size={options.image_size}"]
+            with contextlib.redirect_stdout(None):
+                settings, _ = train.settle(train.parse(
+                    ["--model", name, *split, "--out", folder, "--steps", "1"]))
+                test = data.load("shapes", "test", **settings["data_args"])
+                model = train.place(train.first_model(settings, test), options.device)
+                train.begin_files(Path(folder), settings, {}, model, 0)
+                train.save(Path(folder) / "best.pt", name, model,
+                           torch.optim.Adam(model.parameters()), 0, 0.0)
+            network = [0.0]
+            kept = train.load
+
+            def timed(function):
+                def call(*args, **kwargs):
+                    start = time.perf_counter()
+                    out = function(*args, **kwargs)
+                    if options.device.type == "cuda":
+                        torch.cuda.synchronize(options.device)
+                    network[0] += time.perf_counter() - start
+                    return out
+                return call
+
+            def load(*args):
+                loaded = kept(*args)
+                for method in ("sample", "predict", "log_likelihood", "reconstruct"):
+                    if hasattr(loaded, method):
+                        setattr(loaded, method, timed(getattr(loaded, method)))
+                return loaded
+
+            train.load = load
+            try:
+                start = time.perf_counter()
+                evaluate.report(folder, device=options.device, quiet=True)
+                total = time.perf_counter() - start
+            finally:
+                train.load = kept
+            rows.append({"model": name, "images": len(test), "seconds": total,
+                         "images/s": len(test) / total, "network": network[0] / total,
+                         "metrics and pictures": 1 - network[0] / total})
+        show(rows, last=True)
+    return rows
+
+
+def table_of_processes(options) -> list[dict]:
+    """Weak scaling on the CPU: W processes of one thread, each with the whole batch size."""
+    rows = []
+    for name in options.models:
+        times = {}
+        for world in (1, 2):
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(one_process, (world, name, options, folder), world)
+                times[world] = json.loads((Path(folder) / "0").read_text())
+        rows.append({"model": name, "1 process ms": 1e3 * times[1], "2 processes ms":
+                     1e3 * times[2], "efficiency": times[1] / times[2]})
+        show(rows, last=True)
+    return rows
+
+
+def one_process(rank, world, name, options, folder):
+    """A process of `table_of_processes`: writes its seconds a step."""
+    torch.set_num_threads(1)
+    train.keep_freed_memory()
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    b = Bench(name, options)
+    b.loss = train.distribute(b.model, options.device) if world > 1 else b.model
+    times = in_turn({"": b.step}, options.rounds, options.device)[""]
+    (Path(folder) / str(rank)).write_text(json.dumps(statistics.median(times)))
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def show(rows: list[dict], last=False, header=None) -> None:
+    """Rows as a table that Markdown understands; `last`: the newest row, as it comes."""
+    def cell(value):
+        if isinstance(value, tuple):
+            return "{:.2f} ± {:.2f}".format(*value)
+        if isinstance(value, float):
+            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+    if len(rows) == 1 or header or not last:
+        print("| " + " | ".join(rows[-1]) + " |\n" + "|---" * len(rows[-1]) + "|")
+    for row in rows[-1:] if last else rows:
+        print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tables", nargs="+", choices=TABLES, default=["models"])
+    p.add_argument("--models", nargs="+", metavar="NAME",
+                   help=f"of {' '.join(train.MODELS)} (default: all but the ensemble, which is "
+                   "many unet; evaluation, scaling, processes: ssn)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the step")
+    p.add_argument("--batch-size", type=int, default=4)
+    p.add_argument("--image-size", type=int, default=128)
+    p.add_argument("--samples", type=int, default=16, help="n of the models' table")
+    p.add_argument("--cases", type=int, default=200, help="images of the evaluation's table")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--json", metavar="FILE", help="write everything measured to this file as well")
+    return p.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """The command line; a user's mistake is one line on stderr and exit status 2."""
+    options = parse(argv)
+    try:
+        options.device = pick_device(options.device)
+        if min(options.batch_size, options.image_size, options.samples, options.cases,
+               options.rounds) < 1:
+            raise UserError("--batch-size, --image-size, --samples, --cases and --rounds are 1 or "
+                            "more")
+        for name in options.models or ():
+            if name not in train.MODELS:
+                raise UserError(f"--models {name}: choose from {', '.join(train.MODELS)}")
+        train.keep_freed_memory()
+        make = {"models": table_of_models, "costs": table_of_costs, "scaling": table_of_scaling,
+                "evaluation": table_of_evaluation, "processes": table_of_processes}
+        machine = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" \
+            else f"{torch.get_num_threads()} threads"
+        print(f"torch {torch.__version__}, {options.device} ({machine}), {options.precision}"
+              f"{', compiled' * options.compile}, batch {options.batch_size}, "
+              f"{options.image_size} x {options.image_size}, {options.rounds} rounds", flush=True)
+        given, results = options.models, {}
+        for name in options.tables:
+            options.models = given or ([m for m in train.MODELS if m != "ensemble"]
+                                       if name == "models" else ["ssn"])
+            print(f"\n{name}: {make[name].__doc__.splitlines()[0]}", flush=True)
+            results[name] = make[name](options)
+        if options.json:
+            train.write_text(options.json, json.dumps(results, indent=2) + "\n")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
