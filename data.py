@@ -4,6 +4,10 @@
     stream = data.batches(train.to("cuda"), 12, seed=0, augmentation=data.AUGMENTATION["shapes"])
     image, label = next(stream)                                  # (B, C, *S) float32, (B, *S) int64
 
+    python data.py                                # lists the data sets
+    python data.py show --data shapes             # a table, and a PNG with every reader's outlines
+    python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
+
 A `Split` is moved to the device whole. Batches are drawn, cropped and augmented there, so training
 never waits for a worker or a copy. Batch number `step` is a pure function of (seed, step): a run
 that stops at step s goes on exactly with `start=s`, and several processes see what one would see.
@@ -12,8 +16,11 @@ Shapes: N cases, B batch, C channels, K classes, A annotators, *S space. 255 mea
 """
 
 import argparse
+import contextlib
+import csv
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -28,11 +35,11 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -41,7 +48,7 @@ from xml.parsers import expat
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from common import COLORS, new_figure, paint_image, save_figure, write_atomically
@@ -59,15 +66,23 @@ class Split:
     """Cases in memory, images and all their annotations, on one device."""
 
     images: Tensor  # (N, C, *S) float32
-    labels: Tensor  # (N, A, *S) uint8, 255 = ignore
+    labels: Tensor  # (N, A, *S) uint8, 255 = ignore; (N, 1, *S) where `flips` tells the others
     weights: Tensor | None  # (N, A) float32, rows sum to 1: odds of each label map; None = uniform
     groups: list[str]  # patient, series or scene of each case: no split cuts through one
     num_classes: int
     names: list[str]  # key or file of each case
-    # Instance ids (N, *S) int32, 0 = membrane, -1 = ignore. Where given, every batch maps the ids
-    # anew to random classes 1..K-1; `labels` holds a few such maps, fixed, for evaluation.
+    # Instance ids (N, *S) int32, -1 = ignore. Where given, ids below `fixed` are classes, and every
+    # batch maps the others anew to random classes fixed..K-1; `labels` holds a few such maps, the
+    # same every time, for evaluation.
     instances: Tensor | None = None
+    fixed: int = 1
     exact: bool = False  # whether labels and weights are the whole distribution of label maps
+    # (N, A, 256) uint8. Where given, label map a of case i is flips[i, a][labels[i, 0]], so that
+    # thousands of scenes of 32 maps fit into memory; `all_maps` makes the maps.
+    flips: Tensor | None = None
+    scored: tuple[int, ...] = ()  # classes whose IoU the set's paper averages; () = 1..K-1
+    # {part: names of its cases} of the whole set, as `split_file` takes it.
+    parts: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,40 +101,96 @@ class Split:
         return replace(self, **self._map(lambda tensor: tensor.to(device)))
 
     def subset(self, indices: Sequence[int]) -> "Split":
-        rows = torch.as_tensor(indices, dtype=torch.long, device=self.images.device)
+        """These cases; of a range, a view without a copy."""
+        if isinstance(indices, range) and indices.step > 0:
+            rows = slice(indices.start, indices.stop, indices.step)
+        else:
+            rows = torch.as_tensor(indices, dtype=torch.long, device=self.images.device)
         groups, names = ([kept[i] for i in indices] for kept in (self.groups, self.names))
         return replace(self, **self._map(lambda tensor: tensor[rows]), groups=groups, names=names)
+
+    def all_maps(self) -> "Split":
+        """The same with `labels` (N, A, *S) of all label maps. For subsets: this is what is big."""
+        if self.flips is None:
+            return self
+        maps = [_relabel(self.labels[:, 0], table) for table in self.flips.unbind(1)]
+        return replace(self, labels=torch.stack(maps, 1), flips=None)
 
 
 def load(name: str, split: str | Sequence[str] = "train", path=None, **options):
     """The `split` ("train", "val", "test" or "all") of the data set `name`, as a `Split`.
 
     A sequence of splits gives a list and reads the source once. `path` is the file or folder of a
-    real set; without it, datasets/<name> in the working folder. `DATASETS` lists names and options.
+    real set; without it, datasets/<name> in the working folder. `DATASETS` lists names and options;
+    all sets take hide, see `hide`; real ones split_file, a JSON file {"train": [names of cases or groups], "val": [...],
+    "test": [...]}, such as `Split.parts` holds. Cases named nowhere in it are left out.
     Raises DataError for anything the user can mend.
     """
     source = DATASETS[_known("data set", name, DATASETS)]
     wanted = [_known("split", part, (*SPLITS, "all"))
               for part in ([split] if isinstance(split, str) else split)]
-    values = {key: default for key, (default, _) in source.options.items()}
-    for key, value in options.items():
-        least = source.options[_known(f"{name} option", key, source.options)][1]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise DataError(f"{name} option {key}={value!r}: give a whole number >= {least}")
-        values[key] = value
-    if source.suffixes:
-        whole, parts = source.read(_locate(name, path, source), wanted, **values)
+    values = _checked_options(name, source, options)
+    percent = values.pop("hide")
+    if percent > 99:
+        raise DataError(f"{name} option hide={percent}: give per cent of the image, 0 to 99")
+    if source.real:
+        whole, parts, whole.parts = _gather(name, path, source, wanted, values.pop("split_file"),
+                                            values)
     elif path is None:
         whole, parts = source.read(**values)
+        whole.parts = {part: [whole.names[i] for i in rows] for part, rows in parts.items()}
     else:
         raise DataError(f"{name} is made, not read from {path}: leave the path out")
-
-    for part in wanted:
-        if part != "all" and not parts[part]:
-            raise DataError(f"{name}: no case is left for {part!r}: {len(set(whole.groups))} groups"
-                            " (patients, scenes) are too few to split; give more, or use 'all'")
     splits = [whole if part == "all" else whole.subset(parts[part]) for part in wanted]
+    if percent:
+        splits = [hide(part, percent) for part in splits]
     return splits[0] if isinstance(split, str) else splits
+
+
+def hide(split: Split, percent: int, copies: int = 4) -> Split:
+    """The task of HPU-Net's Fig. 5: so much of every image is hidden, from a random side of it, and
+    the label map outside is known. A model segments what it sees and makes up what it does not.
+
+    Every case comes `copies` times, each time with another label map, drawn by its odds, and
+    another side. Images (N * copies, C + K + 1, *S): image and one-hot known labels, both 0 where
+    hidden, and 1 there; labels (N * copies, 1, *S), the whole map.
+    """
+    size, generator = split.images.shape[2:], _generator(percent, len(split))
+    maps = torch.multinomial(split.odds.cpu(), copies, replacement=True, generator=generator)
+    rows = torch.arange(len(split)).repeat_interleave(copies)
+    labels = torch.stack([split.subset([row]).all_maps().labels[0, number]
+                          for row, number in zip(rows.tolist(), maps.flatten().tolist())])
+    hidden = torch.zeros(len(rows), 1, *size, dtype=torch.bool)
+    for row, side in enumerate(torch.randint(2 * len(size), (len(rows),), generator=generator)):
+        axis, end = divmod(side.item(), 2)
+        depth = round(size[axis] * percent / 100)
+        hidden[row].narrow(1 + axis, end * (size[axis] - depth), depth).fill_(True)
+    classes = torch.arange(split.num_classes).view(-1, *[1] * len(size))
+    known = torch.cat([split.images[rows], (labels[:, None] == classes).float()], 1)
+    images = torch.cat([known.masked_fill(hidden, 0), hidden.float()], 1)
+    groups, names = ([kept[row] for row in rows.tolist()] for kept in (split.groups, split.names))
+    names = [f"{name}-{i % copies}" for i, name in enumerate(names)]
+    return replace(split, images=images, labels=labels[:, None], weights=None, groups=groups,
+                   names=names, instances=None, flips=None, exact=False)
+
+
+def _checked_options(name: str, source: "Source", given: dict) -> dict:
+    """The options of a set, those given and the defaults of the others."""
+    table = source.options | ({"split_file": ("", str)} if source.real else {}) | {"hide": (0, 0)}
+    values = {key: default for key, (default, _) in table.items()}
+    for key, value in given.items():
+        allowed = table[_known(f"{name} option", key, table)][1]
+        if isinstance(allowed, tuple):
+            good, hint = value in allowed, f"choose from {', '.join(allowed)}"
+        elif allowed is str:
+            good, hint = isinstance(value, (str, Path)), "give a text"
+        else:
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= allowed
+            hint = f"give a whole number >= {allowed}"
+        if not good:
+            raise DataError(f"{name} option {key}={value!r}: {hint}")
+        values[key] = value
+    return values
 
 
 def _known(what: str, name: str, names: Iterable[str]) -> str:
@@ -128,16 +199,16 @@ def _known(what: str, name: str, names: Iterable[str]) -> str:
     return name
 
 
-def split_groups(groups: Sequence[str], val: float) -> dict[str, list[int]]:
+def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[str, list[int]]:
     """Case indices of train, val and test, no group on two sides.
 
-    The distinct groups, sorted, are shuffled by RandomState(0); the first ceil(n / 5) are test. The
-    other m, in that order, are shuffled by a fresh RandomState(0); the first ceil(val m) are val.
-    With val = 0.2 this is the 64/16/20 split of the LIDC pickle that recent papers share (two calls
-    of scikit-learn's train_test_split); with val = 0.25 it is 60/20/20.
+    The n distinct groups, sorted, are shuffled by RandomState(0); the first ceil(test n) are test.
+    The other m, in that order, are shuffled by a fresh RandomState(0); the first ceil(val m) are
+    val. With val = 0.2 this is the 64/16/20 split of the LIDC pickle that recent papers share (two
+    calls of scikit-learn's train_test_split); with val = 0.25 it is 60/20/20.
     """
     rest, members = np.unique(groups), {}
-    for part, share in (("test", 0.2), ("val", val)):
+    for part, share in (("test", test), ("val", val)):
         rest = rest[np.random.RandomState(0).permutation(len(rest))]
         taken, rest = np.split(rest, [math.ceil(share * len(rest))])
         members[part] = set(taken)
@@ -227,6 +298,12 @@ AUGMENTATION: dict[str, Augmentation] = {
     "lesions3d": Augmentation(flip=(-3, -2, -1), quarter_turns=True),
     "lidc": _FULL,
     "npz": _MILD,
+    "folder": _MILD,
+    "em": _FULL,
+    "cityscapes": Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8,
+                               elastic=3),
+    "synapse": _MILD,
+    "brats": Augmentation(flip=(-2, -1), quarter_turns=True),  # in the plane; SSN's code does so
 }
 
 
@@ -396,10 +473,11 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
             # and there is no cumulative sum to round past the last reader.
             chances = torch.rand(odds[rows].shape, generator=generator, dtype=torch.float64)
             reader = (chances.log() / odds[rows]).argmax(1)
-            case = ship(rows)
-            labels = split.labels[case, ship(reader)]
+            case, reader = ship(rows), ship(reader)
+            labels = split.labels[case, reader] if split.flips is None else _relabel(
+                split.labels[case, 0], split.flips[case, reader])
         else:
-            table = _random_classes(batch_size, ids, split.num_classes, generator)
+            table = _random_classes(batch_size, ids, split.fixed, split.num_classes, generator)
             case = ship(rows)
             labels = _relabel(split.instances[case], ship(table))
         warp = _Warp(*map(ship, _draw_warp(augmentation, batch_size, shape, size, generator)))
@@ -411,8 +489,8 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
 
 def _reader_odds(split: Split, annotators: Sequence[int] | None) -> Tensor:
     """(N, A) float64 odds of the readers, on the host, those outside `annotators` at 0."""
-    count = split.labels.shape[1]
-    odds = torch.ones(len(split), count) if split.weights is None else split.weights.cpu()
+    odds = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
+    count = odds.shape[1]
     if annotators is None:
         return odds.double()
     if split.instances is not None:
@@ -427,15 +505,15 @@ def _reader_odds(split: Split, annotators: Sequence[int] | None) -> Tensor:
     return odds
 
 
-def _random_classes(count: int, ids: int, num_classes: int, generator) -> Tensor:
-    """A random class 1..K-1 for every instance id; id 0 stays class 0. (count, ids) uint8."""
-    table = torch.randint(1, num_classes, (count, ids), generator=generator, dtype=torch.uint8)
-    table[:, 0] = 0
+def _random_classes(count: int, ids: int, fixed: int, num_classes: int, generator) -> Tensor:
+    """A random class fixed..K-1 for every instance id from `fixed` on. (count, ids) uint8."""
+    table = torch.randint(fixed, num_classes, (count, ids), generator=generator, dtype=torch.uint8)
+    table[:, :fixed] = torch.arange(fixed)[:ids]
     return table
 
 
 def _relabel(instances: Tensor, table: Tensor) -> Tensor:
-    """Instance ids (B, *S) through a class table (B, ids) -> (B, *S) uint8."""
+    """Instance ids or classes (B, *S) through a class table (B, ids) -> (B, *S) uint8."""
     labels = table.gather(1, instances.flatten(1).clamp(min=0).long()).view(instances.shape)
     return labels.masked_fill(instances < 0, IGNORE)
 
@@ -572,14 +650,24 @@ def _modes(n: int, size: int, seed: int):
     images *= 1 + 0.12 * _texture(normal, size, 8)[:, None]
     images = (images + 0.04 * normal(3, size, size)).clamp(0, 1)
 
-    flipped = torch.arange(32)[:, None] >> torch.arange(len(_FLIPS)) & 1  # (32, 5)
-    table = torch.arange(len(_STREET), dtype=torch.uint8).repeat(32, 1)  # class in each label map
-    for j, name in enumerate(_FLIPS):
-        table[flipped[:, j] == 1, _STREET.index(name)] = len(_STREET) + j
+    table, odds = _flip_modes([_STREET.index(name) for name in _FLIPS], len(_STREET))
     labels = table[:, scene].transpose(0, 1).contiguous()
-    odds = torch.tensor(list(_FLIPS.values()), dtype=torch.float64)
-    weights = torch.where(flipped == 1, odds, 1 - odds).prod(1).repeat(n, 1)
+    weights = odds.repeat(n, 1)
     return _made("scene", images, labels, weights, len(_STREET) + len(_FLIPS))
+
+
+def _flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
+    """The 32 label maps of `_FLIPS`: class c becomes table[m, c], (32, 256) uint8, at odds[m].
+
+    values: the class of each name of `_FLIPS`; class twin + j is the twin of number j, which is
+    flipped where bit j of m is set.
+    """
+    flipped = torch.arange(32)[:, None] >> torch.arange(len(values)) & 1  # (32, 5)
+    table = torch.arange(256, dtype=torch.uint8).repeat(32, 1)
+    for j, value in enumerate(values):
+        table[flipped[:, j] == 1, value] = twin + j
+    odds = torch.tensor(list(_FLIPS.values()), dtype=torch.float64)
+    return table, torch.where(flipped == 1, odds, 1 - odds).prod(1)
 
 
 def _cells(n: int, size: int, seed: int):
@@ -608,7 +696,7 @@ def _cells(n: int, size: int, seed: int):
     images = (0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
               - 0.45 * torch.sigmoid(3 * (1.2 * width - to_wall) / width)).clamp(0, 1)
     instances.masked_fill_(to_wall < width, 0)
-    tables = [_random_classes(n, len(corners) + 1, 16, _generator(seed, k)) for k in range(4)]
+    tables = [_random_classes(n, len(corners) + 1, 1, 16, _generator(seed, k)) for k in range(4)]
     labels = torch.stack([_relabel(instances, table) for table in tables], 1)
     return _made("section", images[:, None], labels, None, 16, instances=instances)
 
@@ -710,6 +798,321 @@ def _made(kind, images, labels, weights, num_classes, groups=None, instances=Non
 # ------------------------------------------------------------------------------------- real sets
 
 
+class _Case(NamedTuple):
+    """A case that a reader found; read(*key) is its image (C, *S) and {reader: label map (*S)}."""
+
+    name: str
+    group: str
+    read: Callable[..., tuple[np.ndarray, dict[int, np.ndarray]]]
+    key: tuple
+
+
+@dataclass
+class _Listing:
+    """The cases of a set, not read yet, and what makes a Split of them."""
+
+    cases: list[_Case]
+    parts: dict[str, list[int]]  # the case indices of train, val and test
+    num_classes: int = 0  # 0: the largest label + 1
+    own: str = ""  # where files tell the split, parts are read one by one: why `part` may be empty
+    weights: np.ndarray | None = None  # (N, A)
+    flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `_flip_modes`
+    fixed: int | None = None  # given where the label maps are instance ids, as Split tells
+    scored: tuple[int, ...] = ()
+    pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
+
+
+def _gather(name, path, source, wanted, split_file, values) -> tuple[Split, dict, dict]:
+    """(the cases read, the rows of each part, the names of each part) of a set read from files."""
+    with _readable(path or name, "data set", OSError):  # such as a folder that may not be opened
+        place = _locate(name, path, source)
+        listing = source.read(place, SPLITS if split_file or "all" in wanted else wanted, **values)
+    cases, parts, lack = listing.cases, listing.parts, listing.own
+    if not cases:
+        raise DataError(f"{place}: holds no cases; it should be {source.layout}")
+    twice = [key for key, count in Counter(case.name for case in cases).items() if count > 1]
+    if twice:
+        raise DataError(f"{place}: two cases are named {twice[0]!r}; rename one")
+    if split_file:
+        place, parts, lack = split_file, _listed_parts(split_file, cases), "none is listed"
+    lack = lack or (f"{len({case.group for case in cases})} groups (patients, scenes) are too few "
+                    "to split; give more, or use 'all'")
+    home: dict[str, str] = {}
+    for part, rows in parts.items():
+        for i in rows:
+            if home.setdefault(cases[i].group, part) != part:
+                raise DataError(f"{place}: {cases[i].group!r} is in {home[cases[i].group]} and in "
+                                f"{part}; all cases of a group (a patient, a scene) must be in one")
+    for part in wanted:
+        if part != "all" and not parts[part]:
+            raise DataError(f"{place}: no case is left for {part!r}: {lack.format(part=part)}")
+
+    names = {part: [cases[i].name for i in parts[part]] for part in SPLITS}
+    if "all" in wanted:
+        return _collect(place, listing, range(len(cases))), parts, names
+    rows, runs = [], {}  # each part a run of its own, which `subset` cuts out without a copy
+    for part in SPLITS:
+        if part in wanted or not listing.own:
+            runs[part] = range(len(rows), len(rows) + len(parts[part]))
+            rows += parts[part]
+    return _collect(place, listing, rows), runs, names
+
+
+def _listed_parts(file, cases: Sequence[_Case]) -> dict[str, list[int]]:
+    """The parts named by a JSON file {"train": [names of cases or groups], "val": ..., "test"}."""
+    with _readable(file, "split file (JSON)"):
+        listed = json.loads(Path(file).read_text(encoding="utf-8"))
+    if (not isinstance(listed, dict) or not set(listed) <= set(SPLITS)
+            or not all(isinstance(names, list) for names in listed.values())):
+        raise DataError(f'{file}: give {{"train": [names], "val": [names], "test": [names]}}, of '
+                        "cases or of groups (patients)")
+    known: dict[str, set[int]] = {}
+    for i, case in enumerate(cases):
+        for key in (case.name, case.group):
+            known.setdefault(key, set()).add(i)
+    parts = {part: list(map(str, listed.get(part, []))) for part in SPLITS}
+    unknown = [name for name in itertools.chain(*parts.values()) if name not in known]
+    if unknown:
+        raise DataError(f"{file}: no case and no group is named {unknown[0]!r}; the first case "
+                        f"is {cases[0].name!r}, of group {cases[0].group!r}")
+    return {part: sorted(set().union(*map(known.get, names))) for part, names in parts.items()}
+
+
+def _collect(path, listing: _Listing, rows: Sequence[int]) -> Split:
+    """Reads, checks and stacks cases; a reader a case lacks is 255 all over and has weight 0.
+
+    Cases of different sizes are centred in the largest extent of each axis: images are filled up
+    by reflection, labels with 255, which no loss and no metric sees.
+    """
+    if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
+        raise DataError(f"{path}: num_classes is {listing.num_classes}; 2 to {IGNORE} can be")
+    cases, images, masks = [listing.cases[i] for i in rows], [], []
+    for case, (image, drawn) in zip(cases, _read_ahead(cases)):
+        where = f"{path}: {case.name!r}"
+        image = _as_image(image, f"{where}: image")
+        if image.ndim not in (3, 4) or not image.size:
+            raise DataError(f"{where}: image is {_times(image.shape[1:])}; (H, W) or (D, H, W) is "
+                            "needed")
+        if images and (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
+            raise DataError(f"{where}: image is {_times(image.shape)} (channels first), the first "
+                            f"is {_times(images[0].shape)}; give as many channels and axes in all")
+        for reader, mask in drawn.items():
+            told = f"{where}: mask {reader}"
+            drawn[reader] = (_as_label(mask, listing.num_classes or IGNORE, told)
+                             if listing.fixed is None else _as_instances(mask, listing.fixed, told))
+            if mask.shape != image.shape[1:]:
+                raise DataError(f"{told} is {_times(mask.shape)} and its image "
+                                f"{_times(image.shape[1:])}; they must be of one size")
+        images.append(image)
+        masks.append(drawn)
+
+    size = np.max([image.shape[1:] for image in images], 0)
+    readers = 1 + max((reader for drawn in masks for reader in drawn), default=0)
+    stack = np.empty((len(cases), len(images[0]), *size), np.float32)
+    kind = (np.uint8, IGNORE) if listing.fixed is None else (np.int32, -1)
+    labels = np.full((len(cases), readers, *size), kind[1], kind[0])
+    for i, (image, drawn) in enumerate(zip(images, masks)):
+        images[i] = masks[i] = None  # frees them one by one
+        stack[i] = _centred(image, size, mode=listing.pad)
+        for reader, mask in drawn.items():
+            labels[i, reader] = _centred(mask, size, constant_values=kind[1])
+    names, groups = [case.name for case in cases], [case.group for case in cases]
+    whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None, groups,
+                  listing.num_classes, names, scored=listing.scored)
+    if listing.fixed is not None:
+        return _colour(replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed))
+
+    highest = labels[labels != IGNORE].max(initial=0)
+    if highest == 0:
+        raise DataError(f"{path}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
+                        f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
+                        "set folder reads them with masks=binary)")
+    whole.num_classes = listing.num_classes or int(highest) + 1
+    odds = (labels != IGNORE).any(axis=tuple(range(2, labels.ndim)))  # (N, A): who read what
+    uniform = listing.weights is None and odds.all()
+    if listing.weights is not None:
+        if not (np.isfinite(listing.weights) & (listing.weights >= 0)).all():
+            raise DataError(f"{path}: weights: some are negative or not finite")
+        odds = odds * listing.weights[list(rows)]
+    total = odds.sum(1, keepdims=True)
+    if not total.all():
+        raise DataError(f"{path}: {names[int(total.argmin())]!r}: no mask of any reader (or only of"
+                        " weight 0); give one, or leave the case out")
+    if listing.flips:
+        table, odds = (part.expand(len(whole), *part.shape) for part in listing.flips)
+        return replace(whole, flips=table, weights=odds.float(), exact=True)
+    return whole if uniform else replace(whole, weights=torch.from_numpy(odds / total).float())
+
+
+def _read_ahead(cases: Iterable[_Case], threads: int = min(8, os.cpu_count() or 1)) -> Iterator:
+    """What `read` of each case gives, in order; threads decode pictures side by side."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque = deque()
+        for case in cases:
+            ahead.append(pool.submit(case.read, *case.key))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
+    """Fills the last axes up to `size`, as `center` does; `how` is numpy.pad's."""
+    lead = array.ndim - len(size)
+    low = [(want - have) // 2 for have, want in zip(array.shape[lead:], size)]
+    widths = [(a, want - have - a) for a, have, want in zip(low, array.shape[lead:], size)]
+    return np.pad(array, [(0, 0)] * lead + widths, **how) if np.any(widths) else array
+
+
+def _as_image(image: np.ndarray, where: str) -> np.ndarray:
+    if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
+        return image / np.float32(np.iinfo(image.dtype).max)
+    if image.dtype.kind != "f":
+        raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 or uint16 (scaled to "
+                        "[0, 1])")
+    with np.errstate(over="ignore"):
+        image = image.astype(np.float32)
+    if not np.isfinite(image).all():
+        raise DataError(f"{where} has pixels that are not finite; replace them first")
+    return image
+
+
+def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
+    if not isinstance(label, np.ndarray) or label.dtype.kind not in "buif":
+        kind = getattr(label, "dtype", type(label).__name__)
+        raise DataError(f"{where} is of {kind}; give an array of whole numbers")
+    with np.errstate(invalid="ignore"):  # NaN: what it becomes differs from it all the same
+        small = label.astype(np.uint8)
+    good = (small == label) & ((small < num_classes) | (small == IGNORE))
+    if not good.all():
+        raise DataError(f"{where} has the value {label[~good][0]}; 0 to {num_classes - 1} are "
+                        f"classes, {IGNORE} is ignored")
+    return small
+
+
+def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
+    """Ids from `fixed` on are numbered anew without gaps, so that tables of classes stay small."""
+    good = ids >= -1 if ids.dtype.kind in "ui" else np.zeros(ids.shape, bool)
+    if not good.all():
+        raise DataError(f"{where} is of {ids.dtype}, its least {ids.min()}; instance ids are whole "
+                        "numbers from 0 up, -1 is ignored")
+    found = np.unique(ids[ids >= fixed])
+    return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
+
+
+def _colour(whole: Split, maps: int = 4) -> Split:
+    """Gives a Split with instances its fixed label maps, each case's a function of its name."""
+    def draw(i: int, number: int) -> Tensor:
+        ids = whole.instances[i:i + 1]
+        generator = _generator(number, *whole.names[i].encode())
+        return _relabel(ids, _random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes,
+                                             generator))
+
+    drawn = [torch.cat([draw(i, number) for i in range(len(whole))]) for number in range(maps)]
+    return replace(whole, labels=torch.stack(drawn, 1))
+
+
+# ------------------------------------------------------------------------- what is in one file
+
+
+@contextlib.contextmanager
+def _readable(file, what: str, errors=Exception):
+    """Tells whatever goes wrong inside, where damaged bytes can raise nearly anything."""
+    try:
+        yield
+    except DataError:
+        raise
+    except errors as error:
+        raise DataError(f"{file}: not a readable {what}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _extra(module: str, file):
+    """The optional package that reads `file`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(f"{file}: {module} reads it: pip install {module}") from error
+
+
+def _picture(file: Path) -> np.ndarray:
+    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats."""
+    with _readable(file, _kind(file)), Image.open(file) as picture:
+        if picture.mode not in ("L", "F", "RGB") and not picture.mode.startswith("I"):
+            picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+        array = np.asarray(picture)
+    if array.dtype == np.int32 and 0 <= array.min() and array.max() < 2**16:
+        array = array.astype(np.uint16)  # what some versions of Pillow make of 16 bits
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _label_picture(file: Path) -> np.ndarray:
+    """A label map (H, W): grey levels or palette indices as they are."""
+    with _readable(file, _kind(file)), Image.open(file) as picture:
+        array = np.asarray(picture)
+        if picture.format == "JPEG" or array.ndim != 2:
+            raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
+                            " TIFF of grey levels or palette indices (JPEG changes labels)")
+    return array
+
+
+def _kind(file: Path) -> str:
+    return file.suffix[1:].upper()
+
+
+def _pages(file: Path) -> np.ndarray:
+    """A TIFF of several pages, (N, H, W)."""
+    with _readable(file, "TIFF"), Image.open(file) as picture:
+        return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
+
+
+def _npz(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    with _readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
+            np.load(raw, allow_pickle=False) as archive:
+        given = set(archive.files)
+        arrays = {key: archive[key] for key in (*needed, *optional) if key in given}
+    if not set(needed) <= given <= {*needed, *optional}:
+        allowed = f", {', '.join(optional)} allowed" if optional else ""
+        raise DataError(f"{file}: has the keys {', '.join(sorted(given)) or '(none)'}; "
+                        f"{' and '.join(needed)} are needed{allowed}")
+    return arrays
+
+
+def _nifti(file: Path) -> np.ndarray:
+    """A volume (D, H, W) or (C, D, H, W); the file's axes run x, y, z, channel."""
+    nibabel = _extra("nibabel", file)
+    with _readable(file, "NIfTI file"):
+        return np.asarray(nibabel.load(file).dataobj).T
+
+
+def _standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Each channel of (C, *S) at mean 0 and standard deviation 1 inside, and 0 outside."""
+    volume = volume.astype(np.float32)
+    for channel in volume:
+        values = channel[inside].astype(np.float64)
+        channel -= values.mean()
+        channel /= values.std() or 1
+    return volume * inside
+
+
+def _resample(image: np.ndarray, label: np.ndarray, size: Sequence[int], file: Path):
+    """(C, H, W) bilinear over the area that a new pixel covers, and (H, W) nearest, to `size`."""
+    if image.shape[1:] != label.shape or min(size) < 1:
+        raise DataError(f"{file}: image is {_times(image.shape[1:])} and its label "
+                        f"{_times(label.shape)}; they must be of one size, and not be shrunk to 0")
+    planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
+        tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
+    middles = [((np.arange(want) + 0.5) * have / want).astype(int)
+               for want, have in zip(size, label.shape)]
+    return np.stack([np.asarray(plane) for plane in planes]), label[np.ix_(*middles)]
+
+
+# ------------------------------------------------------------------------------------ the readers
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Reads NumPy arrays and plain containers; refuses any other global before it is imported.
 
@@ -732,22 +1135,29 @@ class _ArraysOnly(pickle.Unpickler):
         return found
 
 
-# A case, as the three readers yield it: name, group, image (C, *S), {reader: label map (*S)}.
-_Case = tuple[str, str, np.ndarray, dict[int, np.ndarray]]
+def _read_lidc(path: Path, wanted: Sequence[str]) -> _Listing:
+    """LIDC-IDRI in any of four layouts; the PNG tree and the HDF5 file have their own split."""
+    if path.is_dir():
+        return _png_tree(path)
+    if path.suffix in _HDF5:
+        return _hdf5(path, wanted)
+    return _read_npz(path, wanted, 2, 0.2) if path.suffix == ".npz" else _lidc_pickle(path)
 
 
-def _pickle_cases(path: Path) -> Iterator[_Case]:
+def _lidc_pickle(path: Path) -> _Listing:
     """The layout of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
-    try:
-        with open(path, "rb") as file:
-            table = _ArraysOnly(file).load()
-    except Exception as error:  # damaged bytes can raise nearly anything
-        raise DataError(f"{path}: not a whole pickle of arrays: {_line(error)}") from error
+    with _readable(path, "pickle of arrays"), open(path, "rb") as file:
+        table = _ArraysOnly(file).load()
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}; give a dict "
                         "{key: {image, masks, series_uid}}")
-    for key in list(table):
+
+    def read(key):
         record = table.pop(key)  # frees it: the real file has 15,096 cases of float64
+        return record["image"][None], dict(enumerate(record["masks"]))
+
+    cases = []
+    for key, record in table.items():
         missing = {"image", "masks", "series_uid"} - set(record if isinstance(record, dict) else ())
         if missing:
             raise DataError(f"{path}: {key!r}: no {', '.join(sorted(missing))}; each case is a "
@@ -756,48 +1166,94 @@ def _pickle_cases(path: Path) -> Iterator[_Case]:
         if not isinstance(image, np.ndarray) or not isinstance(masks, (list, tuple, np.ndarray)):
             raise DataError(f"{path}: {key!r}: image is a {type(image).__name__} and masks a "
                             f"{type(masks).__name__}; give an array and a list of arrays")
-        yield str(key), str(record["series_uid"]), image[None], dict(enumerate(masks))
+        cases.append(_Case(str(key), str(record["series_uid"]), read, (key,)))
+    return _Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
 
 
-def _png_cases(root: Path, parts: Sequence[str]) -> Iterator[_Case]:
-    """The HPU-Net release: <part>/images/<patient>/<name>.png and gt/<patient>/<name>_l<r>.png."""
-    def read(file: Path) -> np.ndarray:
-        try:
-            return np.asarray(Image.open(file))
-        except Exception as error:
-            raise DataError(f"{file}: not a readable PNG: {_line(error)}") from error
+def _png_tree(root: Path) -> _Listing:
+    """The HPU-Net release: <part>/images/<patient>/<name>.png and gt/<patient>/<name>_l<r>.png.
 
-    for part in parts:
+    Readers may be numbered from 0 or from 1.
+    """
+    drawn: dict[Path, dict[int, Path]] = {}
+    for file in root.glob("*/gt/*/*.png"):
+        if found := re.fullmatch(r"(.+)_l(\d+)", file.stem):
+            drawn.setdefault(file.with_name(found[1]), {})[int(found[2])] = file
+    numbers = sorted(set().union(*drawn.values()))
+
+    def read(file: Path, masks: dict[int, Path]):
+        # Foreground is 1 in some copies, 255 in others, where it would read as "ignore".
+        return _picture(file), {numbers.index(number): _label_picture(mask) > 0
+                                for number, mask in masks.items()}
+
+    cases, parts = [], {}
+    for part in SPLITS:
         files = sorted((root / part / "images").glob("*/*.png"))
-        if not files:
-            raise DataError(f"{root}: no {part}/images/<patient>/*.png: that split is not there")
+        parts[part] = list(range(len(cases), len(cases) + len(files)))
         for file in files:
-            patient, name = file.parent.name, file.stem
-            drawn = (root / part / "gt" / patient).glob(f"{name}_l[0-9].png")
-            # Foreground is 1 in some copies, 255 in others, where it would read as "ignore".
-            masks = {int(mask.stem[-1]): read(mask) > 0 for mask in drawn}
-            yield f"{part}/{patient}/{name}", patient, read(file)[None], masks
+            patient = file.parent.name
+            masks = drawn.get(root / part / "gt" / patient / file.stem, {})
+            cases.append(_Case(f"{part}/{patient}/{file.stem}", patient, read, (file, masks)))
+    return _Listing(cases, parts, 2, own="no {part}/images/<patient>/*.png")
 
 
-def _npz_split(path: Path, num_classes: int) -> Split:
+_HDF5 = (".h5", ".hdf5")
+
+
+def _hdf5(path: Path, wanted: Sequence[str]) -> _Listing:
+    """HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
+
+    At the top, or in groups train, val and test: images (N, H, W), floats as they are (PHiSeg's are
+    0.5 lower); labels or masks (N, H, W, A), (N, A, H, W) or (N, H, W); uids (N,), the series of
+    each, if they are there, else every case is a group of its own. Names may begin with lidc_.
+    """
+    h5py = _extra("h5py", path)
+    cases, parts = [], {part: [] for part in SPLITS}
+    with _readable(path, "HDF5 file"), h5py.File(path, "r") as file:
+        groups = {part: file[part] for part in SPLITS if part in file}
+        for part, group in (groups or {"": file}).items():
+            found = {key.removeprefix("lidc_"): group[key] for key in group}
+            images, labels = found.get("images"), found.get("labels", found.get("masks"))
+            if images is None or labels is None:
+                raise DataError(f"{path}: /{part} holds {', '.join(group) or 'nothing'}; images "
+                                "and labels (or masks) are needed")
+            size, shape = images.shape, labels.shape
+            if len(size) != 3 or size not in (shape, shape[:-1], shape[:1] + shape[2:]):
+                raise DataError(f"{path}: /{part}: images are {_times(size)} and labels "
+                                f"{_times(shape)}; (N, H, W) and (N, H, W, A) are needed")
+            if part in wanted or not part:
+                images, labels = images[()][:, None], labels[()]
+                if len(shape) == 3:
+                    labels = labels[:, None]
+                elif shape[:3] == size:
+                    labels = np.moveaxis(labels, -1, 1)
+            names = [f"{part or 'case'}/{i:05d}" for i in range(len(images))]
+            uids = found["uids"][()].tolist() if "uids" in found else names
+            for i, (name, uid) in enumerate(zip(names, uids, strict=True)):
+                parts.setdefault(part, []).append(len(cases))
+                group = uid.decode() if isinstance(uid, bytes) else str(uid)
+                cases.append(_Case(name, group, _row, (images, labels, i)))
+    if parts.pop("", None):
+        return _Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
+    return _Listing(cases, parts, 2, own="the file has no such group")
+
+
+def _row(images: np.ndarray, labels: np.ndarray, i: int):
+    return images[i], dict(enumerate(labels[i]))
+
+
+def _read_npz(path: Path, wanted: Sequence[str], num_classes: int, val: float = 0.25) -> _Listing:
     """A user's own .npz.
 
-      images   (N, H, W), (N, C, H, W) or (N, C, D, H, W): float, or uint8 scaled to [0, 1]
+      images   (N, H, W), (N, C, H, W) or (N, C, D, H, W): float, or uint8 or uint16 scaled to
+               [0, 1]
       labels   (N, A, H, W) or (N, A, D, H, W), always with the reader axis: 0..K-1, 255 = ignore
     and if wanted: weights (N, A), normalised row by row; groups (N,), such as the patient of each
     case; names (N,); num_classes, else the largest label + 1. Images with one axis fewer than the
     labels have one channel and no axis for it. A reader's map of nothing but 255 is a missing one.
     """
     optional = ("weights", "groups", "names", "num_classes")
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            given = set(file.files)
-            arrays = {key: file[key] for key in ("images", "labels", *optional) if key in given}
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise DataError(f"{path}: not a readable .npz of plain arrays: {_line(error)}") from error
-    if not {"images", "labels"} <= given <= {"images", "labels", *optional}:
-        raise DataError(f"{path}: has the keys {', '.join(sorted(given)) or '(none)'}; images and "
-                        f"labels are needed, {', '.join(optional)} allowed")
+    arrays = _npz(path, ("images", "labels"), optional)
     images, labels = arrays["images"], arrays["labels"]
     shape = labels.shape
     images = images[:, None] if images.ndim == labels.ndim - 1 else images
@@ -806,119 +1262,233 @@ def _npz_split(path: Path, num_classes: int) -> Split:
                         f"{_times(arrays['images'].shape)}; (N, A, H, W) must meet (N, H, W) or "
                         "(N, C, H, W) (of a single reader? store labels[:, None])")
     sizes = {"weights": shape[:2], "groups": shape[:1], "names": shape[:1], "num_classes": ()}
-    for key in given & set(optional):
+    for key in arrays.keys() & set(optional):
         number = arrays[key].dtype.kind in "buif" or key in ("groups", "names")
         if arrays[key].shape != sizes[key] or not number:
             raise DataError(f"{path}: {key} is {_times(arrays[key].shape)} of {arrays[key].dtype}; "
                             f"{_times(sizes[key])} is needed")
     num_classes = num_classes or int(arrays.get("num_classes", 0))
-    if num_classes and not 2 <= num_classes <= IGNORE:
-        raise DataError(f"{path}: num_classes is {num_classes}; 2 to {IGNORE} can be")
     names = [str(name) for name in arrays.get("names", range(len(labels)))]
     groups = [str(group) for group in arrays.get("groups", names)]
-    cases = ((name, group, image, dict(enumerate(drawn)))
-             for name, group, image, drawn in zip(names, groups, images, labels))
-    return _collect(path, cases, num_classes, arrays.get("weights"))
+    cases = [_Case(name, group, _row, (images, labels, i))
+             for i, (name, group) in enumerate(zip(names, groups))]
+    return _Listing(cases, split_groups(groups, val), num_classes, weights=arrays.get("weights"))
 
 
-def _read_lidc(path: Path, wanted: Sequence[str]):
-    """LIDC-IDRI in any of three layouts; the PNG tree has its own split, and only that is read."""
-    if path.suffix == ".npz":
-        whole = _npz_split(path, num_classes=2)
-    elif not path.is_dir():
-        whole = _collect(path, _pickle_cases(path), num_classes=2)
+_FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")
+
+
+def _read_folder(path: Path, wanted: Sequence[str], num_classes: int, masks: str) -> _Listing:
+    """Anyone's own images: images/NAME.png and labels/READER/NAME.png, a folder for each reader.
+
+    Pictures of any kind in `_FOLDER`; their labels are PNG or TIFF, grey levels or palette indices
+    from 0 to K - 1, with 255 to ignore. With masks=binary whatever is not 0 is class 1. Or volumes:
+    .nii.gz (or .nii) on both sides, channels brought to mean 0 and deviation 1. A reader may lack
+    some of the images. groups.csv, lines of NAME,GROUP, tells which cases are of one patient.
+    """
+    def by_name(folder: Path) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()):
+            if file.name.startswith(".") or file.is_dir():
+                continue
+            end = [suffix for suffix in _FOLDER if file.name.lower().endswith(suffix)]
+            if not end:
+                raise DataError(f"{file}: not one of {', '.join(_FOLDER)}; convert or remove it")
+            other = found.setdefault(file.name[:-len(end[0])], file)
+            if other is not file:
+                raise DataError(f"{file}: {other.name} beside it has the same name; rename one")
+        return found
+
+    def read(name: str):
+        drawn = {reader: files[name] for reader, files in enumerate(readers) if name in files}
+        if images[name].name.lower().endswith(_FOLDER[-2:]):
+            image = _nifti(images[name])
+            image = image if image.ndim == 4 else image[None]
+            image = _standardised(image, np.ones(image.shape[1:], bool))
+            drawn = {reader: _nifti(file) for reader, file in drawn.items()}
+        else:
+            image = _picture(images[name])
+            drawn = {reader: _label_picture(file) for reader, file in drawn.items()}
+        if masks == "binary":
+            drawn = {reader: label != 0 for reader, label in drawn.items()}
+        return image, drawn
+
+    images = by_name(path / "images")
+    readers = [by_name(folder) for folder in sorted((path / "labels").iterdir())
+               if folder.is_dir()]
+    for files in readers:
+        for name in files.keys() - images.keys():
+            raise DataError(f"{files[name]}: images/ holds none of that name")
+    groups = dict.fromkeys(images)
+    if (path / "groups.csv").exists():
+        with _readable(path / "groups.csv", "table of name,group"):
+            lines = (path / "groups.csv").read_text(encoding="utf-8-sig").splitlines()
+            table = {name: group for name, group in csv.reader(filter(None, lines))}
+        table.pop("name", None)  # the heading
+        if odd := sorted(table.keys() ^ images.keys()):
+            raise DataError(f"{path / 'groups.csv'}: {odd[0]!r} is there or in images/, not in "
+                            "both; list every image once")
+        groups = table
+    cases = [_Case(name, groups[name] or name, read, (name,)) for name in images]
+    return _Listing(cases, split_groups([case.group for case in cases], val=0.25), num_classes)
+
+
+def _read_em(path: Path, wanted: Sequence[str], tile: int) -> _Listing:
+    """Sections of electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
+
+    An .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
+    train-labels.tif in a folder. Cases are the tiles of `tile` pixels a side that fit into a
+    section, whole sections with tile=0. The last tenth of the sections (rounded up) is test, the
+    tenth before it validation: the paper's 80 / 10 / 10 of 100 sections, 1280 / 160 / 160 tiles.
+    """
+    if path.is_dir():
+        images, ids = (_pages(path / f"train-{kind}.tif") for kind in ("input", "labels"))
     else:
-        parts = [part for part in SPLITS if part in wanted or "all" in wanted]
-        whole = _collect(path, _png_cases(path, parts), num_classes=2)
-        return whole, {part: [i for i, name in enumerate(whole.names)
-                              if name.startswith(part + "/")] for part in parts}
-    return whole, split_groups(whole.groups, val=0.2)
+        images, ids = _npz(path, ("images", "instances")).values()
+    if images.shape != ids.shape or images.ndim != 3 or min(images.shape[1:]) < tile:
+        raise DataError(f"{path}: images are {_times(images.shape)} and instances "
+                        f"{_times(ids.shape)}; both must be (N, H, W), H and W from {tile} up (or "
+                        "give another tile)")
+
+    def read(i: int, y: int, x: int):
+        cut = (i, slice(y, y + tile), slice(x, x + tile)) if tile else i
+        return images[cut][None], {0: ids[cut]}
+
+    count, *size = images.shape
+    steps = [range(0, side - tile + 1, tile) if tile else (0,) for side in size]
+    corners = list(itertools.product(range(count), *steps))
+    cases = [_Case(f"section-{i:04d}" + (f"/y{y:04d}-x{x:04d}" if tile else ""),
+                   f"section-{i:04d}", read, (i, y, x)) for i, y, x in corners]
+    tenth = math.ceil(count / 10)
+    ends = {"train": (0, count - 2 * tenth), "val": (count - 2 * tenth, count - tenth),
+            "test": (count - tenth, count)}
+    parts = {part: [k for k, (i, *_) in enumerate(corners) if low <= i < high]
+             for part, (low, high) in ends.items()}
+    return _Listing(cases, parts, 16, fixed=1)
 
 
-def _read_npz(path: Path, wanted: Sequence[str], num_classes: int):
-    whole = _npz_split(path, num_classes)
-    return whole, split_groups(whole.groups, val=0.25)
+# The ids of the 19 classes in Cityscapes' files, in the order of their train ids.
+_CITY_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITY_FLIPS = (1, 11, 13, 8, 0)  # train ids of `_FLIPS`
+_CITY_CAR = 26
+_CITY_VAL = ("darmstadt", "monchengladbach", "ulm")
 
 
-def _collect(path: Path, cases: Iterable[_Case], num_classes: int, weights=None) -> Split:
-    """Checks and stacks the cases; a reader a case lacks is 255 all over and has weight 0."""
-    names, groups, images, masks = [], [], [], []
-    for name, group, image, drawn in cases:
-        where = f"{path}: {name!r}"
-        image = _as_image(image, f"{where}: image")
-        if image.ndim not in (3, 4) or images and image.shape != images[0].shape:
-            raise DataError(f"{where}: image is {_times(image.shape[1:])}; (H, W) is needed, the "
-                            "same in all cases: crop or pad them first")
-        drawn = {reader: _as_label(mask, num_classes or IGNORE, f"{where}: mask {reader}")
-                 for reader, mask in drawn.items()}
-        for reader, mask in drawn.items():
-            if mask.shape != image.shape[1:]:
-                raise DataError(f"{where}: mask {reader} is {_times(mask.shape)} and its image "
-                                f"{_times(image.shape[1:])}; they must be of one size")
-        names.append(name)
-        groups.append(group)
-        images.append(image)
-        masks.append(drawn)
-    if not images:
-        raise DataError(f"{path}: holds no cases")
+def _read_cityscapes(path: Path, wanted: Sequence[str], task: str, factor: int) -> _Listing:
+    """Cityscapes as published: leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
 
-    readers = 1 + max((reader for drawn in masks for reader in drawn), default=0)
-    labels = np.full((len(images), readers, *images[0].shape[1:]), IGNORE, np.uint8)
-    for row, drawn in zip(labels, masks):
-        for reader, mask in drawn.items():
-            row[reader] = mask
-    highest = labels[labels != IGNORE].max(initial=0)
-    if highest == 0:
-        raise DataError(f"{path}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
-                        f"{IGNORE} means ignore")
-    odds = (labels != IGNORE).any(axis=tuple(range(2, labels.ndim)))  # (N, A): who read what
-    uniform = weights is None and odds.all()
-    if weights is not None:
-        if not (np.isfinite(weights) & (weights >= 0)).all():
-            raise DataError(f"{path}: weights: some are negative or not finite")
-        odds = odds * weights
-    total = odds.sum(1, keepdims=True)
-    if not total.all():
-        raise DataError(f"{path}: {names[int(total.argmin())]!r}: no mask of any reader (or only of"
-                        " weight 0); give one, or leave the case out")
-    return Split(torch.from_numpy(np.stack(images)), torch.from_numpy(labels),
-                 None if uniform else torch.from_numpy(odds / total).float(), groups,
-                 num_classes or int(highest) + 1, names)
+    Test is the published val; validation is Darmstadt, Moenchengladbach and Ulm of train, as both
+    papers have it. Void classes are 255. Images are `factor` times smaller.
+      task=modes  the Probabilistic U-Net's: 19 classes by train id, five of which flip to the
+                  classes 19 to 23, as `_FLIPS` says; factor 4. IoU is scored on these ten.
+      task=cars   HPU-Net's (App. C, D.3): the 18 other classes in their order, then five labels,
+                  one of which every car has at random; factor 2. IoU is scored on these five. Cars
+                  that were outlined as one group are ignored.
+    """
+    factor = factor or {"modes": 4, "cars": 2}[task]
+    classes = [i for i in _CITY_IDS if task == "modes" or i != _CITY_CAR]
+    table = np.full(256, -1, np.int32)
+    table[classes] = range(len(classes))
+
+    def read(file: Path, truth: Path):
+        image, ids = _picture(file), _label_picture(truth)
+        image, ids = _resample(image, ids.astype(np.int32), [side // factor for side in ids.shape],
+                               file)
+        # A numbered instance is 1000 * class + number; the rest is told by its class alone.
+        label = table[np.minimum(np.where(ids < 1000, ids, ids // 1000), IGNORE)]
+        if task == "cars":
+            return image, {0: np.where(ids // 1000 == _CITY_CAR, len(classes) + ids % 1000, label)}
+        return image, {0: np.where(label < 0, IGNORE, label)}
+
+    cases, parts = [], {part: [] for part in SPLITS}
+    kind = "instanceIds" if task == "cars" else "labelIds"
+    for half in ("train", "val"):
+        for file in sorted((path / "leftImg8bit" / half).glob("*/*_leftImg8bit.png")):
+            city, name = file.parent.name, file.stem.removesuffix("_leftImg8bit")
+            truth = path / "gtFine" / half / city / f"{name}_gtFine_{kind}.png"
+            part = "test" if half == "val" else "val" if city in _CITY_VAL else "train"
+            parts[part].append(len(cases))
+            cases.append(_Case(name, city, read, (file, truth)))
+    own, twins = "leftImg8bit/ holds none of its cities", range(len(classes), len(classes) + 5)
+    if task == "cars":
+        return _Listing(cases, parts, twins.stop, own, fixed=twins.start, scored=tuple(twins))
+    return _Listing(cases, parts, twins.stop, own, flips=_flip_modes(_CITY_FLIPS, twins.start),
+                    scored=(*sorted(_CITY_FLIPS), *twins))
 
 
-def _as_image(image: np.ndarray, where: str) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return image / np.float32(255)
-    if image.dtype.kind != "f":
-        raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 (scaled to [0, 1])")
-    with np.errstate(over="ignore"):
-        image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise DataError(f"{where} has pixels that are not finite; replace them first")
-    return image
+def _read_synapse(path: Path, wanted: Sequence[str], size: int) -> _Listing:
+    """Synapse's abdominal CT as TransUNet's authors share it: eight organs, slice by slice.
+
+    train_npz/caseXXXX_sliceYYY.npz of image and label (H, W); test_vol_h5/caseXXXX.npy.h5 of the
+    same (D, H, W), taken slice by slice. A fifth of the training volumes is validation. Slices are
+    resampled to `size` pixels a side (the paper's 224), or not at all with size=0.
+    """
+    def read(file: Path, i: int | None = None):
+        if i is None:
+            image, label = _npz(file, ("image", "label")).values()
+        else:
+            with _readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
+                image, label = volume["image"][i], volume["label"][i]
+        image = np.asarray(image, np.float32)[None]
+        if size:
+            image, label = _resample(image, label, (size, size), file)
+        return image, {0: label}
+
+    files = sorted((path / "train_npz").glob("case????_slice*.npz"))
+    cases = [_Case(file.stem, file.stem[:8], read, (file,)) for file in files]
+    parts = split_groups([case.group for case in cases], val=0.2, test=0)
+    volumes = sorted((path / "test_vol_h5").glob("case????.npy.h5"))
+    if volumes and ("test" in wanted or importlib.util.find_spec("h5py")):
+        h5py = _extra("h5py", volumes[0])
+        for file in volumes:
+            with _readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
+                cases += [_Case(f"{file.name[:8]}_slice{i:03d}", file.name[:8], read, (file, i))
+                          for i in range(len(volume["image"]))]
+    parts["test"] = list(range(len(files), len(cases)))
+    return _Listing(cases, parts, 9, own="train_npz/ (train, val) or test_vol_h5/ (test) is empty")
 
 
-def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
-    if not isinstance(label, np.ndarray) or label.dtype.kind not in "buif":
-        kind = getattr(label, "dtype", type(label).__name__)
-        raise DataError(f"{where} is of {kind}; give an array of whole numbers")
-    with np.errstate(invalid="ignore"):  # NaN: what it becomes differs from it all the same
-        small = label.astype(np.uint8)
-    good = (small == label) & ((small < num_classes) | (small == IGNORE))
-    if not good.all():
-        raise DataError(f"{where} has the value {label[~good][0]}; 0 to {num_classes - 1} are "
-                        f"classes, {IGNORE} is ignored")
-    return small
+def _read_brats(path: Path, wanted: Sequence[str]) -> _Listing:
+    """BraTS: a folder a patient with *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz (SSN, Sec. 5.3).
 
+    Four channels in that order, each at mean 0 and deviation 1 inside the brain, where any of them
+    is not 0. Air is 0, and 255 in the labels, as SSN masks it out. Labels 0, 1, 2, 4 become 0 to 3.
+    Volumes are cut to the brain (about 80 MB a patient) and filled up with air to the largest.
+    60 / 10 / 30 % of the patients are train, val and test; `split_file` takes published lists.
+    """
+    def read(folder: Path):
+        volumes = {}
+        for kind in ("flair", "t1", "t1ce", "t2", "seg"):
+            files = list(folder.glob(f"*_{kind}.nii*"))
+            if len(files) != 1:
+                raise DataError(f"{folder}: {len(files)} files *_{kind}.nii.gz; give one")
+            volumes[kind] = _nifti(files[0])
+        if len({volume.shape for volume in volumes.values()}) > 1:
+            sizes = (f"{kind} {_times(volume.shape)}" for kind, volume in volumes.items())
+            raise DataError(f"{folder}: the volumes are not of one size: {', '.join(sizes)}")
+        seg = volumes.pop("seg")
+        if not np.isin(seg, (0, 1, 2, 4)).all():
+            raise DataError(f"{folder}: seg has other labels than 0, 1, 2 and 4")
+        image = np.stack(list(volumes.values()))
+        brain = (image != 0).any(0)
+        label = np.where(brain, np.where(seg == 4, 3, seg), IGNORE)
+        if not brain.any():
+            raise DataError(f"{folder}: all channels are 0 everywhere")
+        box = tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(brain))
+        return _standardised(image[(slice(None), *box)], brain[box]), {0: label[box]}
 
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    # Patients in folders of their own, or in HGG/ and LGG/; a link that leads back counts once.
+    found = {os.path.realpath(file.parent): file.parent for depth in ("*/", "*/*/")
+             for file in sorted(path.glob(f"{depth}*_seg.nii*"))}
+    cases = [_Case(folder.name, folder.name, read, (folder,)) for folder in found.values()]
+    parts = split_groups([case.group for case in cases], val=1 / 7, test=0.3)
+    return _Listing(cases, parts, 4, own="too few patients", pad="constant")
 
 
 def _locate(name: str, path, source: "Source") -> Path:
-    """The file (or tree of PNGs) meant by `path`, or by datasets/<name> where that is None."""
+    """The file, or the folder in a known layout, meant by `path`, or by datasets/<name>."""
     place = Path("datasets", name) if path is None else Path(path)
-    if source.tree and any((place / part / "images").is_dir() for part in SPLITS):
+    if place.is_dir() and any(True for mark in source.marks for _ in place.glob(mark)):
         return place
     if place.is_dir():
         found = [file for file in sorted(place.iterdir()) if file.suffix in source.suffixes]
@@ -942,12 +1512,16 @@ def _locate(name: str, path, source: "Source") -> Path:
 class Source:
     """One line of the table below."""
 
-    read: Callable  # (**options), or (path, splits, **options), -> whole Split, {split: indices}
+    read: Callable  # (**options) -> whole Split, {split: indices}; real: (path, splits, **options)
     doc: str
-    options: dict[str, tuple[int, int]]  # name: (default, smallest allowed)
-    suffixes: tuple[str, ...] = ()  # of its files; none for a made set
+    options: dict[str, tuple]  # name: (default, smallest number, choices or str)
+    suffixes: tuple[str, ...] = ()  # of files that are the set
     layout: str = ""  # what to put where, told when nothing is found
-    tree: bool = False  # a folder of PNGs will do as well
+    marks: tuple[str, ...] = ()  # what a folder holds that is the set (patterns)
+
+    @property
+    def real(self) -> bool:
+        return bool(self.layout)
 
 
 DATASETS: dict[str, Source] = {
@@ -963,20 +1537,45 @@ DATASETS: dict[str, Source] = {
     "lesions3d": Source(_lesions3d, "made: a sure and a faint lesion in 3D; 6 maps of known odds",
                         {"n": (60, 3), "size": (48, 32), "seed": (0, 0)}),
     "lidc": Source(_read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", {},
-                   (".pickle", ".pkl", ".npz"),
+                   (".pickle", ".pkl", ".npz", *_HDF5),
                    "a pickle {key: {image, masks, series_uid}} (data_lidc.pickle, linked from "
                    "github.com/stefanknegt/Probabilistic-Unet-Pytorch), the PNG tree "
                    "{train,val,test}/{images,gt}/<patient>/ (gs://hpunet-data/lidc_crops), an .npz "
-                   "as for the data set npz", tree=True),
+                   "as for the data set npz (python data.py build-lidc makes it of the archive's "
+                   "DICOM and XML), HDF5 of groups train, val, test with images and labels", tuple(f"{part}/images" for part in SPLITS)),
     "npz": Source(_read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D",
                   {"num_classes": (0, 0)}, (".npz",),
                   "an .npz with images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels "
                   "(N, A, H, W) or (N, A, D, H, W), and if wanted weights, groups, names, "
                   "num_classes"),
+    "folder": Source(_read_folder, "your own: pictures or NIfTI volumes, a folder for each reader",
+                     {"num_classes": (0, 0), "masks": ("classes", ("classes", "binary"))}, (),
+                     "a folder with images/NAME.png, labels/READER/NAME.png and, if wanted, "
+                     "groups.csv of lines NAME,GROUP; also .tif, .jpg (images), .nii.gz",
+                     ("images",)),
+    "em": Source(_read_em, "sections of electron microscopy, each cell one of 15 classes at random",
+                 {"tile": (256, 0)}, (".npz",),
+                 "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with "
+                 "train-input.tif and train-labels.tif (snemi3d.grand-challenge.org)",
+                 ("train-input.tif",)),
+    "cityscapes": Source(_read_cityscapes, "street scenes; five classes flip, or cars are coloured",
+                         {"task": ("modes", ("modes", "cars")), "factor": (0, 0)}, (),
+                         "a folder with leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/"
+                         "<city>/ (leftImg8bit_trainvaltest and gtFine_trainvaltest of "
+                         "cityscapes-dataset.com)", ("leftImg8bit",)),
+    "synapse": Source(_read_synapse, "abdominal CT, slice by slice, eight organs",
+                      {"size": (224, 0)}, (),
+                      "a folder with train_npz/caseXXXX_sliceYYY.npz and test_vol_h5/"
+                      "caseXXXX.npy.h5 (github.com/Beckschen/TransUNet, datasets/README.md)",
+                      ("train_npz", "test_vol_h5")),
+    "brats": Source(_read_brats, "brain tumours in 3D, four channels of MR, three classes", {}, (),
+                    "a folder of folders, one a patient, with *_flair, *_t1, *_t1ce, *_t2 and "
+                    "*_seg.nii.gz (the training data of BraTS 2017 to 2021)",
+                    ("*/*_seg.nii*", "*/*/*_seg.nii*")),
 }
 
 
-# ----------------------------------------------------------------- LIDC-IDRI from the archive's files
+# ---------------------------------------------------------- LIDC-IDRI from the archive's own files
 #
 # build-lidc goes the papers' way (Prob. U-Net, arXiv:1806.05034, Sec. 4.1 and App. H.1; HPU-Net,
 # arXiv:1905.13077, App. C), a function a step. What they leave open is settled like this:
@@ -992,10 +1591,10 @@ DATASETS: dict[str, Source] = {
 #             shows the masks of its own lesion only.
 #   slices    are dropped where |SliceLocation| and |ImagePositionPatient[-1]| differ by more than
 #             0.01 mm; a slice without SliceLocation stays.
-#   crops     0.5 mm pixels cut the scan's area evenly (not its pixel centres), from its corner.
-#             Images are interpolated linearly, masks take the nearest pixel. Pixel (size // 2,
-#             size // 2) holds the middle of the box round all the lesion's masks. Past the scan's
-#             border there is air. A slice whose masks all vanish is no case.
+#   crops     The slice, from its corner on, is cut into pixels of 0.5 mm; at their centres images
+#             are interpolated linearly, and masks take the nearest pixel. The middle of the box
+#             round all the lesion's masks lies in the crop's pixel (size // 2, size // 2). Outside
+#             the slice there is air. A slice on which no mask has a pixel left is no case.
 #   window    -1000 to 400 HU become 0 to 1, stored as the nearest of 256 steps of 5.5 HU.
 
 LIDC_READERS = 4
@@ -1055,7 +1654,7 @@ def _reading(raw: bytes):
     """A reader's XML -> (series UID, sessions), or None where it is no reading of a CT scan.
 
     sessions[reader][nodule] = {slice UID: [(part of the nodule, not a hole; [(x, y), ...]), ...]}.
-    Names count, whatever their namespace: files with LIDC's, with none and with others are about.
+    Names count, whatever their namespace.
     """
     def refuse(*_):
         raise DataError("declares a document type: no reading needs one, and entities can explode")
@@ -1071,11 +1670,12 @@ def _reading(raw: bytes):
     if not series:
         raise DataError("names no SeriesInstanceUid")
     try:
-        return series[0], [[nodule for nodule in map(_outlines, session.findall(
-            "{*}unblindedReadNodule")) if nodule] for session in root.findall("{*}readingSession")]
+        sessions = [[_outlines(nodule) for nodule in session.findall("{*}unblindedReadNodule")]
+                    for session in root.findall("{*}readingSession")]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError("a roi is not as LIDC writes it (imageSOP_UID, inclusion TRUE or FALSE, "
                         "edgeMaps of whole xCoord and yCoord)") from error
+    return series[0], [[nodule for nodule in drawn if nodule] for drawn in sessions]
 
 
 def _outlines(nodule: ElementTree.Element) -> dict[str, list]:
@@ -1091,7 +1691,7 @@ def _outlines(nodule: ElementTree.Element) -> dict[str, list]:
 
 
 def _fill(points: list[tuple[int, int]], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The polygon of `points` (x, y), closed: pixel centres inside it, and those on it, (H, W) bool.
+    """The closed polygon of `points` (x, y): pixel centres inside it and on it, both (H, W) bool.
 
     Exact. A centre is inside if the ray to its right crosses the polygon an odd number of times.
     """
@@ -1169,8 +1769,8 @@ def _crop(image: np.ndarray, lines: list[np.ndarray], outside: float, linear: bo
             share = np.expand_dims(line.clip(0, last) - low, 1 - axis).astype(image.dtype)
             image = (image.take(low, axis) * (1 - share)
                      + image.take((low + 1).clip(max=last), axis) * share)
-        else:  # halves go up, so that no pixel is doubled at the cost of the next
-            image = image.take(np.floor(line + 0.5).astype(int).clip(0, last), axis)
+        else:
+            image = image.take(np.rint(line).astype(int).clip(0, last), axis)
     return np.where(np.outer(*there), image, outside).astype(image.dtype)
 
 
@@ -1194,8 +1794,8 @@ def _cut(task: _Series, size: int, window: tuple[float, float], read: Callable):
     slices = {uid: found._replace(z=round(found.z, 3)) for uid, found in slices.items()
               if _agrees(found)}
     if outlined and not slices:
-        raise DataError(f"none of its {len(outlined)} outlined slices is there with SliceLocation "
-                        "and ImagePositionPatient in agreement")
+        raise DataError("its outlined slices are not there, or in all of them SliceLocation and "
+                        "ImagePositionPatient disagree")
     if len({(found.shape, found.spacing) for found in slices.values()}) > 1:
         raise DataError("its slices differ in size or PixelSpacing")
 
@@ -1258,7 +1858,7 @@ def _pixels(files: list[str], read: Callable) -> np.ndarray:
     return first
 
 
-# -- over all files and series: processes, resuming, writing
+# So much for one series; from here on: all files, processes, resuming, writing.
 
 
 def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_WINDOW, png=None,
@@ -1269,6 +1869,7 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
     folder for the same crops as PNGs, in the layout of the HPU-Net release. `dst` and `png` appear
     whole or not at all. What is done is kept in `dst`.work, so a run that was stopped goes on
     there; it may be deleted once `dst` is there. A bad file or series is told and left out.
+
     `read` is what reads a file. Raises DataError for what the user can mend.
     """
     src, dst, png = Path(src), Path(dst), png and Path(png)
@@ -1292,25 +1893,31 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
                            *([(png.parent, f".{png.name}.")] if png else [])):
         _clear(folder, prefix)
 
-    files = list(_walk(src, work))
-    calls = []
-    for start in range(0, len(files), 256):
-        stamps = [_stamp(file) for file in files[start:start + 256]]
-        calls.append((stamps, work / f"files-{_key(stamps)}.json", read))
-    refused = list(itertools.chain(*_each(_look, calls, workers, f"of {256} files")))
-    tasks, unmatched = _match([target for _, target, _ in calls])
-    calls = []
-    for task in tasks:
-        stamps = [_stamp(file) for file in (task.reading, *itertools.chain(*task.files.values()))]
-        key = _key("cut-1", size, window, task, stamps)
-        calls.append((task, work / f"series-{key}.npz", size, window, read))
-    refused += unmatched + list(filter(None, _each(_build_series, calls, workers, "series")))
+    with _Workers(workers) as pool:
+        refused, calls = [], []
+        files = list(_walk(src, work, refused))
+        for start in range(0, len(files), 256):
+            stamps = [_stamp(file) for file in files[start:start + 256]]
+            calls.append((stamps, work / f"files-{_key(stamps)}.json", read))
+        refused += itertools.chain(*pool.each(_look, calls, "blocks of 256 files"))
+        tasks, unmatched = _match([target for _, target, _ in calls])
+        calls = []
+        for task in tasks:
+            stamps = [_stamp(file) for file in (task.reading, *sum(task.files.values(), []))]
+            key = _key("cut-1", size, window, task, stamps)
+            calls.append((task, work / f"series-{key}.npz", size, window, read))
+        refused += [*unmatched, *filter(None, pool.each(_build_series, calls, "series"))]
     cases = _Cases([(task.patient, target) for task, target, *_ in calls if target.exists()])
     if not cases.names:
         raise DataError("; ".join([f"{src}: nothing to cut", *map(": ".join, refused[:3])]))
+    made = [target.name for target in cases.targets]
+    if there and known["made"] != made:
+        raise DataError(f"{src} has changed since {there[0]} was built: delete it, or give another "
+                        "name")
 
-    lines = [f"refused: {name}: {reason}" for name, reason in refused] + cases.table()
-    content = json.dumps({"settings": settings, "lines": lines})
+    lines = [f"refused: {name}: {reason}" for name, reason in sorted(refused)] + cases.table()
+    lines = [line.encode(errors="backslashreplace").decode() for line in lines]  # odd file names
+    content = json.dumps({"settings": settings, "made": made, "lines": lines})
     write_atomically(report, lambda name: Path(name).write_text(content))
     if png and not png.exists():
         cases.write_png(png)
@@ -1326,10 +1933,13 @@ def _clear(folder: Path, prefix: str) -> None:
             shutil.rmtree(half) if half.is_dir() else half.unlink()
 
 
-def _walk(src: Path, work: Path) -> Iterator[str]:
+def _walk(src: Path, work: Path, refused: list) -> Iterator[str]:
     """Every file under `src`, links followed, each folder once; nothing of `work`."""
+    def refuse(error: OSError):
+        refused.append((error.filename, error.strerror))
+
     seen = {(os.stat(work).st_dev, os.stat(work).st_ino)}
-    for folder, folders, names in os.walk(src, followlinks=True):
+    for folder, folders, names in os.walk(src, onerror=refuse, followlinks=True):
         place = os.stat(folder)
         if (place.st_dev, place.st_ino) in seen:
             folders.clear()
@@ -1350,20 +1960,32 @@ def _key(*parts) -> str:
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _each(function: Callable, calls: list[tuple], workers: int, what: str) -> Iterator:
-    """The results of function(*call) as they come, over processes, with a progress line."""
-    if workers == 1:
-        yield from _progress((function(*call) for call in calls), len(calls), what)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
-    try:
-        futures = [pool.submit(function, *call) for call in calls]
-        yield from _progress((f.result() for f in as_completed(futures)), len(calls), what)
-    except BrokenProcessPool as error:
-        raise DataError("a worker was killed, for want of memory perhaps: run it again, with fewer "
-                        "--workers; what is done is kept") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+class _Workers:
+    """Processes that share out calls; one worker is this process itself."""
+
+    def __init__(self, count: int):
+        self.pool = None if count == 1 else ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), _begin_worker)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def each(self, function: Callable, calls: list[tuple], what: str) -> Iterator:
+        """The results of function(*call) as they come, with a progress line."""
+        if not self.pool:
+            results = (function(*call) for call in calls)
+        else:
+            futures = [self.pool.submit(function, *call) for call in calls]
+            results = (future.result() for future in as_completed(futures))
+        try:
+            yield from _progress(results, len(calls), what)
+        except BrokenProcessPool as error:
+            raise DataError("a worker was killed, for want of memory perhaps: run it again, with "
+                            "fewer --workers; what is done is kept") from error
 
 
 def _begin_worker() -> None:
@@ -1533,43 +2155,42 @@ class _Cases:
                         "ImagePositionPatient disagree"]
 
     def write_npz(self, name) -> None:
-        """images, labels, groups and names, in the layout of `_npz_split`."""
-        count = len(self.names)
+        """images, labels, groups and names, as the reader of .npz files takes them."""
         with zipfile.ZipFile(name, "w") as archive:
             for key in ("images", "labels", "groups", "names"):
-                if key in ("images", "labels"):
-                    blocks = (array[key] for array in self._load())
-                    shape, descr = (count, *next(self._load())[key].shape[1:]), "|u1"
-                else:
-                    blocks = [np.array(getattr(self, key))]
-                    shape, descr = (count,), blocks[0].dtype.str
-                # ZipInfo's fixed date: the same cases are the same file, bit for bit.
+                blocks = self._blocks(key)
+                first = next(blocks)
+                header = {"descr": first.dtype.str, "fortran_order": False,
+                          "shape": (len(self.names), *first.shape[1:])}
+                # ZipInfo's fixed date: the same cases make the same file, bit for bit.
                 entry = zipfile.ZipInfo(f"{key}.npy")
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 with archive.open(entry, "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_2_0(
-                        file, {"descr": descr, "fortran_order": False, "shape": shape})
-                    for block in blocks:
+                    np.lib.format.write_array_header_2_0(file, header)
+                    for block in itertools.chain([first], blocks):
                         file.write(block.tobytes())
 
-    def _load(self) -> Iterator:
+    def _blocks(self, key: str) -> Iterator[np.ndarray]:
+        if key in ("groups", "names"):
+            yield np.array(getattr(self, key))
+            return
         for target in self.targets:
             with np.load(target) as arrays:
-                yield arrays
+                yield arrays[key]
 
     def write_png(self, folder: Path) -> None:
         """{train,val,test}/images/<name>.png and gt/<name>_l<reader>.png, foreground 255."""
         half = folder.with_name(f".{folder.name}.half.tmp")
         part_of = {i: part for part, rows in self.split.items() for i in rows}
-        pairs = ((image, masks) for arrays in self._load()
-                 for image, masks in zip(arrays["images"], arrays["labels"]))
-        for i, (image, masks) in enumerate(pairs):
-            drawn = {f"gt/{self.names[i]}_l{reader}.png": mask * np.uint8(255)
-                     for reader, mask in enumerate(masks) if (mask != IGNORE).any()}
-            for name, picture in {f"images/{self.names[i]}.png": image, **drawn}.items():
-                place = half / part_of[i] / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(place)
+        pixels = [itertools.chain.from_iterable(self._blocks(key)) for key in ("images", "labels")]
+        for i, (name, image, masks) in enumerate(zip(self.names, *pixels)):
+            pictures = {f"images/{name}": image}
+            pictures |= {f"gt/{name}_l{reader}": mask * np.uint8(255)
+                         for reader, mask in enumerate(masks) if (mask != IGNORE).any()}
+            for place, picture in pictures.items():
+                file = half / part_of[i] / f"{place}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(file)
         half.rename(folder)
 
 
@@ -1592,8 +2213,8 @@ def show(name: str, path=None, split: str = "train", out=None, **options) -> str
     out = Path(out or f"{name}.png")
     _contact_sheet(parts[split], out, f"{name}, {split}")
     columns = [_summary(part) for part in parts.values()]
-    lines = [f"{'':14}" + "".join(f"{part:>14}" for part in parts)]
-    lines += [f"{row:14}" + "".join(f"{column.get(row, ''):>14}" for column in columns)
+    lines = [f"{'':12}" + "".join(f"{part:>18}" for part in parts)]
+    lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
 
@@ -1601,13 +2222,14 @@ def show(name: str, path=None, split: str = "train", out=None, **options) -> str
 def _summary(part: Split) -> dict[str, str]:
     """The table's rows of one split."""
     odds = part.odds
-    cases = [_measure(*case, part.num_classes) for case in zip(part.labels, odds)]
+    cases = [_measure(part.subset([i]).all_maps().labels[0], odds[i], part.num_classes)
+             for i in range(len(part))]
     mean = {key: np.mean([np.asarray(case[key]) for case in cases], 0) for key in cases[0]}
     missing = (part.labels == IGNORE).flatten(2).all(2).float().mean()
     rows = {"cases": f"{len(part)}", "groups": f"{len(set(part.groups))}",
             "channels": f"{part.images.shape[1]}", "size": _times(part.images.shape[2:]),
-            "intensity": f"{part.images.min():.4g} to {part.images.max():.4g}",
-            "readers": f"{part.labels.shape[1]}", "missing": f"{missing:.1%}",
+            "intensity": f"{part.images.min():.3g} to {part.images.max():.3g}",
+            "readers": f"{odds.shape[1]}", "missing": f"{missing:.1%}",
             "empty masks": f"{mean['empty']:.1%}", "diversity": f"{mean['diversity']:.3f}"}
     for value in (*range(part.num_classes), IGNORE):
         if value < part.num_classes or mean["shares"][value]:
@@ -1627,8 +2249,9 @@ def _contact_sheet(part: Split, out: Path, title: str, count: int = 12) -> None:
     across = min(4, len(rows))
     figure, axes = new_figure(-(-len(rows) // across), across, panel=2.2, title=title)
     for ax, i in zip(axes.flat, rows):
-        image, labels, odds = part.images[i], part.labels[i], part.odds[i]
-        ids = None if part.instances is None else part.instances[i]
+        case = part.subset([i]).all_maps()
+        image, labels, odds = case.images[0], case.labels[0], case.odds[0]
+        ids = None if case.instances is None else case.instances[0]
         if image.dim() == 4:
             z = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
             image, labels, ids = image[:, z], labels[:, z], ids if ids is None else ids[z]
@@ -1643,13 +2266,14 @@ def _contact_sheet(part: Split, out: Path, title: str, count: int = 12) -> None:
         ax.imshow(picture.numpy(), interpolation="nearest")
         ax.set_title(part.names[i][-36:], fontsize=6)
         likeliest = odds.argsort(descending=True, stable=True)[:len(COLORS)].tolist()
-        for reader in likeliest if ids is None else []:
+        for order, reader in enumerate(likeliest if ids is None else []):
             for value in range(1, part.num_classes):
                 mask = labels[reader] == value
                 if odds[reader] > 0 and mask.any() and not mask.all():
+                    # Thinner and thinner, so that an outline drawn twice shows both colours.
                     ax.contour(mask.numpy(), [0.5], colors=[COLORS[reader % len(COLORS)]],
-                               linewidths=0.8)
-    readers = part.labels.shape[1]
+                               linewidths=2 * 0.7**order)
+    readers = part.odds.shape[1]
     if part.instances is None and 1 < readers <= len(COLORS):
         figure.legend([Line2D([], [], color=color) for color in COLORS[:readers]],
                       [f"reader {reader}" for reader in range(readers)], fontsize=7,
@@ -1661,8 +2285,8 @@ def main(argv=None) -> int:
     """The command line; a user's mistake is one line on stderr and exit status 2."""
     sets = "\n".join(f"  {name:12}{source.doc}" for name, source in DATASETS.items())
     parser = argparse.ArgumentParser(
-        prog="data.py", description=f"The data sets, and what to see and build of them.\n\n{sets}",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="python data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"The data sets, and what to see and build of them.\n\n{sets}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     see = commands.add_parser("show", help="a table, and a PNG with every reader's outlines")
     see.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
@@ -1671,17 +2295,16 @@ def main(argv=None) -> int:
     see.add_argument("--split", default="train", choices=[*SPLITS, "all"])
     see.add_argument("--out", help="the PNG (default <data>.png)")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
-                              description=" ".join(build_lidc.__doc__.split()[:-17]))
+                              description=build_lidc.__doc__.partition("`read`")[0])
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
     cut.add_argument("dst", metavar="DST", help="the .npz to write")
     cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")
     cut.add_argument("--window", type=float, nargs=2, default=LIDC_WINDOW, metavar="HU",
                      help="what becomes 0 and what 1 (default -1000 400)")
     cut.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
-    cut.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default all)")
+    cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+                     help="processes (default %(default)s)")
     args = vars(parser.parse_args(argv))
-    for stream in (sys.stdout, sys.stderr):  # file names need not be text
-        stream.reconfigure(errors="backslashreplace")
     command = args.pop("command")
     try:
         if command == "build-lidc":
@@ -1709,8 +2332,8 @@ def _options(items: list[str]) -> dict:
     options = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals:
-            raise DataError(f"--data-args {item}: write it as key=value")
+        if not equals or key in ("name", "split", "path", "out"):
+            raise DataError(f"--data-args {item}: write it as option=value")
         options[key] = int(value) if value.isdecimal() else value
     return options
 

@@ -21,6 +21,7 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     manipulation.png SSN: one sample, its classes scaled after the fact (SSN's Fig. 6)
     levels.png       PHiSeg: samples growing level by level, and their residuals (its Fig. 1)
     scales.png       HPU-Net: all latents drawn, the most local, the most global ones (its Fig. 3)
+    extrapolation.png    HPU-Net with --data-args hide=50: what it puts where nothing is known
     instances.png    sets with instances: objects clustered from 16 samples (HPU-Net's Fig. 4)
     modes.png        made sets: frequencies of modes and of pixels' classes against the known odds
 
@@ -56,7 +57,8 @@ import metrics
 import train
 from common import (COLORS, IGNORE, UserError, new_plot, paint_image, paint_label, paint_map,
                     pick_device, reflect_pad, save_figure, save_grid, write_atomically)
-from hpunet import HPUNet, clean_instances, cluster_instances, draw_instances, draw_scales
+from hpunet import (HPUNet, clean_instances, cluster_instances, draw_extrapolation, draw_instances,
+                    draw_scales)
 from phiseg import PHiSeg, draw_levels, draw_maps
 from ssn import SSN, draw_manipulation
 
@@ -116,7 +118,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     train.write_text(out / "metrics.json", json.dumps(summary, indent=2, allow_nan=False,
                                                       default=float) + "\n")
     write_csv(out / "per_case.csv", part, values)
-    draw(out, model, part, values, summary)
+    draw(out, model, part, values, summary, hidden="hide" in settings["data_args"])
     if modes:
         draw_modes(out / "modes.png", modes)
     progress.say(table(summary))
@@ -197,10 +199,11 @@ def table(summary: dict) -> str:
 # ----------------------------------------------------------------------------------- pictures
 
 
-def draw(out, model, split, values, summary) -> None:
-    """The pictures of an evaluation, of cases spread evenly over the split."""
+def draw(out, model, split, values, summary, hidden=False) -> None:
+    """The pictures of an evaluation, of cases spread evenly over the split; `hidden`: of data.hide.
+    """
     rows = np.linspace(0, len(split) - 1, min(COLUMNS, len(split))).round().astype(int)
-    some = split.subset(rows.tolist())
+    some = split.subset(rows.tolist()).all_maps()
     generator = torch.Generator(some.images.device).manual_seed(0)
     probs = model.sample(some.images, 16, generator).float().softmax(2)  # (16, B, K, *S)
     prediction = model.predict(some.images)  # (B, K, *S)
@@ -222,6 +225,8 @@ def draw(out, model, split, values, summary) -> None:
         draw_levels(model, some.images[0], out / "levels.png")
     if isinstance(model, HPUNet) and model.config.dims == 2:
         draw_scales(model, some.images[0], out / "scales.png")
+        if hidden:
+            draw_extrapolation(model, some.images, some.labels[:, 0], out / "extrapolation.png")
 
 
 def plane(split, case, probs, prediction, error, gamma) -> SimpleNamespace:
@@ -471,7 +476,8 @@ def instances(model, split, n=16) -> tuple[dict, list[dict]]:
     for part, logits in train.drawn(model, split, n):
         samples = train.labels_of(logits, 2)  # (n, B, H, W)
         foreground = 1 - logits.softmax(2)[:, :, 0].mean(0)
-        found = torch.stack([clean_instances(cluster_instances(s, generator=generator))
+        boxes = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's are for 256
+        found = torch.stack([clean_instances(cluster_instances(s, generator=generator), *boxes)
                              for s in samples.unbind(1)]).to(device)
         parts = metrics.connected_components(train.labels_of(model.predict(part.images), 1) > 0)
         known, truth = part.instances >= 0, part.instances.clamp(min=0)

@@ -15,7 +15,7 @@ what the image leaves open.
 
 A model of masks whose objects carry random class numbers segments instances: pixels of one object
 change together from sample to sample (`cluster_instances`). One that is also given the labels
-around a hidden region extrapolates them into it (`with_known_labels`).
+around a hidden region extrapolates them into it (`--data-args hide=50`).
 
 Differences from the paper
   1. lambda = softplus(rho)^2, as in the authors' code. There Adam moves rho, by about the learning
@@ -393,7 +393,7 @@ def hard_pixels(error: Tensor, share: float) -> Tensor:
     return kept[rank * len(error) : (rank + 1) * len(error)]
 
 
-# ------------------------------------------------------------- instances, and known labels around
+# ------------------------------------------------------------------------------------- instances
 
 
 @torch.no_grad()
@@ -455,17 +455,6 @@ def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = T
     return center_crop(ids, size).contiguous()
 
 
-def with_known_labels(image: Tensor, label: Tensor, hidden: Tensor, num_classes: int) -> Tensor:
-    """The input of a model that extrapolates (Fig. 5), whose in_channels are C + num_classes + 1.
-
-    image (B, C, *S), label (B, *S), hidden (*S) or (B, *S) bool, true where nothing is known ->
-    (B, C + K + 1, *S): image and one-hot labels, both 0 where hidden, and `hidden` itself.
-    """
-    hidden = hidden.expand_as(label).unsqueeze(1)
-    known = torch.cat([image, one_hot(label, num_classes, label.shape[1:])], 1)
-    return torch.cat([known.masked_fill(hidden, 0), hidden], 1)
-
-
 # ----------------------------------------------------------------------------------- pictures
 
 
@@ -500,15 +489,14 @@ def draw_instances(path: str, cases: list[dict]) -> None:
 
 
 @torch.no_grad()
-def draw_extrapolation(model: HPUNet, image: Tensor, label: Tensor, hidden: Tensor,
-                       path: str) -> None:
-    """Fig. 5, a row a case: images (B, C, H, W) and label maps (B, H, W) known outside `hidden`
-    (H, W), and what a model for `with_known_labels` makes of it."""
-    seen = with_known_labels(image, label, hidden, model.config.num_classes)
-    samples = model.sample(seen, 6, torch.Generator(image.device).manual_seed(0)).argmax(2)
-    known, again = label.masked_fill(hidden, IGNORE), model.reconstruct(seen, label).argmax(1)
-    rows = {f"case {i + 1}": [paint_image(seen[i, : image.shape[1]]), *map(paint_label, (
-        known[i], label[i], again[i], *samples[:, i]))] for i in range(len(image))}
+def draw_extrapolation(model: HPUNet, seen: Tensor, label: Tensor, path: str) -> None:
+    """Fig. 5, a row a case: what a model trained with data.hide makes of its inputs seen
+    (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
+    samples = model.sample(seen, 6, torch.Generator(seen.device).manual_seed(0)).argmax(2)
+    again, hidden = model.reconstruct(seen, label.long()).argmax(1), seen[:, -1] == 1
+    shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
+    rows = {f"case {i}": [paint_image(image[:1]), *map(paint_label, (*maps, *drawn))]
+            for i, (image, *maps, drawn) in enumerate(shown, 1)}
     save_grid(path, rows, ["image", "known", "truth", "reconstruction",
                            *(f"sample {i}" for i in range(1, 7))])
 

@@ -7,6 +7,7 @@
 
 A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     config.json   every setting, package versions
+    split.json    the cases of every part; --data-args split_file=... takes it for another run
     log.jsonl     an object every 50 steps, and one every validation; curves.png draws it
     last.pt       the latest checkpoint; best.pt the one of lowest validation GED
 and at the end what evaluate.py writes for best.pt.
@@ -313,7 +314,7 @@ def drawn(model, split, n, seed=0):
     """
     batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
     for start in range(0, len(split), batch):
-        part = split.subset(range(start, min(start + batch, len(split))))
+        part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
         generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
         torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
         yield part, model.sample(part.images, n, generator).float()
@@ -342,26 +343,46 @@ def evaluate(model, split, samples=(16,), seed=0, full=True, progress=None) -> d
 
 def score(model, part, logits, samples, full) -> dict:
     """The measures of a batch of cases, each (B,), given its samples' logits; see `evaluate`."""
-    labels, weights, classes = part.labels, part.weights, part.num_classes
-    hard = labels_of(logits, 2)  # (n, B, *S)
+    weights, probs = part.weights, logits.softmax(2) if full else None
+    labels, hard = only_scored(part, part.labels), only_scored(part, labels_of(logits, 2))
+    # where the papers average over a few of many classes, absent ones are left out
+    empty = float("nan") if part.scored or part.instances is not None else 1.0
+    classes = scored_classes(part)
     if not full:
-        return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, weights) for n in samples}
+        return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, weights, empty)
+                for n in samples}
     out = {}
-    probs = logits.softmax(2)
     for n in samples:
-        scores = metrics.sample_scores(hard[:n], labels, classes, weights)
+        scores = metrics.sample_scores(hard[:n], labels, classes, weights, empty)
         out |= {f"{name}_{n}": values for name, values in scores.items()}
-        out[f"ncc_{n}"] = metrics.ncc(probs[:n], labels, weights)
-    prediction = labels_of(model.predict(part.images), 1)
-    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights)
+        out[f"ncc_{n}"] = metrics.ncc(probs[:n], part.labels, weights)
+    prediction = only_scored(part, labels_of(model.predict(part.images), 1))
+    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
     out["dice"] = metrics.dice(prediction, labels, classes, weights)
     out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
-    out["dice_mean"] = metrics.dice(labels_of(probs.mean(0), 1), labels, classes, weights)
+    mean = only_scored(part, labels_of(probs.mean(0), 1))
+    out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
     dices = metrics.sample_dice(hard, labels, classes, weights)  # (n, B)
     out["dice_better"] = (dices > out["dice"]).double().mean(0)
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
     return out | likelihoods(model, part, max(samples))
+
+
+def scored_classes(split) -> int:
+    """How many classes the maps of `only_scored` have."""
+    return 1 + len(split.scored) if split.scored else split.num_classes
+
+
+def only_scored(split, maps):
+    """Label maps whose classes are those that the split's paper averages over, counted from 1; all
+    others are 0, and 255 stays."""
+    if not split.scored:
+        return maps
+    table = torch.zeros(256, dtype=torch.uint8, device=maps.device)
+    table[list(split.scored)] = torch.arange(1, 1 + len(split.scored), device=maps.device).byte()
+    table[data.IGNORE] = data.IGNORE
+    return table[maps.long()]
 
 
 def labels_of(scores, axis: int):
@@ -389,7 +410,8 @@ def likelihoods(model, part, n) -> dict:
         if hasattr(model, "reconstruct"):
             again = labels_of(model.reconstruct(part.images, label.long()), 1)
             # The GED of two single maps is 2 (1 - IoU); NaN for a reader that is not there.
-            iou = 1 - metrics.ged(again[None], label[:, None], part.num_classes) / 2
+            iou = 1 - metrics.ged(only_scored(part, again)[None], only_scored(part, label)[:, None],
+                                  scored_classes(part)) / 2
             out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
     return out
 
@@ -542,6 +564,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
     if main:
         begin_files(folder, settings, training, model, start)
+        write_text(folder / "split.json", json.dumps(train_split.parts, indent=1) + "\n")
     loss_of = distribute(model, device) if world > 1 else model
     if compile:
         loss_of = torch.compile(loss_of)

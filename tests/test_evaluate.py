@@ -114,6 +114,26 @@ def test_expectation_over_readers_skips_missing_ones():
     assert out["iou_rec"].tolist() == [0.5] and out["log_likelihood"].tolist() == [-2.0]
 
 
+def test_only_the_scored_classes_count():
+    """Classes 0 and 3 of five are scored: what else the maps say is background to the measures."""
+    labels = torch.tensor([[[[0, 0, 3, 3, 4, 255]]]], dtype=torch.uint8)
+    part = data.Split(torch.zeros(1, 1, 1, 6), labels, None, ["g"], 5, ["n"], scored=(0, 3))
+    assert train.only_scored(part, labels).flatten().tolist() == [1, 1, 2, 2, 0, 255]
+    assert train.scored_classes(part) == 3
+
+    class Model:
+        training = False
+        eval = train = lambda self, *_: self
+
+        def sample(self, image, n, generator=None):
+            maps = torch.tensor([[0, 0, 3, 3, 2, 1]])  # class 2 for 4: neither is scored
+            return torch.nn.functional.one_hot(maps, 5).movedim(-1, 0)[None, None].float()
+
+    assert train.evaluate(Model(), part, (1,), full=False)["ged_1"].tolist() == [0.0]
+    part = data.replace(part, scored=())  # classes 1..4; absent in both, 1 and 2 count as right
+    assert train.evaluate(Model(), part, (1,), full=False)["ged_1"].tolist() == [1.0]
+
+
 def test_report_writes_csv_and_json_that_agree(run, capsys):
     summary = evaluate.report(run, split="val", samples=(4,), quiet=True)
     folder = run / "val-all"

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hpunet
 from common import center_crop, pad_to_multiple
 from hpunet import (HPUNet, HPUNetConfig, ResBlock, at_mean, clean_instances, cluster_instances,
-                    deviation, drawn, given, hard_pixels, with_known_labels)
+                    deviation, drawn, given, hard_pixels)
 
 
 def seeded(*shape, seed=0):
@@ -746,16 +746,6 @@ def test_volumes_are_clustered_too():
 # ------------------------------------------------------------------- extrapolation, pictures
 
 
-def test_known_labels():
-    image, label = torch.full((1, 1, 2, 3), 7.0), torch.tensor([[[0, 1, 255], [1, 0, 1]]])
-    hidden = torch.tensor([[False, False, False], [True, True, False]])
-    seen = with_known_labels(image, label, hidden, 2)
-    assert seen.shape == (1, 1 + 2 + 1, 2, 3) and seen.dtype == torch.float32
-    assert seen[0].tolist() == [[[7, 7, 7], [0, 0, 7]], [[1, 0, 0], [0, 0, 0]],
-                                [[0, 1, 0], [0, 0, 1]], [[0, 0, 0], [1, 1, 0]]]
-    assert torch.equal(with_known_labels(image, label, hidden[None], 2), seen)
-
-
 def test_deviation():
     samples = torch.randint(2, (9, 4, 5), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(deviation(samples, 2), samples.float().std(0, correction=0))
@@ -770,10 +760,9 @@ def test_pictures(tmp_path, monkeypatch):
                         lambda *a, scales=None: chosen.append(scales) or sample(*a, scales=scales))
     hpunet.draw_scales(model, image[0], tmp_path / "scales.png")
     assert chosen == [None, [1], [0]]
-    hidden = torch.zeros(8, 16, dtype=torch.bool)
-    hidden[:4] = True
-    guess = small(in_channels=1 + 3 + 1)
-    hpunet.draw_extrapolation(guess, image, label, hidden, tmp_path / "fill.png")
+    seen = torch.cat([image, torch.zeros(2, 4, 8, 16)], 1)
+    seen[:, -1, :4] = 1  # hidden
+    hpunet.draw_extrapolation(small(in_channels=1 + 3 + 1), seen, label, tmp_path / "fill.png")
     case = dict(name="a", image=image[0], truth=label[0], found=label[0], again=label[0],
                 samples=label[:1].expand(6, -1, -1))
     hpunet.draw_instances(tmp_path / "instances.png", [case])

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import random
@@ -56,10 +57,14 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_what_it_says(finished):
     names = {p.name for p in finished.iterdir()}
-    assert names == {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "metrics.json",
-                     "per_case.csv", "per_class.csv", "samples.png", "uncertainty.png",
-                     "dice.png", "ged.png", "maps.png", "modes.png", "manipulation.png",
-                     "overview.png"}
+    assert names == {"config.json", "split.json", "log.jsonl", "last.pt", "best.pt", "curves.png",
+                     "metrics.json", "per_case.csv", "per_class.csv", "samples.png",
+                     "uncertainty.png", "dice.png", "ged.png", "maps.png", "modes.png",
+                     "manipulation.png", "overview.png"}
+    parts = json.loads((finished / "split.json").read_text())
+    assert parts.keys() == {"train", "val", "test"}
+    with open(finished / "per_case.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == parts["test"]
     config = json.loads((finished / "config.json").read_text())
     assert config["settings"]["steps"] == 100 and config["training"]["lr"] == 1e-3
     assert config["config"]["channels"] == [4, 6] and config["config"]["num_classes"] == 4

@@ -1,0 +1,909 @@
+"""data.py's command line: LIDC from made archives against masks worked by hand, kills, hostile
+input, real DICOM files where pydicom is there; and the table and picture of a data set.
+
+pydicom is not needed: `read_made` stands in for `data.read_dicom`, the one function that opens a
+DICOM file, and reads slices from .npz files made here. Everything else is the real thing.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import DataError
+
+AIR, TISSUE = -1000.0, 40.0
+reads = []  # (file, whether its pixels were read): what `read_made` was asked for
+
+
+def read_made(path, pixels=False):
+    reads.append((path, pixels))
+    if not str(path).endswith(".made"):
+        return None
+    with np.load(path) as file:
+        text, numbers = file["text"].tolist(), [None if math.isnan(v) else v for v in file["mm"]]
+        return data.CTSlice(*text, tuple(file["shape"].tolist()), tuple(file["spacing"].tolist()),
+                            *numbers, file["hu"] if pixels else None)
+
+
+def write_slice(path, uid, series, patient, z, hu, *, location=math.nan, spacing=(0.5, 0.5),
+                modality="CT"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez(file, text=[uid, series, patient, modality], mm=[z, location], spacing=spacing,
+                 shape=hu.shape, hu=np.float32(hu))
+
+
+def roi(uid, points, inclusion="TRUE"):
+    edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>"
+                    for x, y in points)
+    return (f"<roi><imageZposition>0</imageZposition><imageSOP_UID>{uid}</imageSOP_UID>"
+            f"<inclusion>{inclusion}</inclusion>{edges}</roi>")
+
+
+def square(left, top, right, bottom):
+    """An outline's corners; the nodule is left + 1 .. right - 1, top + 1 .. bottom - 1."""
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def nodule(*rois):
+    return f"<unblindedReadNodule><noduleID>1</noduleID>{''.join(rois)}</unblindedReadNodule>"
+
+
+def session(*nodules):
+    return f"<readingSession>{''.join(nodules)}</readingSession>"
+
+
+def xml(series, *sessions, namespace=' xmlns="http://www.nih.gov"', root="LidcReadMessage"):
+    return (f'<?xml version="1.0" encoding="UTF-8"?>\n<{root}{namespace}><ResponseHeader>'
+            f"<SeriesInstanceUid>{series}</SeriesInstanceUid></ResponseHeader>"
+            f"{''.join(sessions)}</{root}>")
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def scan(folder, series, patient, *sessions, slices=3, seed=0, shape=(40, 48), **options):
+    """A series of slices `series`.0, .1, ... at z = -10, -9, ...; its XML; the slices' HU."""
+    hu = np.random.default_rng(seed).integers(-1000, 400, (slices, *shape)).astype(np.float32)
+    for i in range(slices):
+        write_slice(folder / f"1-{i:03}.made", f"{series}.{i}", series, patient, i - 10.0, hu[i],
+                    location=10.0 - i, **options)
+    if sessions:
+        write(folder / "069.xml", xml(series, *sessions))
+    return hu
+
+
+def build(src, dst, **options):
+    data.build_lidc(src, dst, **{"size": 16, "read": read_made, **options})
+
+
+def built(src, dst, **options):
+    """{name: (image, labels)} of what build_lidc makes."""
+    build(src, dst, **options)
+    with np.load(dst) as file:
+        return dict(zip(file["names"].tolist(), zip(file["images"], file["labels"])))
+
+
+def box(shape, top, left, bottom, right):
+    """A mask that is 1 in rows top .. bottom and columns left .. right, both included."""
+    mask = np.zeros(shape, np.uint8)
+    mask[top:bottom + 1, left:right + 1] = 1
+    return mask
+
+
+def grey(hu, low=-1000, high=400):
+    return np.rint(255 * ((hu - low) / (high - low)).clip(0, 1)).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------ filling outlines
+
+
+def drawn(points, shape=(6, 8)):
+    inside, outline = data._fill(points, shape)
+    assert not (inside & outline).any()
+    return ["".join("#" if i else "o" if o else "." for i, o in zip(*rows))
+            for rows in zip(inside, outline)]
+
+
+def test_an_outline_runs_outside_the_nodule():
+    """Corners alone, every pixel of the ring, or either way round: all but the ring is inside."""
+    wanted = ["........", ".ooooo..", ".o###o..", ".o###o..", ".ooooo..", "........"]
+    corners = square(1, 1, 5, 4)
+    ring = ([(x, 1) for x in range(1, 6)] + [(5, 2), (5, 3)] + [(x, 4) for x in range(5, 0, -1)]
+            + [(1, 3), (1, 2), (1, 1)])
+    for points in (corners, corners[::-1], ring, corners[2:] + corners[:2]):
+        assert drawn(points) == wanted
+
+
+@pytest.mark.parametrize("points, wanted", [
+    ([(3, 0), (6, 3), (3, 6), (0, 3)],  # diagonal edges pass through pixel centres
+     ["...o....", "..o#o...", ".o###o..", "o#####o.", ".o###o..", "..o#o...", "...o...."]),
+    ([(0, 0), (6, 0), (6, 6), (4, 6), (4, 2), (2, 2), (2, 6), (0, 6)],  # an arch
+     ["ooooooo.", "o#####o.", "o#ooo#o.", "o#o.o#o.", "o#o.o#o.", "o#o.o#o.", "ooo.ooo."]),
+    ([(0, 0), (4, 4), (4, 0), (0, 4)],  # crosses itself: both lobes are inside
+     ["o...o...", "oo.oo...", "o#o#o...", "oo.oo...", "o...o...", "........", "........"]),
+    ([(0, 0), (5, 0), (0, 3)],  # slanting edge between centres: exact, no rounding
+     ["oooooo..", "o###....", "o#......", "o.......", "........", "........", "........"]),
+    ([(1, 1), (6, 1)],  # there and back: an outline that holds nothing
+     ["........", ".oooooo.", "........", "........", "........", "........", "........"]),
+])
+def test_filled_by_hand(points, wanted):
+    assert drawn(points, (7, 8)) == wanted
+
+
+def test_random_polygons_are_filled_like_matplotlibs():
+    """An independent point-in-polygon rule; centres on the polygon are looked at on their own."""
+    from matplotlib.path import Path as Polygon
+
+    draw = random.Random(0)
+    grid = np.stack(np.meshgrid(np.arange(30), np.arange(20)), -1).reshape(-1, 2)
+    for _ in range(60):
+        points = [(draw.randrange(30), draw.randrange(20)) for _ in range(draw.randrange(3, 9))]
+        inside, outline = data._fill(points, (20, 30))
+        edges = zip(points, points[1:] + points[:1])
+        near = np.min([_distance(grid, *map(np.array, edge)) for edge in edges], 0).reshape(20, 30)
+        assert (outline == (near < 1e-9)).all()
+        reference = Polygon([*points, points[0]], closed=True).contains_points(grid).reshape(20, 30)
+        assert (inside == (reference & ~outline))[~outline].all()
+
+
+def _distance(points, a, b):
+    along = ((points - a) @ (b - a) / max((b - a) @ (b - a), 1)).clip(0, 1)
+    return np.linalg.norm(points - a - along[:, None] * (b - a), axis=1)
+
+
+# ------------------------------------------------------------------------------ a whole archive
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Three patients and a bad series. Returns the folder and the scans' HU."""
+    src = tmp_path_factory.mktemp("archive of TCIA") / "Päckchen 1"
+    # One lesion. Reader 0 draws two slices, one with a hole; 1 draws part; 2 draws nothing but a
+    # small nodule (a single point) and a non-nodule; 3 draws it in two pieces.
+    first = scan(src / "LIDC-IDRI-0001/01-01-2000/3000566", "1.1", "LIDC-IDRI-0001",
+                 session(nodule(roi("1.1.0", square(10, 10, 20, 18)),
+                                roi("1.1.0", square(13, 12, 17, 16), "FALSE"),
+                                roi("1.1.1", square(10, 10, 20, 18)))),
+                 session(nodule(roi("1.1.1", square(15, 9, 23, 15)))),
+                 session(nodule(roi("1.1.2", [(30, 30)])), "<nonNodule><imageSOP_UID>1.1.2"
+                         "</imageSOP_UID><locus><xCoord>3</xCoord></locus></nonNodule>"),
+                 session(nodule(roi("1.1.1", square(11, 11, 14, 14)),
+                                roi("1.1.1", square(16, 11, 19, 14)))), seed=1)
+    # Two readers drew apart (their boxes do not touch): two lesions. Only three readers.
+    second = scan(src / "B", "1.2", "LIDC-IDRI-0002",
+                  session(nodule(roi("1.2.1", square(5, 5, 10, 10)))),
+                  session(nodule(roi("1.2.1", square(10, 5, 15, 10)))), session(), seed=2)
+    # Odd spacing: rows 1.0 mm, columns 0.7 mm apart.
+    third = scan(src / "C", "1.3", "LIDC-IDRI-0003",
+                 session(nodule(roi("1.3.0", square(10, 10, 16, 15)))), session(), session(),
+                 session(nodule(roi("1.3.0", square(11, 8, 18, 14)))), seed=3, spacing=(1.0, 0.7))
+    scan(src / "D", "1.4", "LIDC-IDRI-0004", session(nodule(roi("1.4.1", square(1, 1, 9, 9)))),
+         seed=4)
+    write(src / "D/1-001.made", b"PK\x03\x04 damaged")
+    return src, (first, second, third)
+
+
+def test_masks_are_those_worked_by_hand(archive, tmp_path, capsys):
+    src, (hu, *_) = archive
+    cases = built(src, tmp_path / "lidc.npz")
+    told = capsys.readouterr().out
+    assert "refused: series 1.4" in told and "LIDC-IDRI-0004" in told
+    assert len(cases) == 5 and sum(name.startswith("LIDC-IDRI-0001") for name in cases) == 2
+    # The box of all masks is columns 11..22, rows 10..17: its middle, (11 + 22 + 1) / 2 = 17 and
+    # (10 + 17 + 1) / 2 = 14, is the crop's pixel (8, 8). The crop shows columns 9..24, rows 6..21.
+    frame = slice(6, 22), slice(9, 25)
+    for z, slice_number in ((-10.0, 0), (-9.0, 1)):
+        image, labels = cases[f"LIDC-IDRI-0001/z{z}_c0"]
+        assert np.array_equal(image, grey(hu[slice_number])[frame])
+        outer = box((40, 48), 11, 11, 17, 19)
+        if slice_number == 0:  # the hole takes its own outline away
+            wanted = [outer - box((40, 48), 12, 13, 16, 17), *[np.zeros_like(outer)] * 3]
+        else:
+            wanted = [outer, box((40, 48), 10, 16, 14, 22), np.zeros_like(outer),
+                      box((40, 48), 12, 12, 13, 13) | box((40, 48), 12, 17, 13, 18)]
+        assert np.array_equal(labels, np.stack(wanted)[(slice(None), *frame)])
+
+
+def test_readers_who_drew_apart_make_two_lesions(archive, tmp_path):
+    src, (_, hu, _) = archive
+    cases = built(src, tmp_path / "lidc.npz")
+    # Boxes of columns 6..9 and 11..14: crops are centred on column 8 and 13, row 8.
+    for number, centre in ((0, 8), (1, 13)):
+        image, labels = cases[f"LIDC-IDRI-0002/z-9.0_c{number}"]
+        assert np.array_equal(image, grey(hu[1])[0:16, centre - 8:centre + 8])
+        mask = box((40, 48), 6, centre - 2, 9, centre + 1)[0:16, centre - 8:centre + 8]
+        assert np.array_equal(labels[number], mask) and not labels[1 - number].any()
+        assert not labels[2].any() and (labels[3] == 255).all()  # read it; was not there
+
+
+def test_odd_spacing_is_resampled_as_stated(archive, tmp_path):
+    """Against loops over the crop's pixels, straight from the statement in data.py."""
+    src, (*_, hu) = archive
+    image, labels = built(src, tmp_path / "lidc.npz", size=20)["LIDC-IDRI-0003/z-10.0_c0"]
+    # The box of both masks: rows 9..14 and columns 11..17.
+    row, column = math.floor((9 + 14 + 1) / 2 / 0.5), math.floor((11 + 17 + 1) / 2 * 0.7 / 0.5)
+    masks = box((40, 48), 11, 11, 14, 15), box((40, 48), 9, 12, 13, 17)
+    for i in range(20):
+        for j in range(20):
+            y = (row - 10 + i + 0.5) * 0.5 / 1.0 - 0.5
+            x = (column - 10 + j + 0.5) * 0.5 / 0.7 - 0.5
+            top, left = math.floor(y), math.floor(x)
+            b, r = y - top, x - left
+            value = ((1 - b) * ((1 - r) * hu[0, top, left] + r * hu[0, top, left + 1])
+                     + b * ((1 - r) * hu[0, top + 1, left] + r * hu[0, top + 1, left + 1]))
+            assert abs(int(image[i, j]) - 255 * min(max((value + 1000) / 1400, 0), 1)) < 0.501
+            near = round(y), round(x)
+            assert labels[0, i, j] == masks[0][near] and labels[3, i, j] == masks[1][near]
+    assert labels[0].sum() == 4 * 2 * round(5 * 0.7 / 0.5)  # the area stays: 4 x 3.5 mm
+
+
+def test_what_is_read_back_is_whole(archive, tmp_path):
+    src, _ = archive
+    whole = data.load("lidc", "all", path=_path(src, tmp_path))
+    assert whole.images.shape == (5, 1, 16, 16) and whole.labels.shape == (5, 4, 16, 16)
+    assert sorted(set(whole.groups)) == [f"LIDC-IDRI-000{i}" for i in (1, 2, 3)]
+    parts = data.load("lidc", ("train", "val", "test"), path=tmp_path / "lidc.npz")
+    assert sorted(sum((part.names for part in parts), [])) == sorted(whole.names)
+    tree = data.load("lidc", ("train", "val", "test"), path=tmp_path / "tree")
+    for part, other in zip(parts, tree):  # the tree sorts by name, and names its split
+        order = [[name.split("/", 1)[1] for name in other.names].index(name) for name in part.names]
+        other = other.subset(order)
+        assert torch.equal(part.images, other.images) and part.groups == other.groups
+        readers = other.labels.shape[1]
+        assert torch.equal(part.labels[:, :readers], other.labels)
+        assert (part.labels[:, readers:] == 255).all()
+
+
+def _path(src, tmp_path):
+    build(src, tmp_path / "lidc.npz", png=tmp_path / "tree")
+    return tmp_path / "lidc.npz"
+
+
+def test_the_report_is_that_of_the_papers(archive, tmp_path, capsys):
+    src, _ = archive
+    build(src, tmp_path / "lidc.npz")
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    whole = data.load("lidc", "all", path=tmp_path / "lidc.npz")
+    split = data.split_groups(whole.groups, val=0.2)
+    for part, cases in split.items():
+        _, patients, lesions, slices, empty, diversity = rows[part]
+        assert int(patients) == 1 and int(slices) == len(cases)
+        assert int(lesions) == len({whole.names[i].split("_c")[1] for i in cases})
+        share, apart = [], []
+        for i in cases:
+            masks = [m.bool() for m in whole.labels[i] if (m != 255).any()]
+            share.append(np.mean([not m.any() for m in masks]))
+            apart.append(np.mean([[1 - float((a & b).sum() / (a | b).sum()) if (a | b).any() else 0
+                                   for a in masks] for b in masks]))
+        assert float(empty.strip("%")) == pytest.approx(100 * np.mean(share), abs=0.06)
+        assert float(diversity) == pytest.approx(np.mean(apart), abs=6e-4)
+
+
+def test_size_and_window_are_obeyed(archive, tmp_path):
+    src, (_, hu, _) = archive
+    cases = built(src, tmp_path / "a.npz", size=10, window=(-200.0, 100.0))
+    image, labels = cases["LIDC-IDRI-0002/z-9.0_c0"]
+    assert image.shape == (10, 10) and labels.shape == (4, 10, 10)
+    assert np.array_equal(image, grey(hu[1], -200, 100)[3:13, 3:13])
+
+
+def test_past_the_border_there_is_air(tmp_path):
+    hu = scan(tmp_path / "src", "1", "p", session(nodule(roi("1.0", square(0, 0, 4, 4)))))
+    image, labels = built(tmp_path / "src", tmp_path / "lidc.npz")["p/z-10.0_c0"]
+    assert not image[:6].any() and not image[:, :6].any()
+    assert np.array_equal(image[6:, 6:], grey(hu[0])[:10, :10])
+    assert labels[0, 7:10, 7:10].all() and labels[0].sum() == 9
+
+
+def test_lesions_join_across_readers_only_and_on_and_on(tmp_path):
+    """0 overlaps 1, 1 overlaps 2: one lesion. Two nodules of one reader are not joined alone."""
+    far = roi("1.0", square(30, 20, 34, 24)), roi("1.0", square(32, 22, 36, 26))
+    scan(tmp_path / "src", "1", "p",
+         session(nodule(roi("1.0", square(2, 2, 8, 8))), nodule(far[0]), nodule(far[1])),
+         session(nodule(roi("1.0", square(6, 2, 12, 8)))),
+         session(nodule(roi("1.0", square(10, 2, 16, 8)))))
+    cases = built(tmp_path / "src", tmp_path / "lidc.npz", size=40)
+    assert sorted((labels == 1).any((1, 2)).sum() for _, labels in cases.values()) == [1, 1, 3]
+
+
+def test_boxes_in_other_slices_do_not_overlap(tmp_path):
+    scan(tmp_path / "src", "1", "p", session(nodule(roi("1.0", square(2, 2, 8, 8)))),
+         session(nodule(roi("1.1", square(2, 2, 8, 8)))))
+    assert {"p/z-10.0_c0", "p/z-9.0_c1"} == built(tmp_path / "src", tmp_path / "l.npz").keys()
+    # A third reader who drew both slices makes one lesion of all.
+    scan(tmp_path / "src", "1", "p", session(nodule(roi("1.0", square(2, 2, 8, 8)))),
+         session(nodule(roi("1.1", square(2, 2, 8, 8)))),
+         session(nodule(*[roi(f"1.{i}", square(2, 2, 8, 8)) for i in range(2)])))
+    assert {"p/z-10.0_c0", "p/z-9.0_c0"} == built(tmp_path / "src", tmp_path / "m.npz").keys()
+
+
+def test_a_patients_second_scan_numbers_its_lesions_on(tmp_path):
+    drawn = nodule(roi("1.0", square(2, 2, 8, 8))), nodule(roi("2.0", square(2, 2, 8, 8)))
+    for number, shape in zip("12", drawn):
+        scan(tmp_path / "src" / number, number, "p", session(shape), seed=int(number))
+    assert {"p/z-10.0_c0", "p/z-10.0_c1"} == built(tmp_path / "src", tmp_path / "l.npz").keys()
+
+
+def test_slices_whose_places_disagree_are_dropped(tmp_path, capsys):
+    """The sign may differ, as in the archive; a missing SliceLocation is no disagreement."""
+    src = tmp_path / "src"
+    drawn = nodule(*[roi(f"1.{i}", square(2, 2, 8, 8)) for i in range(4)])
+    hu = scan(src, "1", "p", session(drawn), slices=4)
+    write_slice(src / "1-001.made", "1.1", "1", "p", -9.0, hu[1], location=9.5)
+    write_slice(src / "1-002.made", "1.2", "1", "p", -8.0, hu[2])
+    cases = built(src, tmp_path / "lidc.npz")
+    assert cases.keys() == {"p/z-10.0_c0", "p/z-8.0_c0", "p/z-7.0_c0"}
+    assert "1 outlined slices dropped" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+
+def test_a_second_run_does_nothing(archive, tmp_path, capsys):
+    src, _ = archive
+    build(src, tmp_path / "lidc.npz")
+    first, content = capsys.readouterr().out, (tmp_path / "lidc.npz").read_bytes()
+    reads.clear()
+    build(src, tmp_path / "lidc.npz")
+    again = capsys.readouterr().out
+    assert not reads and "nothing to do" in again and first.splitlines()[-4:-1] == (
+        again.splitlines()[-4:-1])
+    with pytest.raises(DataError, match="not known to be built like this"):
+        build(src, tmp_path / "lidc.npz", size=17)
+    # With the result gone, nothing good is read again, and the file is the same bit for bit.
+    (tmp_path / "lidc.npz").unlink()
+    build(src, tmp_path / "lidc.npz")
+    assert {Path(file).parent.name for file, pixels in reads if pixels} <= {"D"}
+    assert (tmp_path / "lidc.npz").read_bytes() == content
+
+
+def test_only_what_changed_is_cut_again(archive, tmp_path):
+    src, _ = archive
+    copy = tmp_path / "src"
+    subprocess.run(["cp", "-r", src, copy], check=True)
+    before = built(copy, tmp_path / "lidc.npz")
+    hu = scan(copy / "B", "1.2", "LIDC-IDRI-0002",
+              session(nodule(roi("1.2.1", square(5, 5, 10, 10)))), seed=9)
+    (tmp_path / "lidc.npz").unlink()
+    reads.clear()
+    after = built(copy, tmp_path / "lidc.npz")
+    assert {Path(file).parent.name for file, pixels in reads if pixels} <= {"B", "D"}
+    assert np.array_equal(after["LIDC-IDRI-0002/z-9.0_c0"][0], grey(hu[1])[0:16, 0:16])
+    assert before.keys() - after.keys() == {"LIDC-IDRI-0002/z-9.0_c1"}
+
+
+def test_another_source_is_not_mixed_in(tmp_path):
+    src, dst = tmp_path / "src", tmp_path / "lidc.npz"
+    scan(src, "1", "p", session(nodule(roi("1.1", square(2, 2, 8, 8)))))
+    build(src, dst)
+    build(src, dst, png=tmp_path / "tree")  # asked for later: made of what is kept
+    assert len(list((tmp_path / "tree").rglob("*.png"))) == 2
+    scan(src / "new", "2", "q", session(nodule(roi("2.1", square(2, 2, 8, 8)))))
+    with pytest.raises(DataError, match="has changed since .*lidc.npz was built"):
+        build(src, dst, png=tmp_path / "other tree")
+    assert not (tmp_path / "other tree").exists()
+
+
+@pytest.mark.parametrize("owner, method, name", [
+    (os, "fsync", ""), (zipfile.ZipFile, "open", "labels.npy"), (Image.Image, "save", "_l1.png"),
+    (Path, "rename", "tree"), (zipfile.ZipFile, "open", "groups.npy"), (os, "replace", "lidc.npz")])
+def test_killed_while_it_writes(owner, method, name, archive, tmp_path, monkeypatch):
+    """In the middle of a work file, of the tree, of DST; just before the tree or DST has its name.
+    """
+    real = getattr(owner, method)
+
+    def die(*arguments, **options):
+        if any(str(getattr(value, "filename", value)).endswith(name) for value in arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    src, dst, tree = archive[0], tmp_path / "lidc.npz", tmp_path / "tree"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, die)
+        child = multiprocessing.get_context("fork").Process(
+            target=build, args=(src, dst), kwargs={"png": tree})
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL and not dst.exists()
+    assert tree.exists() == (name in ("groups.npy", "lidc.npz"))
+    build(src, dst, png=tree)
+    build(src, tmp_path / "whole.npz")
+    assert dst.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert len(list(tree.rglob("*.png"))) == 3 * 5 + 2 * 4  # patient 2 has three readers
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def slow_read(path, pixels=False):
+    time.sleep(0.004)
+    return read_made(path, pixels)
+
+
+def _kill_and_rerun(archive, tmp_path, kills, workers=1):
+    """Killed at random moments, DST is absent or whole, and so is the tree; a rerun completes."""
+    src, _ = archive
+    options = dict(png=tmp_path / "tree", read=slow_read, workers=workers)
+    start = time.monotonic()
+    build(src, tmp_path / "whole.npz", **options | {"png": tmp_path / "whole tree"})
+    length, wanted = time.monotonic() - start, (tmp_path / "whole.npz").read_bytes()
+    files = sorted(p.relative_to(tmp_path / "whole tree") for p in
+                   (tmp_path / "whole tree").rglob("*.png"))
+    dst, draw, caught = tmp_path / "lidc.npz", random.Random(kills), 0
+    for _ in range(kills):
+        child = multiprocessing.get_context("fork").Process(
+            target=build, args=(src, dst), kwargs=options)
+        child.start()
+        time.sleep(length * draw.random())
+        caught += child.is_alive()
+        child.kill()
+        child.join()
+        if dst.exists():
+            assert dst.read_bytes() == wanted
+        if (tmp_path / "tree").exists():
+            assert sorted(p.relative_to(tmp_path / "tree") for p in
+                          (tmp_path / "tree").rglob("*.png")) == files
+        if dst.exists() and draw.random() < 0.5:
+            dst.unlink()
+    build(src, dst, **options)
+    assert caught and dst.read_bytes() == wanted
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+def test_killed_twice_it_completes(archive, tmp_path):
+    _kill_and_rerun(archive, tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, kills", [(1, 20), (2, 20)])
+def test_killed_twenty_times_it_completes(archive, tmp_path, workers, kills):
+    _kill_and_rerun(archive, tmp_path, kills, workers)
+
+
+def test_workers_make_the_same(archive, tmp_path, capsys):
+    src, _ = archive
+    build(src, tmp_path / "one.npz")
+    build(src, tmp_path / "two.npz", workers=2)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    one, two = (text.splitlines() for text in capsys.readouterr().out.split("one.npz\n"))
+    assert one[-5:-1] == two[-5:-1]  # the table; `refused` comes as it is found
+
+
+@pytest.mark.slow
+def test_workers_die_with_their_parent(archive, tmp_path):
+    """SIGKILL of the parent alone: within seconds none of its processes is left."""
+    src, _ = archive
+    here = [str(Path(__file__).parent), str(Path(data.__file__).parent)]
+    code = (f"import sys, time; sys.path[:0] = {here}\nimport test_build_lidc as t\n"
+            "if __name__ == '__main__':\n"
+            f"    t.build({str(src)!r}, {str(tmp_path / 'l.npz')!r}, workers=2, read=t.stuck_read)")
+    script = tmp_path / "stuck.py"
+    script.write_text(code)
+    with subprocess.Popen([sys.executable, script], start_new_session=True) as parent:
+        while not (tmp_path / "stuck").exists():
+            assert parent.poll() is None
+            time.sleep(0.1)
+        assert len(_session(parent.pid)) >= 2  # itself and a worker
+        parent.kill()
+    end = time.monotonic() + 10
+    while _session(parent.pid):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def stuck_read(path, pixels=False):
+    Path(sys.argv[0]).with_name("stuck").touch()
+    time.sleep(1000)
+
+
+def _session(leader):
+    """Processes of a session, by Linux's /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(session) == leader and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_worker_killed_by_the_system_is_told(archive, tmp_path):
+    with pytest.raises(DataError, match="a worker was killed.* fewer --workers"):
+        build(archive[0], tmp_path / "lidc.npz", workers=2, read=fatal_read)
+
+
+def fatal_read(path, pixels=False):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --------------------------------------------------------------------------------- hostile input
+
+
+def told(capsys, src, dst, **options):
+    """What `build_lidc` refused, beside a good scan that it must still build."""
+    scan(src / "good", "9", "good", session(nodule(roi("9.1", square(2, 2, 8, 8)))), seed=5)
+    cases = built(src, dst, **options)
+    assert "good/z-9.0_c0" in cases
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith("refused: ")], cases
+
+
+BOMB = ('<?xml version="1.0"?><!DOCTYPE r [<!ENTITY a "aaaaaaaaaa">'
+        + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefgh", "bcdefghi"))
+        + "]><LidcReadMessage>&i;</LidcReadMessage>")
+DRAWN = session(nodule(roi("1.1", square(2, 2, 8, 8))))
+
+
+@pytest.mark.parametrize("text, fragment", [
+    (xml("1", DRAWN)[:-40], "unclosed token"),
+    (b"", "no element found"),
+    (b"\x00\xff\x00", "syntax error"),
+    (BOMB, "document type"),
+    (BOMB.encode("utf-16"), "document type"),
+    (xml("1", DRAWN).replace("?>", '?><!DOCTYPE x SYSTEM "file:///dev/zero">'), "document type"),
+    (xml("1", DRAWN).replace("Uid>1</", "Uid></"), "names no SeriesInstanceUid"),
+    (xml("1", DRAWN).replace("<xCoord>2<", "<xCoord>two<"), "a roi is not as LIDC writes it"),
+    (xml("1", DRAWN).replace(">TRUE<", ">MAYBE<"), "a roi is not as LIDC writes it"),
+    (xml("1", DRAWN).replace("imageSOP_UID", "imageUID"), "a roi is not as LIDC writes it"),
+])
+def test_bad_xml_is_named_and_its_series_left_out(text, fragment, tmp_path, capsys):
+    scan(tmp_path / "src", "1", "p")
+    write(tmp_path / "src/bad.xml", text)
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert len(cases) == 1 and len(refused) == 2
+    assert "bad.xml" in refused[0] and fragment in refused[0]
+    assert refused[1] == "refused: series 1 (p): no XML of its readers"
+
+
+@pytest.mark.parametrize("points, fragment", [
+    (square(2, 2, 48, 8), "leaves its slice of 40 x 48"), (square(-1, 2, 8, 8), "leaves its slice"),
+    (square(2, 2, 10**30, 8), "leaves its slice")])
+def test_outlines_stay_in_their_slice(points, fragment, tmp_path, capsys):
+    scan(tmp_path / "src", "1", "p", session(nodule(roi("1.1", points))))
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert len(cases) == 1 and len(refused) == 1 and fragment in refused[0]
+    assert refused[0].startswith("refused: series 1 (p): ")
+
+
+@pytest.mark.parametrize("namespace", ["", ' xmlns="http://example.org/other"'])
+def test_the_namespace_does_not_matter(namespace, tmp_path, capsys):
+    scan(tmp_path / "src", "1", "p")
+    write(tmp_path / "src/a.xml", xml("1", DRAWN, namespace=namespace))
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert not refused and cases["p/z-9.0_c0"][1].any()
+
+
+def test_other_xml_and_other_files_are_passed_over(tmp_path, capsys):
+    scan(tmp_path / "src", "1", "p", DRAWN)
+    scan(tmp_path / "src/x-ray", "2", "p", modality="DX")
+    write(tmp_path / "src/x-ray/a.xml", xml("2", DRAWN, root="IdriReadMessage"))
+    write(tmp_path / "src/b.xml", "<html/>")
+    write(tmp_path / "src/LICENSE", "text")
+    write(tmp_path / "src/half.dcm", b"half a header")
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert len(cases) == 2 and len(refused) == 1 and "half.dcm: is no DICOM file" in refused[0]
+
+
+def test_missing_slices_are_left_out_and_counted(tmp_path, capsys):
+    src = tmp_path / "src"
+    scan(src, "1", "p", session(nodule(*[roi(f"1.{i}", square(2, 2, 8, 8)) for i in range(5)])))
+    (src / "1-000.made").unlink()
+    refused, cases = told(capsys, src, tmp_path / "a.npz")
+    assert not refused and cases.keys() == {"p/z-9.0_c0", "p/z-8.0_c0", "good/z-9.0_c0"}
+    for i in range(1, 3):
+        (src / f"1-00{i}.made").unlink()
+    refused, cases = told(capsys, src, tmp_path / "b.npz")
+    assert len(cases) == 1 and len(refused) == 1  # with no file the series is not there at all
+    assert "1 XML files whose series is not here" in refused[0]
+
+
+def test_duplicate_slices(tmp_path, capsys):
+    """A copy does no harm; two pictures of one slice are refused; of two slices at one place that
+    differ only the outlined one is read."""
+    src = tmp_path / "src"
+    for number in "12":
+        hu = scan(src / number, number, "p" + number,
+                  session(nodule(roi(f"{number}.1", square(2, 2, 8, 8)))))
+        write_slice(src / number / "copy.made", f"{number}.1", number, "p" + number, -9.0,
+                    hu[1] + (number == "2"), location=9.0)
+    hu = scan(src / "3", "3", "p3", session(nodule(roi("3.1", square(2, 2, 8, 8)))))
+    write_slice(src / "3/again.made", "3.9", "3", "p3", -9.0, hu[0], location=9.0)
+    refused, cases = told(capsys, src, tmp_path / "lidc.npz")
+    assert cases.keys() == {"p1/z-9.0_c0", "p3/z-9.0_c0", "good/z-9.0_c0"}
+    assert len(refused) == 1 and "series 2 (p2)" in refused[0] and "not the same" in refused[0]
+    assert "copy.made" in refused[0] and np.array_equal(cases["p3/z-9.0_c0"][0][3:, 3:],
+                                                        grey(hu[1])[:13, :13])
+
+
+def test_several_xml_files_of_one_series(tmp_path, capsys):
+    """The same reading twice counts once; the archive's corrected reading wins; else refused."""
+    other = session(nodule(roi("1.1", square(4, 4, 8, 8))))
+    for name, second, drawn in (("twice.xml", DRAWN, 25), ("again.xml", other, None),
+                                ("a-resubmitted-correction.xml", other, 9)):
+        src = tmp_path / name
+        scan(src, "1", "p", DRAWN)
+        changed = xml("1", second).replace("</ResponseH", "<Version>2</Version></ResponseH")
+        write(src / "xml only" / name, changed)
+        refused, cases = told(capsys, src, tmp_path / f"{name}.npz")
+        if drawn:
+            assert not refused and (cases["p/z-9.0_c0"][1][0] == 1).sum() == drawn
+        else:
+            assert len(cases) == 1 and len(refused) == 1 and "contradict" in refused[0]
+            assert "069.xml" in refused[0] and name in refused[0]
+
+
+def test_xml_of_another_series(tmp_path, capsys):
+    scan(tmp_path / "src", "1", "p")
+    write(tmp_path / "src/a.xml", xml("7", DRAWN))
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert len(cases) == 1 and len(refused) == 2
+    assert "a.xml" in refused[0] and "whose series is not here" in refused[0]
+    assert refused[1] == "refused: series 1 (p): no XML of its readers"
+
+
+@pytest.mark.parametrize("change, fragment", [
+    (dict(spacing=(0.0, 0.5)), "PixelSpacing"), (dict(spacing=(0.5,)), "PixelSpacing"),
+    (dict(spacing=(math.nan, 0.5)), "PixelSpacing")])
+def test_bad_spacing(change, fragment, tmp_path, capsys):
+    scan(tmp_path / "src", "1", "p", DRAWN, **change)
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert len(cases) == 1 and len(refused) == 1 and fragment in refused[0]
+
+
+def test_series_that_contradict_themselves(tmp_path, capsys):
+    src, both = tmp_path / "src", session(nodule(*[roi(f"1.{i}", square(2, 2, 8, 8))
+                                                   for i in range(2)]))
+    hu = scan(src / "1", "1", "p", both)
+    write_slice(src / "1/1-001.made", "1.1", "1", "p", -9.0, hu[1], spacing=(0.6, 0.6))
+    scan(src / "2", "2", "q", *[session()] * 5)
+    hu = scan(src / "3", "3", "r", session(nodule(roi("3.1", square(2, 2, 8, 8)))))
+    write_slice(src / "3/1-001.made", "3.1", "3", "r", math.nan, hu[1])
+    hu[1, 0, 0] = np.inf
+    scan(src / "4", "4", "s", session(nodule(roi("4.1", square(2, 2, 8, 8)))))
+    write_slice(src / "4/1-001.made", "4.1", "4", "s", -9.0, hu[1])
+    refused, cases = told(capsys, src, tmp_path / "lidc.npz")
+    assert len(cases) == 1 and [line.split(": ")[1] for line in refused] == [
+        "series 1 (p)", "series 2 (q)", "series 3 (r)", "series 4 (s)"]
+    for line, fragment in zip(refused, ("differ in size or PixelSpacing", "5 readingSessions",
+                                        "no ImagePositionPatient", "not all are finite")):
+        assert fragment in line
+
+
+def test_links_in_circles_and_odd_names(tmp_path, capsys):
+    src = tmp_path / "src ä 中" / "nested [1]"
+    scan(src / "deep/er", "1", "../p/../../evil", DRAWN)
+    (src / "deep/er/up").symlink_to(src)
+    (src / "deep/dead").symlink_to(tmp_path / "nothing")
+    (src / "twice").symlink_to(src / "deep")
+    os.mkfifo(src / "pipe.dcm")
+    odd = os.fsencode(src) + b"/\xff.xml"
+    with open(odd, "wb") as file:
+        file.write(b"<a")
+    dst = tmp_path / "out [x]" / "ü.npz"
+    refused, cases = told(capsys, src, dst, png=tmp_path / "tree ü")
+    assert cases.keys() == {"_p_evil/z-9.0_c0", "good/z-9.0_c0"} and len(refused) == 1
+    pngs = [p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.png")]
+    assert len(pngs) == 2 * 1 + 2 * 1 and set(pngs) == {"tree ü"}
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path, capsys, monkeypatch):
+    scan(tmp_path / "src/locked", "1", "p", DRAWN)
+    real = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
+    assert len(cases) == len(refused) == 1 and "locked: Permission denied" in refused[0]
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    def refused(*arguments):
+        assert data.main([*map(str, arguments)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1
+        return message
+
+    src = tmp_path / "src"
+    assert "give a folder" in refused("build-lidc", tmp_path / "none", tmp_path / "a.npz")
+    src.mkdir()
+    assert "ends in .npz" in refused("build-lidc", src, tmp_path / "a.npy")
+    assert "at least 2 pixels" in refused("build-lidc", src, tmp_path / "a.npz", "--size", 1)
+    assert "window" in refused("build-lidc", src, tmp_path / "a.npz", "--window", 400, -1000)
+    assert "nothing to cut" in refused("build-lidc", src, tmp_path / "a.npz", "--workers", 1)
+    write(tmp_path / "other.npz", "mine")
+    assert "other.npz is there" in refused("build-lidc", src, tmp_path / "other.npz")
+    assert (tmp_path / "other.npz").read_text() == "mine"
+    write(src / "a.dcm", "x")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "pip install pydicom" in refused("build-lidc", src, tmp_path / "a.npz", "--workers", 1)
+
+
+def test_memory_is_that_of_one_series(tmp_path, monkeypatch):
+    def peak(series):
+        src = tmp_path / f"{series}"
+        for i in range(series):
+            scan(src / f"{i}", f"{i}", f"p{i}", session(nodule(*[roi(f"{i}.{z}", square(2, 2, 9, 9))
+                                                             for z in range(8)])),
+                 slices=8, shape=(128, 128), seed=i)
+        tracemalloc.start()
+        build(src, tmp_path / f"{series}.npz", size=64)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(1)  # what is set up once
+    assert peak(12) < 1.3 * peak(3)
+
+
+# -------------------------------------------------------------------------------- the real thing
+
+
+def write_dicom(path, uid, series, z, stored, **changes):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+    file = Dataset()
+    file.file_meta = FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = CTImageStorage
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = uid
+    file.SeriesInstanceUID, file.PatientID, file.Modality = series, "LIDC-IDRI-0007", "CT"
+    file.PixelSpacing, file.ImagePositionPatient = ["0.5", "0.5"], ["-166", "-171.7", str(z)]
+    file.SliceLocation, file.RescaleSlope, file.RescaleIntercept = str(z), "2", "-1024"
+    file.Rows, file.Columns = stored.shape
+    file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 1
+    file.PixelData = stored.astype("<i2").tobytes()
+    for name, value in changes.items():
+        if value is None:
+            delattr(file, name)
+        else:
+            setattr(file, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pydicom.dcmwrite(path, file, enforce_file_format=True)
+
+
+def test_real_dicom_files_through_the_command_line(tmp_path, capsys):
+    pytest.importorskip("pydicom")
+    src, dst = tmp_path / "LIDC-IDRI", tmp_path / "lidc.npz"
+    stored = np.random.default_rng(0).integers(-100, 900, (4, 40, 48))
+    for i in range(4):
+        write_dicom(src / "s" / f"1-{i}.dcm", f"1.2.{i}", "1.2", i - 0.5, stored[i])
+    write_dicom(src / "s/1-2.dcm", "1.2.2", "1.2", 1.5, stored[2], SliceLocation="7")
+    write_dicom(src / "s/1-3.dcm", "1.2.3", "1.2", 2.5, stored[3], SliceLocation=None)
+    write_dicom(src / "t/1-0.dcm", "1.3.0", "1.3", 1, stored[0], RescaleSlope=None)
+    write_dicom(src / "x/1-0.dcm", "1.4.0", "1.4", 1, stored[0], Modality="CR")
+    whole = (src / "s/1-0.dcm").read_bytes()
+    write(src / "u/cut.dcm", whole[:len(whole) // 2].replace(b"1.2.0", b"1.5.0").replace(
+        b"1.2\0", b"1.5\0"))
+    for series in ("1.2", "1.3", "1.5"):
+        write(src / f"{series}.xml", xml(series, session(nodule(*[
+            roi(f"{series}.{i}", square(2, 2, 8, 8)) for i in range(4)]))))
+    assert data.main(["build-lidc", str(src), str(dst), "--size", "16", "--workers", "1",
+                      "--png", str(tmp_path / "tree")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
+    assert len(lines) == 2 and "series 1.3" in lines[0] and "RescaleSlope" in lines[0]
+    assert "series 1.5" in lines[1]
+    with np.load(dst) as file:
+        cases = dict(zip(file["names"].tolist(), zip(file["images"], file["labels"])))
+    assert cases.keys() == {f"LIDC-IDRI-0007/z{z}_c0" for z in (-0.5, 0.5, 2.5)}
+    for i in (0, 1, 3):
+        image, labels = cases[f"LIDC-IDRI-0007/z{i - 0.5}_c0"]
+        assert np.array_equal(image[3:, 3:], grey(2.0 * stored[i] - 1024)[:13, :13])
+        assert (labels[0] == 1).sum() == 25 and (labels[1:] == 255).all()
+    png = np.asarray(Image.open(next((tmp_path / "tree").glob("*/images/*/z-0.5_c0.png"))))
+    assert np.array_equal(png, cases["LIDC-IDRI-0007/z-0.5_c0"][0])
+
+
+# ------------------------------------------------------------------------------------------ show
+
+
+def table(text):
+    rows = [line.split("  ") for line in text.splitlines()[1:-1]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    return {row[0]: row[1:] for row in rows[1:]} | {"splits": rows[0]}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Ten cases of three readers worked by hand; the third is missing in half of them."""
+    images = np.linspace(0, 1, 10, dtype=np.float32)[:, None, None].repeat(8, 1).repeat(10, 2)
+    labels = np.zeros((10, 3, 8, 10), np.uint8)
+    labels[:, 0, :4] = 1  # upper half
+    labels[:, 1, :, :5] = 1  # left half: IoU with the upper half is 20 / 60
+    labels[::2, 2] = 255  # missing, else empty
+    np.savez(tmp_path / "own.npz", images=images, labels=labels, groups=[str(i) for i in range(10)])
+    return tmp_path / "own.npz"
+
+
+def test_show_prints_what_was_worked_by_hand(own, tmp_path):
+    text = data.show("npz", own, "all", tmp_path / "sheet.png")
+    rows = {key: value[0] for key, value in table(text).items()}
+    assert rows == {
+        "splits": "all", "cases": "10", "groups": "10", "channels": "1", "size": "8 x 10",
+        "intensity": "0 to 1", "readers": "3", "missing": "16.7%", "empty masks": "16.7%",
+        # two readers: 1 - (2 + 2 / 3) / 4 = 1/3; with an empty third: 1 - (3 + 2 / 3) / 9 = 16/27
+        "diversity": f"{(1 / 3 + 16 / 27) / 2:.3f}",
+        "class 0": "58.33%", "class 1": "41.67%"}  # (1/2 + 2/3) / 2
+    rows = table(data.show("npz", own, out=tmp_path / "sheet.png"))
+    assert rows["splits"] == ["train", "val", "test"] and rows["cases"] == ["6", "2", "2"]
+
+
+def test_the_sheet_shows_every_readers_outline(own, tmp_path):
+    data.show("npz", own, "all", tmp_path / "sheet.png")
+    picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).reshape(-1, 3)
+    seen = [(np.abs(picture.astype(int) - [int(color[i:i + 2], 16) for i in (1, 3, 5)]).max(1)
+             < 12).sum() for color in data.COLORS[:4]]
+    assert seen[0] > 500 and seen[1] > 500  # outlines and the legend
+    assert 5 < seen[2] < 200 and seen[3] < 5  # an empty mask: the legend alone; no fourth reader
+
+
+@pytest.mark.parametrize("name, options", [
+    ("toy1d", {}), ("cells", {"n": 10}), ("modes", {"n": 10}),
+    ("lesions3d", {"n": 8, "size": 32})])
+def test_show_takes_every_kind_of_set(name, options, tmp_path, capsys):
+    arguments = [f"{key}={value}" for key, value in options.items()]
+    assert data.main(["show", "--data", name, "--split", "val", "--out", str(tmp_path / "a.png"),
+                      *(["--data-args", *arguments] if arguments else [])]) == 0
+    rows = table(capsys.readouterr().out)
+    whole = data.load(name, "val", **options)
+    assert rows["size"][1] == " x ".join(map(str, whole.images.shape[2:]))
+    shares = [(whole.odds * (whole.labels == k).flatten(2).float().mean(2)).sum(1).mean()
+              for k in range(whole.num_classes)]
+    assert [float(rows[f"class {k}"][1][:-1]) for k in range(whole.num_classes)] == pytest.approx(
+        [100 * float(share) for share in shares], abs=0.006)
+    assert Image.open(tmp_path / "a.png").size[0] > 100
+
+
+def test_show_makes_do_with_the_splits_that_are_there(archive, tmp_path, capsys):
+    """A tree of PNGs with only one of its parts."""
+    src, _ = archive
+    build(src, tmp_path / "lidc.npz", png=tmp_path / "tree")
+    for part in ("val", "test"):
+        subprocess.run(["rm", "-r", tmp_path / "tree" / part], check=True)
+    rows = table(data.show("lidc", tmp_path / "tree", out=tmp_path / "a.png"))
+    assert rows["splits"] == ["train"]
+
+
+def test_the_data_sets_are_listed(capsys):
+    assert data.main([]) == 0
+    text = capsys.readouterr().out
+    for name, source in data.DATASETS.items():
+        assert any(line.split()[:1] == [name] and source.doc in line for line in text.splitlines())
+    assert "build-lidc" in text and "show" in text
+
+
+@pytest.mark.parametrize("arguments, fragment", [
+    (["--data", "none"], "unknown data set"),
+    (["--data", "shapes", "--data-args", "n"], "option=value"),
+    (["--data", "shapes", "--data-args", "path=x"], "option=value"),
+    (["--data", "shapes", "--data-args", "n=x"], "whole number"),
+    (["--data", "npz", "--path", "nowhere"], "nothing to read")])
+def test_mistakes_of_show_are_one_line(arguments, fragment, capsys):
+    assert data.main(["show", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and fragment in message
