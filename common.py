@@ -7,6 +7,7 @@ Alphabet of shapes, used in every file:
 Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / pictures.
 """
 
+import ast
 import os
 import tempfile
 
@@ -20,6 +21,20 @@ IGNORE = 255  # label of a pixel that no loss and no metric sees
 
 class UserError(ValueError):
     """A mistake of the user's, worth one line at the command line and no traceback."""
+
+
+def pairs(option: str, items: list[str]) -> dict:
+    """["rank=0", "channels=(8,16)"] -> {"rank": 0, "channels": (8, 16)}; other values are text."""
+    result = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{option} {item}: write it as key=value")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
 
 
 # ------------------------------------------------------------------------ noise and Gaussians

@@ -51,7 +51,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from common import COLORS, new_figure, paint_image, save_figure, write_atomically
+from common import (COLORS, UserError, new_figure, pairs, paint_image, save_figure,
+                    write_atomically)
 
 IGNORE = 255
 SPLITS = ("train", "val", "test")
@@ -1542,7 +1543,8 @@ DATASETS: dict[str, Source] = {
                    "github.com/stefanknegt/Probabilistic-Unet-Pytorch), the PNG tree "
                    "{train,val,test}/{images,gt}/<patient>/ (gs://hpunet-data/lidc_crops), an .npz "
                    "as for the data set npz (python data.py build-lidc makes it of the archive's "
-                   "DICOM and XML), HDF5 of groups train, val, test with images and labels", tuple(f"{part}/images" for part in SPLITS)),
+                   "DICOM and XML), HDF5 of groups train, val, test with images and labels",
+                   tuple(f"{part}/images" for part in SPLITS)),
     "npz": Source(_read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D",
                   {"num_classes": (0, 0)}, (".npz",),
                   "an .npz with images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels "
@@ -2310,12 +2312,14 @@ def main(argv=None) -> int:
         if command == "build-lidc":
             build_lidc(**args)
         elif command == "show":
-            options = _options(args.pop("data_args"))
+            options = pairs("--data-args", args.pop("data_args"))
+            for key in options.keys() & {"name", *args}:
+                raise DataError(f"--data-args {key}=...: no data set has such an option")
             print(show(args.pop("data"), **args, **options))
         else:
             parser.print_help()
         return 0
-    except (DataError, ImportError) as error:
+    except (DataError, UserError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -2325,17 +2329,6 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-
-
-def _options(items: list[str]) -> dict:
-    """["n=20", "size=64"] -> {"n": 20, "size": 64}; `load` judges them."""
-    options = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or key in ("name", "split", "path", "out"):
-            raise DataError(f"--data-args {item}: write it as option=value")
-        options[key] = int(value) if value.isdecimal() else value
-    return options
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ and resumed gives the same weights, bit for bit on a CPU, as one that was not; a
 """
 
 import argparse
-import ast
 import contextlib
 import ctypes
 import dataclasses
@@ -41,7 +40,7 @@ from torch import nn
 import data
 import metrics
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
-from common import UserError, new_plot, pick_device, save_figure, write_atomically
+from common import UserError, new_plot, pairs, pick_device, save_figure, write_atomically
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
@@ -100,20 +99,6 @@ def parse(argv=None) -> argparse.Namespace:
     args.model_args = args.model_args and pairs("--model-args", args.model_args)
     args.data_args = args.data_args and pairs("--data-args", args.data_args)
     return args
-
-
-def pairs(option: str, items: list[str]) -> dict:
-    """["rank=0", "channels=(8,16)"] -> {"rank": 0, "channels": (8, 16)}; other values are text."""
-    result = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{option} {item}: write it as key=value")
-        try:
-            result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[key] = value
-    return result
 
 
 # ----------------------------------------------------------------------- model and checkpoints

@@ -232,7 +232,7 @@ def test_unknown_names_and_values_are_refused():
     refused("'N'", "n, size, seed", call=lambda: data.load("shapes", N=10))
     refused("size=8", ">= 32", call=lambda: data.load("shapes", size=8))
     refused("n='many'", "whole number", call=lambda: data.load("shapes", n="many"))
-    refused("'n'", "(none)", call=lambda: data.load("toy1d", n=3))
+    refused("'n'", "choose from hide", call=lambda: data.load("toy1d", n=3))
     refused("made", "x.npz", call=lambda: data.load("shapes", path="x.npz"))
 
 

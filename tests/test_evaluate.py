@@ -430,4 +430,4 @@ def test_instances_of_a_model_that_does_not():
     model.predict = lambda image: torch.eye(16)[1][None, :, None, None].expand(
         len(image), -1, *image.shape[2:])  # all one object
     scores, _ = evaluate.instances(model, split)
-    assert scores["rand_error_16"].min() > 0.6 and scores["rand_error_components"].min() > 0.6
+    assert scores["rand_error_16"].min() > 0.4 and scores["rand_error_components"].min() > 0.6
