@@ -123,8 +123,9 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, **options):
 
     A sequence of splits gives a list and reads the source once. `path` is the file or folder of a
     real set; without it, datasets/<name> in the working folder. `DATASETS` lists names and options;
-    all sets take hide, see `hide`; real ones split_file, a JSON file {"train": [names of cases or groups], "val": [...],
-    "test": [...]}, such as `Split.parts` holds. Cases named nowhere in it are left out.
+    all sets take hide, see `hide`; real ones split_file, a JSON file {"train": [names of cases or
+    groups], "val": [...], "test": [...]}, such as `Split.parts` holds. Cases named nowhere in it
+    are left out.
     Raises DataError for anything the user can mend.
     """
     source = DATASETS[_known("data set", name, DATASETS)]

@@ -23,8 +23,8 @@ Differences from the paper
   3. A covariance that outgrows the mean leads to bad optima (Sec. 5.1). As in the paper, the toy
      trains its mean first, and `mask` takes factor and diagonal out of a known background (air
      round a brain). Beyond the paper, so do the networks (`mean_steps`), and their covariance
-     starts small: otherwise whole backgrounds flip in many samples, which Eq. 7 hardly minds, as one
-     good sample in M is enough for it, and which takes long to unlearn.
+     starts small: otherwise whole backgrounds flip in many samples, which Eq. 7 hardly minds (one
+     good sample in M is enough for it) and which takes long to unlearn.
   4. DeepMedic's coarse pathways see averages over 3^3 and 5^3 voxels and come back by repetition,
      so that stitched and whole-volume maps agree exactly. Half of the training patches are centred
      on a labelled voxel, as DeepMedic's authors do; this paper does not say.
