@@ -711,6 +711,12 @@ def main(argv=None) -> int:
         print(f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}; "
               "what was saved before stands", file=sys.stderr)
         return 2
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        print("error: batch norm cannot learn from a single value a channel: raise --batch-size or "
+              "--image-size", file=sys.stderr)
+        return 2
     except torch.OutOfMemoryError:
         print("error: out of memory: lower --batch-size or --image-size", file=sys.stderr)
         return 2

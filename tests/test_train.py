@@ -241,6 +241,15 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_batch_norm_of_a_single_value_is_one_line(tmp_path, capsys):
+    """Seven levels of a 64-pixel image leave one pixel."""
+    error = run("--data", "shapes", "--data-args", "n=6", "--batch-size", 1, "--steps", 2,
+                "--model-args", "channels=(2,2,2,2,2,2,2)", "convs=1", "--device", "cpu",
+                "--out", tmp_path / "run", code=2, capsys=capsys).err
+    assert error.startswith("error: batch norm") and "--batch-size" in error
+    assert error.count("\n") == 1
+
+
 def test_unknown_options_are_refused():
     with pytest.raises(SystemExit):
         train.parse(["--precision", "fp8"])
