@@ -2,7 +2,7 @@
 
     python evaluate.py runs/ssn-lidc-0                           # its test split
     python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that every reader marked
-    python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples tell who disagrees?
+    python evaluate.py runs/ssn-lidc-0 --ambiguous               # ... on which cases readers disagree?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... and blurred, foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests
@@ -23,7 +23,7 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     scales.png       HPU-Net: all latents drawn, the most local, the most global ones (its Fig. 3)
     extrapolation.png    HPU-Net with --data-args hide=50: what it puts where nothing is known
     instances.png    sets with instances: objects clustered from 16 samples (HPU-Net's Fig. 4)
-    modes.png        made sets: frequencies of modes and of pixels' classes against the known odds
+    modes.png        sets of known odds: frequencies of modes and of pixels' classes against them
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
 deterministic `predict`: dice, dice_present, and ged_predict, the GED it would have alone. For the
