@@ -20,13 +20,15 @@ around a hidden region extrapolates them into it (`--data-args hide=50`).
 Differences from the paper
   1. lambda = softplus(rho)^2, as in the authors' code. There Adam moves rho, by about the learning
      rate a step whatever the constraint (the gradient's factor 1e-2 is without effect); here rho is
-     a buffer and moves by exactly lambda_rate, up while the constraint is violated, else down.
+     a buffer and moves by exactly lambda_rate, up while the constraint is violated, else down, and
+     does not slow down as the learning rate drops.
   2. The constraint's moving average begins at the first batch. kappa counts the pixels kept, as in
      the code: fewer where many are ignored.
   3. The posterior stops at its last latents; the authors' goes up one level more, read by nobody.
   4. A convolution on concat(below, skip) is the sum of one for each, the skip's computed once for
      all samples. The nets predict log sigma, bounded (common.bounded_log_std).
   5. Learning rate: the paper gives both ends and "in 4 steps"; here by equal factors, 48k apart.
+     These are LIDC's; the schedules of the other two sets cannot be given at the command line.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Any size is padded by reflection. In the posterior's one-hot mask, padding and ignored pixels
      (255) are zero in every class. 1D and 3D work as well (`dims`); the paper is 2D.
@@ -38,8 +40,10 @@ with, for the paper's ablations (App. F) and its two other data sets (App. D),
     --model-args "latents=(0,0,0,1)"            # the most local latents alone
     --model-args "latents=(85,)" kappa=0.15     # global latents alone
     --model-args top_k=1                        # all pixels
-    --data em --model-args "channels=(32,64,128,256,256,256,256,256,256)" kappa=1.2
-    --data cityscapes, with the same channels, blocks=2 kappa=0.77
+    --data em --steps 450000 --batch-size 24
+        --model-args "channels=(32,64,128,256,256,256,256,256,256)" kappa=1.2
+    --data cityscapes --data-args task=cars --steps 100000 --batch-size 128 --lr 2e-4
+        --model-args "channels=(32,64,128,256,256,256,256,256,256)" blocks=2 kappa=0.77
 """
 
 import itertools
@@ -56,7 +60,7 @@ from common import (CONV, IGNORE, POOL, DiagonalNormal, center_crop, check_choic
                     init_orthogonal, one_hot, pad_to_multiple, paint_image, paint_label, paint_map,
                     save_grid, standard_normal, valid_label)
 
-CHUNK = 2**24  # feature values computed at once when sampling: 64 MB, enough to fill a GPU too
+CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
 DECAY = 0.99  # of the moving average, a step
 
 
@@ -118,8 +122,8 @@ class HPUNet(nn.Module):
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). Terms:
         `reconstruction`, the kept pixels' cross-entropy, and reconstruction_per_pixel, its mean
-        over them; kl_<i>, the KL of z_i, and kl, their sum; for GECO `constraint`, the moving
-        average of reconstruction - kappa * kept pixels, and `lambda`.
+        over them; kl_<i>, the KL of z_i, and kl, their sum; for GECO `lambda` and
+        `constraint`, reconstruction - kappa * kept pixels (in training, its moving average).
         """
         c, label = self.config, valid_label(label, mask)
         noise = self.noise(image, 1)
@@ -248,7 +252,7 @@ class HPUNet(nn.Module):
 
 
 def drawn(noise: dict[int, Tensor], scales: Collection[int] | None = None) -> Callable:
-    """Its own normals, with `noise`; their means on levels that `scales` leaves out."""
+    """Draws of its own normals, made with `noise`; means where `scales` leaves a level out."""
     def draw(level, normal):
         if scales is not None and level not in scales:
             return normal.mean
@@ -262,7 +266,7 @@ def at_mean(level: int, normal: DiagonalNormal) -> Tensor:
 
 
 def given(latents: dict[int, Tensor]) -> Callable:
-    """Another net."""
+    """Not its own: those that another net, the posterior, drew."""
     return lambda level, normal: latents[level]
 
 
@@ -306,7 +310,7 @@ class LatentUNet(nn.Module):
 
     def forward(self, seen: tuple, draw: Callable, n: int = 1):
         """(features of the top level, {level: latents}, {level: their normals}), each of n * B
-        rows, the cases of a sample together. `draw` takes or makes the latents, see above."""
+        rows, the cases of a sample together. `draw`: `drawn`, `at_mean` or `given`."""
         x, moments, skips = seen
         x, moments = (t.repeat(n, *[1] * (t.dim() - 1)) for t in (x, moments))
         latents, normals = {}, {}
@@ -411,7 +415,8 @@ def cluster_instances(samples: Tensor, alpha: int | None = None,
     if alpha < 0:
         raise ValueError(f"alpha={alpha}: a distance, from 0 up")
     # the first pixel left of a random order is a random one of those left
-    left = torch.randperm(len(votes), generator=generator).to(votes.device)
+    device = "cpu" if generator is None else generator.device
+    left = torch.randperm(len(votes), generator=generator, device=device).to(votes.device)
     votes, ids = votes[left], torch.zeros_like(left)
     prototype = torch.zeros_like(votes[0])  # of the background
     for instance in itertools.count():
@@ -496,8 +501,8 @@ def draw_extrapolation(model: HPUNet, seen: Tensor, label: Tensor, path: str) ->
     samples = model.sample(seen, 6, torch.Generator(seen.device).manual_seed(0)).argmax(2)
     again, hidden = model.reconstruct(seen, label.long()).argmax(1), seen[:, -1] == 1
     shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
-    rows = {f"case {i}": [paint_image(image[:1]), *map(paint_label, (*maps, *drawn))]
-            for i, (image, *maps, drawn) in enumerate(shown, 1)}
+    rows = {f"case {i}": [paint_image(image[:1]), *map(paint_label, (*maps, *guesses))]
+            for i, (image, *maps, guesses) in enumerate(shown, 1)}
     save_grid(path, rows, ["image", "known", "truth", "reconstruction",
                            *(f"sample {i}" for i in range(1, 7))])
 

@@ -23,11 +23,15 @@ Differences from the paper
   2. alpha_l: 2^(l-1) in the text, 4^(l-1) in the code. Here kl_base^(l-1), 2 unless said otherwise.
   3. The code also leads every z up to every finer level by convolutions whose result nobody reads;
      left out. The first convolution on concat(features, convolutions of z) is computed as the sum
-     of one for each, the former once for all samples; and z_L's is 1-wide in both nets.
+     of one for each, the former once for all samples. z_L's mean comes from a 1-wide convolution,
+     as all other moments do (in the code's prior from a 3-wide one).
   4. The nets predict log sigma, bounded (common.bounded_log_std), not softplus^-1(sigma).
   5. Any size is padded by reflection. In the posterior's one-hot mask (minus 0.5, as in the code),
      padding and ignored pixels (255) are -0.5 in every class.
-  6. 1D and 3D work as well (`dims`); the paper is 2D.
+  6. The paper trains for 48 hours and takes the model of lowest validation loss; here 500k steps,
+     and the lowest validation GED. Its single prediction is the mean of samples (`dice_mean` of
+     evaluate.py); `predict` stands at the prior's means. Batch norm has PyTorch's momentum and eps.
+  7. 1D and 3D work as well (`dims`); the paper is 2D.
 
     python phiseg.py                 # a small one, under a minute on a CPU
                                      # -> phiseg_levels.png (Fig. 1), phiseg_maps.png (Fig. 3)
@@ -48,7 +52,7 @@ from common import (BATCH_NORM, CONV, LINEAR, POOL, DiagonalNormal, center_crop,
                     conv_block, cross_entropy, one_hot, pad_to_multiple, paint_image, paint_label,
                     paint_map, save_grid, standard_normal, valid_label)
 
-CHUNK = 2**24  # feature values computed at once when sampling: 64 MB, enough to fill a GPU too
+CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class PHiSeg(nn.Module):
         self.likelihood = Likelihood(c)
 
     def see(self, image: Tensor, label: Tensor | None = None) -> list[Tensor]:
-        """What the prior's encoder, or with a label the posterior's, has to say to every level."""
+        """What every level takes from the image, fine to coarse, by the prior's encoder or, with a
+        label, by the posterior's: once, whatever the number of samples."""
         image = pad_to_multiple(image, self.multiple)
         if label is None:
             return self.prior.encode(image)
@@ -103,16 +108,16 @@ class PHiSeg(nn.Module):
         batch; its terms).
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). `reconstruction`
-        is the finest mask's cross-entropy, `supervision` the sum of the coarser ones', kl_<l> the
-        unweighted KL of z_l, kl their sum.
+        is the finest map's cross-entropy, `supervision` the sum of the coarser ones', kl_<l> the
+        unweighted KL of z_l, kl their sum; with one level `reconstruction` and `kl` are all.
         """
         label = valid_label(label, mask)
         seen = self.see(image, label), self.see(image)
         latents, normals = self.descend((self.posterior, self.prior), seen, self.noise(image, 1))
-        masks = [F.interpolate(logits, scale_factor=2**level) if level else logits
-                 for level, logits in enumerate(pyramid(self.likelihood(latents)))]
+        maps = [F.interpolate(logits, scale_factor=2**level) if level else logits
+                for level, logits in enumerate(pyramid(self.likelihood(latents)))]
         losses = [cross_entropy(center_crop(logits, label.shape[1:]), label).mean()
-                  for logits in masks]
+                  for logits in maps]
         kls = [posterior.kl(prior).mean() for posterior, prior in normals]
         loss = sum(losses) + sum(self.config.kl_base**l * kl for l, kl in enumerate(kls))
         terms = dict(reconstruction=losses[0], kl=sum(kls))
@@ -136,9 +141,10 @@ class PHiSeg(nn.Module):
     def descend(self, nets, seen, noise=None):
         """Ancestral sampling: z_L from the first of `nets`, then z_L-1 given z_L, ..., z_1.
 
-        seen: a list of `see` a net. noise: of `noise`; None is noise 0, the means. Returns the
-        latents and, of all nets given the same latents below, the normals: both fine to coarse,
-        with n * B rows, all cases of a draw together.
+        seen: a list of `see` a net. noise: of `noise`; None is noise 0, the means. Every
+        net is given these same latents, so that KLs compare like with like. Returns (latents,
+        normals), fine to coarse: latents[level] (n * B, D, *s), all cases of a draw together;
+        normals[level] a list, one per net.
         """
         z, latents, normals = None, [], []
         for level in reversed(range(self.config.latent_levels)):
@@ -229,19 +235,19 @@ class LatentNet(nn.Module):
         self.encoder = nn.ModuleList(
             conv_block(c.dims, before, after, convs=c.convs)
             for before, after in zip((in_channels, *c.channels), c.channels))
-        below = c.latent_levels - 1
+        finer = c.latent_levels - 1  # levels that have a coarser one to be given
         features = c.channels[-c.latent_levels:]  # of the levels with latents
 
-        def modules(make):
-            return nn.ModuleList(make(level) for level in range(below))
+        def each(make):
+            return nn.ModuleList(make(level) for level in range(finer))
 
-        self.up = modules(lambda i: conv_block(c.dims, latents, latents * width, convs=2))
+        self.up = each(lambda i: conv_block(c.dims, latents, latents * width, convs=2))
         # the two halves of a convolution on concat(features, up): see "Differences" 3
-        self.from_features = modules(lambda i: CONV[c.dims](features[i], c.channels[i], 3,
-                                                            padding=1, bias=False))
-        self.from_z = modules(lambda i: CONV[c.dims](latents * width, c.channels[i], 3, padding=1,
-                                                     bias=False))
-        self.join = modules(lambda i: nn.Sequential(
+        self.from_features = each(lambda i: CONV[c.dims](features[i], c.channels[i], 3, padding=1,
+                                                         bias=False))
+        self.from_z = each(lambda i: CONV[c.dims](latents * width, c.channels[i], 3, padding=1,
+                                                  bias=False))
+        self.join = each(lambda i: nn.Sequential(
             BATCH_NORM[c.dims](c.channels[i]), nn.ReLU(inplace=True),
             conv_block(c.dims, c.channels[i], c.channels[i]),
             CONV[c.dims](c.channels[i], 2 * latents, 1)))
@@ -258,7 +264,7 @@ class LatentNet(nn.Module):
         return [conv(x) for conv, x in zip(self.from_features, fine)] + [self.top(top)]
 
     def forward(self, level: int, seen: Tensor, z: Tensor | None, n: int) -> DiagonalNormal:
-        """The normal of z_level, (n * B, D, *s), given the latents z of the level below."""
+        """The normal of a level's latents, (n * B, D, *s), given those of the level below, z."""
         if z is None:
             moments = seen.repeat(n, *[1] * (seen.dim() - 1))
         else:
@@ -310,7 +316,7 @@ class Likelihood(nn.Module):
 
 def pyramid(residuals: list[Tensor]) -> list[Tensor]:
     """Residual logits, fine to coarse -> the masks' logits: each level adds to those below it."""
-    maps = [residuals[-1]]
+    maps = [residuals[-1].float()]  # under autocast the sum would be rounded at every level
     for residual in residuals[-2::-1]:
         maps.insert(0, residual + F.interpolate(maps[0], scale_factor=2))
     return maps
@@ -325,21 +331,29 @@ def run(owner: nn.Module, function, *args):
     """function(*args); in training with `checkpoint`, without keeping what it computes between."""
     if not (owner.config.checkpoint and owner.training and torch.is_grad_enabled()):
         return function(*args)
-    contexts = lambda: (contextlib.nullcontext(), frozen_statistics(owner))  # noqa: E731
+    if torch.compiler.is_compiling():  # which counts a batch once by itself, and takes no contexts
+        return checkpoint(function, *args, use_reentrant=False)
+    contexts = lambda: (contextlib.nullcontext(), FrozenStatistics(owner))  # noqa: E731
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-@contextlib.contextmanager
-def frozen_statistics(module: nn.Module):
-    """Batch norms leave their running statistics alone: those of a batch count once, not twice."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in norms]
-    for m in norms:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:  # the recomputation is left by an exception once it has all that it needs
-        for m, momentum in zip(norms, before):
+class FrozenStatistics:
+    """Batch norms leave their running statistics alone: those of a batch count once, not twice.
+
+    A class, as every backward pass through the graph enters it again.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self):
+        self.before = [(m, m.momentum) for m in self.module.modules()
+                       if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for m, _ in self.before:
+            m.momentum = 0.0
+
+    def __exit__(self, *_):  # by an exception too: a recomputation stops when it has all it needs
+        for m, momentum in self.before:
             m.momentum = momentum
 
 
@@ -349,7 +363,7 @@ def frozen_statistics(module: nn.Module):
 @torch.no_grad()
 def draw_levels(model: PHiSeg, image: Tensor, path: str, n: int = 3) -> None:
     """Fig. 1: n samples growing level by level, the coarsest first, and under each what the level
-    changed: logits of the sample's largest object against the other classes' mean (blue adds).
+    changed: logits of the sample's largest object less the mean over all classes (blue adds).
 
     image (C, H, W) on the model's device.
     """

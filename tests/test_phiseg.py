@@ -83,6 +83,8 @@ def test_latents_stand_where_code_and_text_put_them():
         assert len(noise) == levels
         for level, e in enumerate(noise):
             assert e.shape == (5, 1, 2, finest[0] >> level, finest[1] >> level)
+    wide = small(latent_channels=3)
+    assert wide.noise(image, 5)[0].shape[2] == 3 and wide.predict(image).shape == (1, 3, 16, 32)
 
 
 # ------------------------------------------------------------------------------- the bound
@@ -161,8 +163,11 @@ def test_importance_bound(monkeypatch):
     mask = seeded(*label.shape, seed=5) > -1
     whole = PHiSeg._chunk
     monkeypatch.setattr(PHiSeg, "_chunk", lambda *_: 2)
+    rows = []
+    model.likelihood.register_forward_pre_hook(lambda _, seen: rows.append(len(seen[0][0])))
     torch.manual_seed(4)
     bound = model.log_likelihood(image, label, 5, mask)
+    assert rows == [4, 4, 2]
     label = torch.where(mask, label, 255)
     torch.manual_seed(4)
     noise = model.noise(image, 5)
@@ -225,7 +230,11 @@ def test_each_level_s_prior_sees_the_draw_below_it():
 def test_samples_whatever_is_computed_at_once(chunk, monkeypatch):
     monkeypatch.setattr(PHiSeg, "_chunk", lambda *_: chunk)
     model, (image, _) = small(), batch(size=(9, 13))
+    rows = []
+    hook = model.likelihood.register_forward_pre_hook(lambda _, seen: rows.append(len(seen[0][0])))
     samples = model.sample(image, 3, torch.Generator().manual_seed(0))
+    assert rows == {1: [2, 2, 2], 2: [4, 2], 100: [6]}[chunk]
+    hook.remove()
     noise = model.noise(image, 3, torch.Generator().manual_seed(0))
     for i in range(3):
         z, residuals, seen = None, [], model.see(image)
@@ -415,6 +424,24 @@ def test_checkpointing_keeps_less_and_changes_nothing():
     assert kept[1] < 0.5 * kept[0]
 
 
+def test_checkpointing_twice_backwards_and_compiled():
+    results = []
+    for checkpoint, compiled in ((False, False), (True, False), (True, True)):
+        model, (image, label) = small(train=True, checkpoint=checkpoint, latent_levels=1), batch(4)
+        loss_of = torch.compile(model, backend="aot_eager") if compiled else model
+        torch.manual_seed(0)
+        loss = loss_of(image, label)[0]
+        if not compiled:
+            loss.backward(retain_graph=True)
+            model.zero_grad()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters()),
+                        *(b for n, b in model.named_buffers() if "running" in n)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_tiny_ambiguous_batch_overfits():
     """One image with two readers: samples show both maps, not their mean."""
     torch.manual_seed(0)
@@ -439,11 +466,16 @@ def test_a_tiny_ambiguous_batch_overfits():
     assert hits.min() > 0.2 and hits.sum() > 0.7
 
 
-def test_kl_is_float32_under_autocast():
+def test_kl_is_float32_under_autocast(monkeypatch):
     model, (image, label) = small(train=True), batch()
+    descend, seen = model.descend, []
+    monkeypatch.setattr(model, "descend", lambda *a: seen.append(descend(*a)) or seen[-1])
     with torch.autocast("cpu", torch.bfloat16):
         loss, terms = model(image, label)
         samples = model.sample(image, 2)
+        assert pyramid(model.likelihood(seen[0][0]))[0].dtype == torch.float32
+    exact = sum(kl_divergence(distribution(q), distribution(p)).sum() / 2 for q, p in seen[0][1])
+    torch.testing.assert_close(terms["kl"].double(), exact, rtol=1e-5, atol=0)
     assert loss.dtype == terms["kl"].dtype == terms["reconstruction"].dtype == torch.float32
     assert loss.isfinite() and samples.isfinite().all()
 
