@@ -51,10 +51,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from common import (COLORS, UserError, new_figure, pairs, paint_image, save_figure,
-                    write_atomically)
+from common import (COLORS, IGNORE, UserError, new_figure, pairs, paint_image, reflect_index,
+                    save_figure, write_atomically)
 
-IGNORE = 255
 SPLITS = ("train", "val", "test")
 
 
@@ -227,7 +226,7 @@ def center(split: Split, size: int | Sequence[int]) -> Split:
 
     def cut(tensor: Tensor, fill: int | None = None) -> Tensor:
         for axis, (line, have) in enumerate(zip(lines, shape), start=-len(shape)):
-            tensor = tensor.index_select(axis, _reflect(line, have))
+            tensor = tensor.index_select(axis, reflect_index(line, have))
             if fill is not None:
                 outside = (line < 0) | (line >= have)
                 tensor = tensor.masked_fill(outside.view(-1, *[1] * (-axis - 1)), fill)
@@ -251,13 +250,6 @@ def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[in
         raise DataError(f"size {size} for images of {_times(shape)}: give one number from 1 up, or "
                         f"{len(shape)} of them")
     return sizes
-
-
-def _reflect(index: Tensor, length: int) -> Tensor:
-    """Indices of any value folded into 0..length-1, mirrored about the first and last pixel."""
-    period = max(2 * (length - 1), 1)
-    index = index.remainder(period)
-    return torch.minimum(index, period - index)
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -398,7 +390,7 @@ def _apply_warp(images: Tensor, labels: Tensor, warp: _Warp, size, resamples: bo
     for axis, have in zip(where, shape):
         index = axis.round().long()
         outside = outside | (index < 0) | (index >= have)
-        flat = flat * have + _reflect(index, have)
+        flat = flat * have + reflect_index(index, have)
     flat = flat.flatten(1)  # (B, pixels of the output)
     labels = labels.flatten(1).gather(1, flat).view(count, *size).masked_fill(outside, IGNORE)
     if resamples:
