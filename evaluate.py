@@ -252,9 +252,15 @@ def plane(split, case, probs, prediction, error, gamma) -> SimpleNamespace:
         chosen = weights.argsort(descending=True)[:READERS]
         chosen = chosen[weights[chosen] > 0]
         weights = weights[chosen]
-    return SimpleNamespace(name=split.names[case][:14], image=image, labels=labels[chosen],
+    return SimpleNamespace(name=short_name(split, case), image=image, labels=labels[chosen],
                            weights=weights, probs=probs, prediction=prediction,
                            mean_label=mean_label, error=error, gamma=gamma)
+
+
+def short_name(split, case: int, most: int = 16) -> str:
+    """The end of a case's name, where the names of a set differ, and its number if they do not."""
+    ends = [name[-most:] for name in split.names]
+    return ends[case] if ends.count(ends[case]) == 1 else f"{ends[case]} ({case})"
 
 
 def reader_mean(labels, weights) -> torch.Tensor:
@@ -491,7 +497,7 @@ def instances(model, split, n=16) -> tuple[dict, list[dict]]:
         if hasattr(model, "reconstruct"):
             again = train.labels_of(model.reconstruct(part.images, part.labels[:, 0].long()), 1)
         for i in range(len(part) if len(shown) < 4 else 0):
-            shown.append(dict(name=part.names[i][:14], image=part.images[i], found=found[i],
+            shown.append(dict(name=short_name(part, i), image=part.images[i], found=found[i],
                               truth=part.instances[i], samples=samples[:, i],
                               again=truth[i] * 0 if again is None else again[i]))
     return {name: torch.cat(values).numpy() for name, values in scores.items()}, shown[:4]

@@ -431,3 +431,12 @@ def test_instances_of_a_model_that_does_not():
         len(image), -1, *image.shape[2:])  # all one object
     scores, _ = evaluate.instances(model, split)
     assert scores["rand_error_16"].min() > 0.4 and scores["rand_error_components"].min() > 0.6
+
+
+def test_short_names_are_unique():
+    """Rows of a picture go by name: two cases of one name would be one row."""
+    names = ["patient-with-a-long-name-1/slice-0007", "patient-with-a-long-name-2/slice-0007", "b"]
+    part = data.Split(torch.zeros(3, 1, 2, 2), None, None, names, 2, names)
+    short = [evaluate.short_name(part, i) for i in range(3)]
+    assert short == ["-name-1/slice-0007"[-16:], "-name-2/slice-0007"[-16:], "b"]
+    assert len({evaluate.short_name(part, i, most=5) for i in range(3)}) == 3
