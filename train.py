@@ -94,7 +94,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--out", help="the run's folder (default runs/<model>-<data>-<seed>)")
     p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run")
     p.add_argument("--quick", action="store_const", const=True,
-                   help="a narrow model and few steps: about a minute on two CPU cores")
+                   help="a narrow model and few steps: one to three minutes on two CPU cores")
     args = p.parse_args(argv)
     args.model_args = args.model_args and pairs("--model-args", args.model_args)
     args.data_args = args.data_args and pairs("--data-args", args.data_args)
