@@ -428,7 +428,7 @@ if __name__ == "__main__":
     model = PHiSeg(PHiSegConfig(num_classes=4, channels=(16, 32, 32, 32), latent_levels=3, convs=2))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     batches = data.batches(train, 12, seed=0, augmentation=data.AUGMENTATION["shapes"])
-    start, steps = time.monotonic(), 400
+    start, steps = time.monotonic(), 300
     for step, (image, label) in zip(range(1, steps + 1), batches):
         optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.7 * steps else 5e-4
         optimizer.zero_grad()
