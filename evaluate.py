@@ -2,7 +2,7 @@
 
     python evaluate.py runs/ssn-lidc-0                           # its test split
     python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that every reader marked
-    python evaluate.py runs/ssn-lidc-0 --ambiguous               # ... on which cases readers disagree?
+    python evaluate.py runs/ssn-lidc-0 --ambiguous               # ... on which readers disagree?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... and blurred, foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests

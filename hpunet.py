@@ -33,7 +33,7 @@ Differences from the paper
   7. Any size is padded by reflection. In the posterior's one-hot mask, padding and ignored pixels
      (255) are zero in every class. 1D and 3D work as well (`dims`); the paper is 2D.
 
-    python hpunet.py                 # a small one on made-up cells, under a minute on a CPU
+    python hpunet.py                 # a small one on made-up cells, a minute on two CPU cores
                                      # -> hpunet_scales.png (Fig. 3), hpunet_instances.png (Fig. 4)
     python train.py --model hpunet --data lidc --device cuda
 with, for the paper's ablations (App. F) and its two other data sets (App. D),
@@ -519,7 +519,7 @@ if __name__ == "__main__":
                                 latents=(2, 1), kappa=1.3, top_k=0.2, lambda_rate=5e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     batches = data.batches(train, 8, seed=0, augmentation=data.AUGMENTATION["cells"])
-    start, steps = time.monotonic(), 1800
+    start, steps = time.monotonic(), 1300
     for step, (image, label) in zip(range(1, steps + 1), batches):
         optimizer.param_groups[0]["lr"] = 4e-3 if step < 0.7 * steps else 1e-3
         optimizer.zero_grad()

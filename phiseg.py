@@ -33,7 +33,7 @@ Differences from the paper
      evaluate.py); `predict` stands at the prior's means. Batch norm has PyTorch's momentum and eps.
   7. 1D and 3D work as well (`dims`); the paper is 2D.
 
-    python phiseg.py                 # a small one, under a minute on a CPU
+    python phiseg.py                 # a small one, about a minute on two CPU cores
                                      # -> phiseg_levels.png (Fig. 1), phiseg_maps.png (Fig. 3)
     python train.py --model phiseg --data lidc --device cuda
     python train.py --model phiseg --data lidc --model-args latent_levels=1    # the ablation
