@@ -789,6 +789,17 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
     return out / f"{file.stem}.npz"
 
 
+def pictures(path: Path) -> list[Path]:
+    """`path` itself, or the pictures in the folder that it is; UserError if there is none."""
+    if not path.is_dir():
+        return [path]
+    kinds = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds)
+    if not found:
+        raise UserError(f"--image {path}: no picture in this folder ({', '.join(sorted(kinds))})")
+    return found
+
+
 def read_picture(file: Path, channels: int) -> torch.Tensor:
     """(1, channels, H, W) float32 in [0, 1]; raises UserError if it is no picture of that kind."""
     from PIL import Image
@@ -835,7 +846,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--ood-data", nargs="+", metavar=("NAME", "PATH"),
                    help="--ood: data set whose images are the foreign ones (default: a made one)")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and figure with these")
-    p.add_argument("--image", metavar="FILE", help="draw samples for this picture instead")
+    p.add_argument("--image", metavar="FILE",
+                   help="draw samples for this picture, or a folder of them")
     p.add_argument("--out", help="where --image writes (default: the run's folder)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     return p.parse_args(argv)
@@ -849,8 +861,9 @@ def main(argv=None) -> int:
         if min(args.samples) < 1:
             raise UserError("--samples: numbers from 1 up")
         if args.image:
-            print(predict_image(args.run, args.image, out=args.out, device=device,
-                                samples=16 if len(args.samples) > 1 else args.samples[0]))
+            for file in pictures(Path(args.image)):
+                print(predict_image(args.run, file, out=args.out, device=device,
+                                    samples=16 if len(args.samples) > 1 else args.samples[0]))
         elif args.compare:
             print(compare([args.run, *args.compare]), end="")
         elif args.ambiguous:

@@ -440,3 +440,16 @@ def test_short_names_are_unique():
     short = [evaluate.short_name(part, i) for i in range(3)]
     assert short == ["-name-1/slice-0007"[-16:], "-name-2/slice-0007"[-16:], "b"]
     assert len({evaluate.short_name(part, i, most=5) for i in range(3)}) == 3
+
+
+def test_a_folder_of_pictures(run, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    arguments = [str(run), "--image", str(folder), "--out", str(tmp_path / "out"), "--samples", "2"]
+    assert evaluate.main(arguments) == 2 and "no picture in this folder" in capsys.readouterr().err
+    for name, side in (("b.png", 20), ("a.JPG", 33)):
+        Image.fromarray(np.full((side, side), 99, np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    assert evaluate.main(arguments) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["a.npz", "b.npz"]
+    assert np.load(tmp_path / "out" / "a.npz")["samples"].shape == (2, 33, 33)
