@@ -103,6 +103,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def freed(self, key):
+        """A tensor's memory is given back."""
         self.now -= self.seen.pop(key)
 
 
@@ -208,6 +209,7 @@ class Bench:
             return self.model.sample(self.image[:1], n)
 
     def predict(self):
+        """The deterministic answer for the first image."""
         with self.autocast():
             return self.model.predict(self.image[:1])
 
@@ -247,7 +249,7 @@ def table_of_models(options) -> list[dict]:
         if rate:
             row["share of limit"] = flops / step / rate
         rows.append(row)
-        show(rows, last=True)
+        show(rows)
     return rows
 
 
@@ -261,7 +263,7 @@ def table_of_costs(options) -> list[dict]:
     def add(what, times, a, b):
         rows.append({"what": what, "ratio": ratio(times[a], times[b]),
                      "ms": 1e3 * statistics.median(times[a])})
-        show(rows, last=True)
+        show(rows)
 
     b = Bench("ssn", options)
     label = b.label
@@ -317,7 +319,7 @@ def table_of_costs(options) -> list[dict]:
     times = in_turn({"metrics": every_metric, "": lambda: None}, options.rounds, options.device)
     rows.append({"what": "all metrics of a case: 100 samples, 4 readers", "ratio": None,
                  "ms": 1e3 * statistics.median(times["metrics"])})
-    show(rows, last=True)
+    show(rows)
     return rows
 
 
@@ -329,13 +331,11 @@ def table_of_scaling(options) -> list[dict]:
         times = in_turn({"": function}, options.rounds, options.device)[""]
         rows.append({"model": name, what: value, "ms": 1e3 * statistics.median(times),
                      "memory MB": peak_memory(function, options.device) / 1e6})
-        show(rows, last=True, header=value == first)
+        show(rows)
 
     for name in options.models:
-        sides, first = (64, 128, 256), 64
-        for side in sides:
+        for side in (64, 128, 256):
             measure(name, "side (step)", side, Bench(name, options, side=side).step)
-        first = 1
         for batch in (1, 2, 4, 8):
             measure(name, "batch (step)", batch, Bench(name, options, batch=batch).step)
         b = Bench(name, options)
@@ -394,7 +394,7 @@ def table_of_evaluation(options) -> list[dict]:
             rows.append({"model": name, "images": len(test), "seconds": total,
                          "images/s": len(test) / total, "network": network[0] / total,
                          "metrics and pictures": 1 - network[0] / total})
-        show(rows, last=True)
+        show(rows)
     return rows
 
 
@@ -409,7 +409,7 @@ def table_of_processes(options) -> list[dict]:
                 times[world] = json.loads((Path(folder) / "0").read_text())
         rows.append({"model": name, "1 process ms": 1e3 * times[1], "2 processes ms":
                      1e3 * times[2], "efficiency": times[1] / times[2]})
-        show(rows, last=True)
+        show(rows)
     return rows
 
 
@@ -428,8 +428,8 @@ def one_process(rank, world, name, options, folder):
 # ---------------------------------------------------------------------------- the command line
 
 
-def show(rows: list[dict], last=False, header=None) -> None:
-    """Rows as a table that Markdown understands; `last`: the newest row, as it comes."""
+def show(rows: list[dict]) -> None:
+    """The newest row of a table that Markdown understands, below a header where columns change."""
     def cell(value):
         if isinstance(value, tuple):
             return "{:.2f} ± {:.2f}".format(*value)
@@ -437,10 +437,9 @@ def show(rows: list[dict], last=False, header=None) -> None:
             return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
         return f"{value:,}" if isinstance(value, int) else str(value or "")
 
-    if len(rows) == 1 or header or not last:
+    if len(rows) == 1 or rows[-1].keys() != rows[-2].keys():
         print("| " + " | ".join(rows[-1]) + " |\n" + "|---" * len(rows[-1]) + "|")
-    for row in rows[-1:] if last else rows:
-        print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
+    print("| " + " | ".join(map(cell, rows[-1].values())) + " |", flush=True)
 
 
 def parse(argv=None) -> argparse.Namespace:
