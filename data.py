@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -1075,16 +1076,70 @@ def _npz(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dic
     return arrays
 
 
-def _nifti(file: Path) -> np.ndarray:
-    """A volume (D, H, W) or (C, D, H, W); the file's axes run x, y, z, channel."""
+def read_nifti(file) -> tuple[np.ndarray, object]:
+    """A NIfTI file: (voxels (C, D, H, W), or (C, H, W) of a single slice; the nibabel image).
+
+    Axes are turned, in steps of 90 degrees, so that W runs to the patient's left, H to the back and
+    D to the head, as in DICOM: files stored in different orders agree. Raises DataError for a
+    broken file.
+    """
     nibabel = _extra("nibabel", file)
     with _readable(file, "NIfTI file"):
-        return np.asarray(nibabel.load(file).dataobj).T
+        source = nibabel.load(file)
+        array = np.asarray(source.dataobj)
+        array = array.reshape(*(array.shape + (1, 1, 1))[:3], -1)  # x, y, z, channel
+        array = nibabel.apply_orientation(array, _turned(source)[0]).T
+    return array.reshape(_volume_shape(array)), source
 
 
-def _standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Each channel of (C, *S) at mean 0 and standard deviation 1 inside, and 0 outside."""
+def _volume_shape(array: np.ndarray) -> tuple[int, ...]:
+    """(C, D, H, W), without the axis of a single slice."""
+    thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]
+    return tuple(np.delete(array.shape, thin)) if len(thin) == 1 else array.shape
+
+
+def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
+    """The turn that `read_nifti` gives, as nibabel notes it; size (x, y, z) and affine after it."""
+    from nibabel import orientations
+
+    turn = orientations.ornt_transform(orientations.io_orientation(source.affine),
+                                       orientations.axcodes2ornt("LPS"))
+    size = (source.shape + (1, 1, 1))[:3]
+    affine = source.affine @ orientations.inv_ornt_aff(turn, size)
+    return turn, tuple(size[axis] for axis in turn[:, 0].argsort()), affine
+
+
+def write_nifti(path, array: np.ndarray, source) -> None:
+    """Write (D, H, W) or (n, D, H, W), or of a single slice (H, W) or (n, H, W), voxel for voxel
+    over the nibabel image `source` from `read_nifti`: its shape, order of axes and affine. n is
+    the file's fourth axis."""
+    import nibabel
+
+    size = _turned(source)[1]
+    back = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("LPS"),
+                                               nibabel.io_orientation(source.affine))
+    array = nibabel.apply_orientation(array.reshape(-1, *size[::-1]).T, back)
+    image = nibabel.Nifti1Image(array[..., 0] if array.shape[3] == 1 else array, source.affine,
+                                source.header)
+    image.header.set_data_dtype(array.dtype)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the window of the original's values
+    content = gzip.compress(image.to_bytes())
+    write_atomically(path, lambda name: Path(name).write_bytes(content))
+
+
+def _same_grid(source, other, file) -> None:
+    """Refuse a label map that lies elsewhere than its image: turned, it could fit it wrongly."""
+    (_, size, here), (_, _, there) = _turned(source), _turned(other)
+    voxel = np.linalg.norm(here[:3, :3], axis=0).min()
+    if (abs(here - there) @ [*size, 1]).max() > voxel / 2:
+        raise DataError(f"{file}: its affine is not its image's; resample it onto the image's grid "
+                        "or, if only the header is wrong, save it with the image's affine")
+
+
+def standardised(volume: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
+    """Each channel of (C, *S) at mean 0 and standard deviation 1 inside (*S), and 0 outside."""
     volume = volume.astype(np.float32)
+    inside = np.ones(volume.shape[1:], bool) if inside is None else inside
     for channel in volume:
         values = channel[inside].astype(np.float64)
         channel -= values.mean()
@@ -1272,6 +1327,11 @@ def _read_npz(path: Path, wanted: Sequence[str], num_classes: int, val: float = 
 _FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")
 
 
+def is_nifti(file: Path) -> bool:
+    """By its name."""
+    return file.name.lower().endswith(_FOLDER[-2:])
+
+
 def _read_folder(path: Path, wanted: Sequence[str], num_classes: int, masks: str) -> _Listing:
     """Anyone's own images: images/NAME.png and labels/READER/NAME.png, a folder for each reader.
 
@@ -1295,11 +1355,13 @@ def _read_folder(path: Path, wanted: Sequence[str], num_classes: int, masks: str
 
     def read(name: str):
         drawn = {reader: files[name] for reader, files in enumerate(readers) if name in files}
-        if images[name].name.lower().endswith(_FOLDER[-2:]):
-            image = _nifti(images[name])
-            image = image if image.ndim == 4 else image[None]
-            image = _standardised(image, np.ones(image.shape[1:], bool))
-            drawn = {reader: _nifti(file) for reader, file in drawn.items()}
+        if is_nifti(images[name]):
+            image, source = read_nifti(images[name])
+            image = standardised(image)
+            for reader, file in drawn.items():
+                label, other = read_nifti(file)
+                _same_grid(source, other, file)
+                drawn[reader] = label[0] if len(label) == 1 else label
         else:
             image = _picture(images[name])
             drawn = {reader: _label_picture(file) for reader, file in drawn.items()}
@@ -1442,6 +1504,40 @@ def _read_synapse(path: Path, wanted: Sequence[str], size: int) -> _Listing:
     return _Listing(cases, parts, 9, own="train_npz/ (train, val) or test_vol_h5/ (test) is empty")
 
 
+BRATS = ("flair", "t1", "t1ce", "t2")
+
+
+def read_brats(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
+    """A patient of BraTS: (channels (4, D, H, W) at mean 0 and deviation 1 inside the brain, where
+    any of them is not 0; the brain (D, H, W); the nibabel image of the first)."""
+    files = {kind: _only(folder, kind) for kind in BRATS}
+    volumes = {kind: read_nifti(file) for kind, file in files.items()}
+    if len({array.shape for array, _ in volumes.values()}) > 1:
+        sizes = (f"{kind} {_times(array.shape[1:])}" for kind, (array, _) in volumes.items())
+        raise DataError(f"{folder}: the volumes are not of one size: {', '.join(sizes)}")
+    source = volumes[BRATS[0]][1]
+    for kind in BRATS[1:]:
+        _same_grid(source, volumes[kind][1], files[kind])
+    image = np.concatenate([array for array, _ in volumes.values()])
+    brain = (image != 0).any(0)
+    if not brain.any():
+        raise DataError(f"{folder}: all channels are 0 everywhere")
+    return standardised(image, brain), brain, source
+
+
+def _only(folder: Path, kind: str) -> Path:
+    """The patient's file of that kind."""
+    files = list(folder.glob(f"*_{kind}.nii*"))
+    if len(files) != 1:
+        raise DataError(f"{folder}: {len(files)} files *_{kind}.nii.gz; give one")
+    return files[0]
+
+
+def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
+    """The tightest box round what is true."""
+    return tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(inside))
+
+
 def _read_brats(path: Path, wanted: Sequence[str]) -> _Listing:
     """BraTS: a folder a patient with *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz (SSN, Sec. 5.3).
 
@@ -1451,25 +1547,17 @@ def _read_brats(path: Path, wanted: Sequence[str]) -> _Listing:
     60 / 10 / 30 % of the patients are train, val and test; `split_file` takes published lists.
     """
     def read(folder: Path):
-        volumes = {}
-        for kind in ("flair", "t1", "t1ce", "t2", "seg"):
-            files = list(folder.glob(f"*_{kind}.nii*"))
-            if len(files) != 1:
-                raise DataError(f"{folder}: {len(files)} files *_{kind}.nii.gz; give one")
-            volumes[kind] = _nifti(files[0])
-        if len({volume.shape for volume in volumes.values()}) > 1:
-            sizes = (f"{kind} {_times(volume.shape)}" for kind, volume in volumes.items())
-            raise DataError(f"{folder}: the volumes are not of one size: {', '.join(sizes)}")
-        seg = volumes.pop("seg")
+        image, brain, source = read_brats(folder)
+        (seg,), other = read_nifti(_only(folder, "seg"))
+        if seg.shape != brain.shape:
+            raise DataError(f"{folder}: the volumes are not of one size: seg {_times(seg.shape)}, "
+                            f"flair {_times(brain.shape)}")
+        _same_grid(source, other, folder)
         if not np.isin(seg, (0, 1, 2, 4)).all():
             raise DataError(f"{folder}: seg has other labels than 0, 1, 2 and 4")
-        image = np.stack(list(volumes.values()))
-        brain = (image != 0).any(0)
         label = np.where(brain, np.where(seg == 4, 3, seg), IGNORE)
-        if not brain.any():
-            raise DataError(f"{folder}: all channels are 0 everywhere")
-        box = tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(brain))
-        return _standardised(image[(slice(None), *box)], brain[box]), {0: label[box]}
+        box = bounding_box(brain)
+        return image[(slice(None), *box)], {0: label[box]}
 
     # Patients in folders of their own, or in HGG/ and LGG/; a link that leads back counts once.
     found = {os.path.realpath(file.parent): file.parent for depth in ("*/", "*/*/")

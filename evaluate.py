@@ -754,74 +754,111 @@ def draw_ood_curve(path, summary: dict) -> None:
 
 
 def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) -> Path:
-    """Samples for one picture: `<out>/<name>_samples.png` and `<name>.npz`; returns the .npz.
+    """Samples for a picture, a NIfTI file or a patient's folder of BraTS: what they are written to.
 
-    The .npz holds `samples` uint8 (n, H, W), `probabilities` float32 (K, H, W) averaged over the
-    samples, `prediction` uint8 (H, W) and `uncertainty` float32 (H, W). Grey and colour pictures of
-    8 or 16 bits are scaled to [0, 1], as the data sets are.
+    A picture (8 or 16 bits, scaled to [0, 1]) or a NIfTI (every channel at mean 0 and deviation 1,
+    as in the set `folder`) gives <name>_samples.png: image, outlines of prediction and samples,
+    foreground probability, uncertainty; of a volume, the slice with most foreground. Beside it
+        <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
+                                  probabilities float32 (K, H, W), the samples' mean, and
+                                  uncertainty float32 (H, W)
+        <name>_samples.nii.gz     and so on, the same four for a NIfTI: with its shape and affine,
+                                  n or K as the fourth axis
+    Raises UserError or data.DataError where the file and the model do not fit.
     """
     folder, file = Path(folder), Path(file)
     device = device or pick_device()
     model = train.load(folder / "best.pt", device)
-    image = read_picture(file, model.config.in_channels).to(device)
+    source, box = None, ()
+    if file.is_dir():
+        image, brain, source = data.read_brats(file)
+        box = data.bounding_box(brain)
+    elif data.is_nifti(file):
+        if not file.exists():
+            raise UserError(f"{file}: no such file")
+        image, source = data.read_nifti(file)
+        image = data.standardised(image)
+    else:
+        image = read_picture(file, model.config.in_channels)
+    channels, dims = model.config.in_channels, model.config.dims
+    if (len(image), image.ndim - 1) != (channels, dims):
+        raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; the model of {folder} "
+                        f"takes {channels} of {dims}D")
+    size, image = image.shape[1:], torch.from_numpy(image[(slice(None), *box)])
     with torch.no_grad():
         generator = torch.Generator(device).manual_seed(seed)
-        probs = model.sample(image, samples, generator).float().softmax(2)  # (n, 1, K, H, W)
-        prediction = model.predict(image)[0].argmax(0).byte().cpu()
-    uncertainty = metrics.uncertainty_map(probs)[0].cpu()
+        batch = image[None].to(device)
+        probs = model.sample(batch, samples, generator).float().softmax(2)  # (n, 1, K, *S)
+        prediction = model.predict(batch)[0].argmax(0).byte().cpu()
+        uncertainty = metrics.uncertainty_map(probs)[0].cpu()
+    mean, drawn = probs.mean(0)[0].cpu(), probs[:, 0].argmax(1).byte().cpu()
+    arrays = dict(samples=drawn, probabilities=mean, prediction=prediction, uncertainty=uncertainty)
+    arrays = {name: array.numpy() for name, array in arrays.items()}
+
+    name = file.name if file.is_dir() else file.name.removesuffix(".gz").rpartition(".")[0]
     out = Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
-    arrays = dict(samples=probs[:, 0].argmax(1).byte().cpu().numpy(),
-                  probabilities=probs.mean(0)[0].cpu().numpy(),
-                  prediction=prediction.numpy(), uncertainty=uncertainty.numpy())
+    if source is None:
+        written = out / f"{name}.npz"
 
-    def write(name):
-        with open(name, "wb") as stream:  # given a name, savez would add .npz to it
-            np.savez_compressed(stream, **arrays)
+        def write(temporary):
+            with open(temporary, "wb") as stream:  # given a name, savez would add .npz to it
+                np.savez_compressed(stream, **arrays)
 
-    write_atomically(out / f"{file.stem}.npz", write)
-    pictures = [paint_image(image[0]), paint_label(prediction, image[0]), paint_map(uncertainty, 1)]
-    pictures += [paint_label(sample, image[0]) for sample in arrays["samples"]]
-    rows = {"image, prediction,\nuncertainty": pictures[:3]}
-    for i in range(3, len(pictures), 4):
-        rows[f"samples {i - 2} to {min(i + 1, len(pictures) - 3)}"] = pictures[i : i + 4]
-    save_grid(out / f"{file.stem}_samples.png", rows, cell=1.6)
-    return out / f"{file.stem}.npz"
+        write_atomically(written, write)
+    else:
+        written = out / f"{name}_samples.nii.gz"
+        for kind, array in arrays.items():
+            whole = np.zeros(array.shape[: array.ndim - dims] + size, array.dtype)
+            whole[:1] = kind == "probabilities"  # beyond the box all is background
+            whole[(..., *box)] = array
+            data.write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
+
+    if dims == 3:
+        at = int((drawn > 0).sum((0, 2, 3)).argmax())
+        image, prediction, mean, uncertainty, drawn = (
+            x.select(-3, at) for x in (image, prediction, mean, uncertainty, drawn))
+    cells = [paint_image(image), paint_label(prediction, image), paint_map(1 - mean[0], 1),
+             paint_map(uncertainty, 1)]
+    cells += [paint_label(sample, image) for sample in drawn]
+    rows = {"image, prediction,\nforeground,\nuncertainty": cells[:4]}
+    for i in range(4, len(cells), 4):
+        rows[f"samples {i - 3} to {min(i, len(cells) - 4)}"] = cells[i : i + 4]
+    save_grid(out / f"{name}_samples.png", rows, cell=1.6)
+    return written
 
 
 def pictures(path: Path) -> list[Path]:
-    """`path` itself, or the pictures in the folder that it is; UserError if there is none."""
-    if not path.is_dir():
+    """`path` itself, if it is a file or a patient's folder of BraTS, or the images in the folder;
+    UserError if there is none."""
+    if not path.is_dir() or any(path.glob("*_flair.nii*")):
         return [path]
-    kinds = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds)
+    kinds = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
+    found = sorted(file for file in path.iterdir() if file.name.lower().endswith(kinds))
     if not found:
-        raise UserError(f"--image {path}: no picture in this folder ({', '.join(sorted(kinds))})")
+        raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
     return found
 
 
-def read_picture(file: Path, channels: int) -> torch.Tensor:
-    """(1, channels, H, W) float32 in [0, 1]; raises UserError if it is no picture of that kind."""
+def read_picture(file: Path, channels: int) -> np.ndarray:
+    """(C, H, W) float32 in [0, 1], C = 3 if the model takes 3 channels, else 1; UserError if it is
+    not a picture."""
     from PIL import Image
 
     try:
         with Image.open(file) as picture:
             if channels == 3:
                 picture = picture.convert("RGB")
-            elif channels == 1 and picture.mode not in ("L", "F") and \
-                    not picture.mode.startswith("I"):
+            elif picture.mode not in ("L", "F") and not picture.mode.startswith("I"):
                 picture = picture.convert("L")
             array = np.asarray(picture)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{file}: not a picture that Pillow reads ({error})") from error
-    if channels not in (1, 3):
-        raise UserError(f"{file}: the model wants {channels} channels, a picture has 1 or 3; "
-                        "use an .npz and --path")
     scale = {"uint8": 255.0, "uint16": 65535.0, "int32": 65535.0}.get(str(array.dtype), 1.0)
-    tensor = torch.from_numpy(array.astype(np.float32) / scale)
-    return (tensor.permute(2, 0, 1) if channels == 3 else tensor[None])[None].contiguous()
+    array = array.astype(np.float32) / scale
+    return np.ascontiguousarray(array.transpose(2, 0, 1)) if channels == 3 else array[None]
 
 
 # -------------------------------------------------------------------------- the command line
@@ -847,7 +884,7 @@ def parse(argv=None) -> argparse.Namespace:
                    help="--ood: data set whose images are the foreign ones (default: a made one)")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and figure with these")
     p.add_argument("--image", metavar="FILE",
-                   help="draw samples for this picture, or a folder of them")
+                   help="samples for this picture or NIfTI, a folder of them, a BraTS patient")
     p.add_argument("--out", help="where --image writes (default: the run's folder)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     return p.parse_args(argv)

@@ -1222,6 +1222,9 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     refused("images/case", "bomb", call=lambda: data.load("folder", path=tmp_path))
 
 
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # voxels already in the order that the reader turns them to
+
+
 def test_folder_of_volumes(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     rng = np.random.RandomState(0)
@@ -1230,7 +1233,7 @@ def test_folder_of_volumes(tmp_path):
     for i in range(4):
         for kind, array in (("images", volumes[i]), ("labels/anna", labels[i])):
             (tmp_path / kind).mkdir(parents=True, exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / kind / f"v{i}.nii.gz")
+            nibabel.save(nibabel.Nifti1Image(array, LPS), tmp_path / kind / f"v{i}.nii.gz")
     whole = data.load("folder", "all", path=tmp_path)
     assert whole.images.shape == (4, 1, 7, 6, 5) and whole.labels.shape == (4, 1, 7, 6, 5)
     np.testing.assert_array_equal(whole.labels[:, 0], labels.transpose(0, 3, 2, 1))
@@ -1238,6 +1241,62 @@ def test_folder_of_volumes(tmp_path):
     np.testing.assert_allclose(whole.images[2, 0], (want - want.mean()) / want.std(), atol=1e-6)
     cut("images/v1.nii.gz", 90)(tmp_path)
     refused("v1.nii.gz", "NIfTI", call=lambda: data.load("folder", path=tmp_path))
+
+
+def stored(array, affine, axes, flips):
+    """The same volume, axis i of the file running along axis axes[i] of `array`, or back."""
+    matrix = np.zeros((4, 4))
+    matrix[3, 3] = 1
+    for i, (axis, flip) in enumerate(zip(axes, flips)):
+        matrix[axis, i] = -1 if flip else 1
+        matrix[axis, 3] += array.shape[axis] - 1 if flip else 0
+    turned = array.transpose(*axes, *range(3, array.ndim))
+    return turned[tuple(slice(None, None, -1 if f else 1) for f in flips)], affine @ matrix
+
+
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("flips", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
+def test_nifti_in_any_order_and_back(tmp_path, axes, flips):
+    nibabel = pytest.importorskip("nibabel")
+    world = np.random.default_rng(0).integers(-900, 900, (4, 5, 6)).astype(np.int16)
+    affine = np.array([[-1.0, 0, 0, 9], [0, -2, 0.1, 7], [0, -0.1, 3, -5], [0, 0, 0, 1]])
+    voxels, matrix = stored(world, affine, axes, flips)
+    nibabel.save(nibabel.Nifti1Image(voxels, matrix), tmp_path / "in.nii.gz")
+    array, source = data.read_nifti(tmp_path / "in.nii.gz")
+    np.testing.assert_array_equal(array, world.T[None])
+    data.write_nifti(tmp_path / "out.nii.gz", np.stack([array[0], array[0] / 2]), source)
+    back = nibabel.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(np.asarray(back.dataobj)[..., 0], voxels)
+    np.testing.assert_array_equal(np.asarray(back.dataobj)[..., 1], voxels / 2)
+    np.testing.assert_allclose(back.affine, matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape, want", [((4, 5), (1, 5, 4)), ((4, 5, 1), (1, 5, 4)),
+                                         ((4, 1, 6), (1, 6, 4)), ((4, 5, 6, 3), (3, 6, 5, 4))])
+def test_nifti_of_a_slice_and_of_channels(tmp_path, shape, want):
+    nibabel = pytest.importorskip("nibabel")
+    voxels = np.random.default_rng(0).random(shape).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, LPS), tmp_path / "in.nii")
+    array, source = data.read_nifti(tmp_path / "in.nii")
+    assert array.shape == want
+    data.write_nifti(tmp_path / "out.nii.gz", array, source)
+    back = np.asarray(nibabel.load(tmp_path / "out.nii.gz").dataobj)
+    assert back.size == voxels.size and (back.squeeze() == voxels.squeeze()).all()
+
+
+def test_labels_that_lie_elsewhere_are_refused(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    world = np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype(np.uint8)
+    for name, axes, matrix in (("images/v", (0, 1, 2), LPS), ("labels/anna/v", (2, 0, 1), LPS)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(*stored(world, matrix, axes, (0, 1, 0))),
+                     tmp_path / f"{name}.nii.gz")
+    one = data.load("folder", "all", path=tmp_path)  # in another order: the same voxels
+    np.testing.assert_array_equal(one.labels[0, 0] > 0, one.images[0, 0] > 0)
+    nibabel.save(nibabel.Nifti1Image(world, np.eye(4)), tmp_path / "labels/anna/v.nii.gz")
+    refused("labels/anna/v.nii.gz", "affine", call=lambda: data.load("folder", "all",
+                                                                     path=tmp_path))
+
 
 
 # --------------------------------------------------------------------------------------------- em
@@ -1534,7 +1593,7 @@ def write_brats(root, patients=10):
         volumes = rng.randint(1, 900, (4, 9, 8, 7)).astype(np.int16) * brain
         seg = rng.choice([0, 1, 2, 4], (9, 8, 7)).astype(np.uint8)
         for kind, array in zip(("flair", "t1", "t1ce", "t2", "seg"), (*volumes, seg)):
-            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)),
+            nibabel.save(nibabel.Nifti1Image(array, LPS),
                          folder / f"{folder.name}_{kind}.nii.gz")
         stored[folder.name] = volumes, seg, brain
     return stored

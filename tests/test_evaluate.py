@@ -230,10 +230,9 @@ def test_an_image_of_ones_own(run, tmp_path):
 def test_pictures_are_scaled_to_one(tmp_path, mode, dtype, top):
     array = np.array([[0, top], [top // 5, 0]], dtype=dtype)
     Image.fromarray(array).save(tmp_path / "x.png")
-    tensor = evaluate.read_picture(tmp_path / "x.png", 1)
-    torch.testing.assert_close(tensor[0, 0], torch.tensor([[0, 1], [0.2, 0]]), atol=1e-4, rtol=0)
-    colour = evaluate.read_picture(tmp_path / "x.png", 3)
-    assert colour.shape == (1, 3, 2, 2)
+    grey = evaluate.read_picture(tmp_path / "x.png", 1)
+    np.testing.assert_allclose(grey, [[[0, 1], [0.2, 0]]], atol=1e-4)
+    assert evaluate.read_picture(tmp_path / "x.png", 3).shape == (3, 2, 2)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -446,10 +445,85 @@ def test_a_folder_of_pictures(run, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     arguments = [str(run), "--image", str(folder), "--out", str(tmp_path / "out"), "--samples", "2"]
-    assert evaluate.main(arguments) == 2 and "no picture in this folder" in capsys.readouterr().err
+    assert evaluate.main(arguments) == 2 and "no image in this folder" in capsys.readouterr().err
     for name, side in (("b.png", 20), ("a.JPG", 33)):
         Image.fromarray(np.full((side, side), 99, np.uint8)).save(folder / name)
     (folder / "notes.txt").write_text("no picture")
     assert evaluate.main(arguments) == 0
     assert [Path(line).name for line in capsys.readouterr().out.split()] == ["a.npz", "b.npz"]
     assert np.load(tmp_path / "out" / "a.npz")["samples"].shape == (2, 33, 33)
+
+
+@pytest.fixture(scope="module")
+def volume_run(tmp_path_factory):
+    """A tiny DeepMedic SSN of four channels, never trained."""
+    folder = tmp_path_factory.mktemp("runs") / "volumes"
+    folder.mkdir()
+    fields = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
+                  hidden=(5,), patch=6)
+    torch.manual_seed(0)
+    model = train.build("ssn", fields)
+    train.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
+    return folder
+
+
+def test_a_volume_comes_back_on_its_own_grid(volume_run, tmp_path, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    rng = np.random.default_rng(0)
+    world = rng.normal(50, 9, (12, 11, 10, 4)).astype(np.float32)  # x, y, z, channel
+    affine = np.diag([-1.0, -2.0, 3.0, 1.0])
+    matrix = affine @ np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 9], [0, 0, 0, 1.0]])
+    files = {"right": (world, affine), "turned": (world.transpose(1, 2, 0, 3)[:, ::-1], matrix)}
+    samples = {}
+    for name, (array, grid) in files.items():
+        nibabel.save(nibabel.Nifti1Image(array, grid), tmp_path / f"{name}.nii.gz")
+        assert evaluate.main([str(volume_run), "--image", str(tmp_path / f"{name}.nii.gz"), "--out",
+                              str(tmp_path / "out"), "--samples", "3", "--device", "cpu"]) == 0
+        for kind, last in (("samples", (3,)), ("probabilities", (4,)), ("prediction", ()),
+                           ("uncertainty", ())):
+            back = nibabel.load(tmp_path / "out" / f"{name}_{kind}.nii.gz")
+            assert back.shape == array.shape[:3] + last
+            np.testing.assert_allclose(back.affine, grid)
+            samples[name, kind] = np.asarray(back.dataobj)
+        assert (tmp_path / "out" / f"{name}_samples.png").exists()
+    for kind in ("samples", "probabilities", "prediction", "uncertainty"):
+        there = np.moveaxis(samples["turned", kind][:, ::-1], 2, 0)
+        np.testing.assert_array_equal(samples["right", kind], there)
+    np.testing.assert_allclose(samples["right", "probabilities"].sum(3), 1, atol=1e-5)
+    with torch.no_grad():
+        model = train.load(volume_run / "best.pt")
+        image = (world - world.mean((0, 1, 2))) / world.std((0, 1, 2))
+        want = model.predict(torch.from_numpy(image.T.copy())[None])[0].argmax(0)
+    assert (samples["right", "prediction"] == want.numpy().T).mean() > 0.999
+    nibabel.save(nibabel.Nifti1Image(world[..., 0], affine), tmp_path / "grey.nii.gz")
+    assert evaluate.main([str(volume_run), "--image", str(tmp_path / "grey.nii.gz")]) == 2
+    assert "1 channels of 3D; the model" in capsys.readouterr().err
+
+
+def test_a_patient_of_brats(volume_run, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    rng = np.random.default_rng(0)
+    brain = np.zeros((14, 12, 10), bool)
+    brain[3:11, 2:9, 1:8] = True
+    patient = tmp_path / "Brats17_1_1"
+    patient.mkdir()
+    for kind in data.BRATS:
+        nibabel.save(nibabel.Nifti1Image((rng.integers(1, 900, brain.shape) * brain).astype("int16"),
+                                         np.eye(4)), patient / f"Brats17_1_1_{kind}.nii.gz")
+    written = evaluate.predict_image(volume_run, patient, samples=2, out=tmp_path / "out",
+                                     device=torch.device("cpu"))
+    back = np.asarray(nibabel.load(written).dataobj)
+    assert back.shape == (14, 12, 10, 2) and not back[~brain].any() and back[brain].any()
+    odds = np.asarray(nibabel.load(tmp_path / "out/Brats17_1_1_probabilities.nii.gz").dataobj)
+    np.testing.assert_allclose(odds.sum(3), 1, atol=1e-5)
+    assert (odds[~brain] == [1, 0, 0, 0]).all()
+
+
+def test_a_slice_for_a_model_of_slices(run, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    for shape in ((20, 17), (20, 17, 1)):
+        array = np.random.default_rng(0).random(shape).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii")
+        evaluate.main([str(run), "--image", str(tmp_path / "x.nii"), "--out", str(tmp_path)])
+        back = nibabel.load(tmp_path / "x_samples.nii.gz")
+        assert back.shape == (20, 17, 1, 16) and (back.affine == np.eye(4)).all()
