@@ -54,13 +54,14 @@ def standard_normal(shape, like: Tensor, generator: torch.Generator | None = Non
     """Float32 noise of `shape`, whose first axis is the batch, on the device of `like`.
 
     With a generator, on the generator's device first, so one seed gives one result everywhere.
-    Without one, under DistributedDataParallel every rank (all seeded alike) draws for the whole
-    global batch and keeps its own rows: W processes see exactly the noise one would.
+    Without one, in training under DistributedDataParallel every rank (all seeded alike) draws for
+    the whole global batch and keeps its own rows: W processes see exactly the noise one would.
     """
     if generator is not None:
         noise = torch.randn(shape, generator=generator, device=generator.device)
         return noise.to(like.device)
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    shared = dist.is_initialized() and torch.is_grad_enabled()
+    world, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
     noise = torch.randn((world * shape[0], *shape[1:]), device=like.device)
     return noise[rank * shape[0] : (rank + 1) * shape[0]]
 

@@ -6,6 +6,7 @@
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... and blurred, foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests
+    torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # its test split, shared out
 
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr is the bootstrap's, over cases
@@ -73,6 +74,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
            classes=False, device=None, quiet=False) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
+    Under torchrun the processes share the cases; all but the first write and return nothing.
     split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked. weights:
     "best", the checkpoint of lowest validation GED, or "last". classes: every class by itself, too,
     as is done anyway where it costs little.
@@ -91,9 +93,12 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
             raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
                             "marked by every reader; use --cases all")
     part = part.to(device)
-    progress = train.Progress(len(part), quiet=quiet)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    progress = train.Progress(len(part), quiet=quiet or not first)
     values = train.evaluate(
         model, part, samples, progress=lambda done: progress.update(done, "cases evaluated"))
+    if not first:
+        return {}
     values = {name: v.numpy() for name, v in values.items()}
 
     named = [split, cases] + ["last"] * (weights == "last")
@@ -894,9 +899,13 @@ def main(argv=None) -> int:
     """The command line; a user's mistake is one line on stderr and exit status 2."""
     args = parse(argv)
     try:
-        device = pick_device(args.device)
         if min(args.samples) < 1:
             raise UserError("--samples: numbers from 1 up")
+        device, _, world = train.start_processes(args.device)
+        if world > 1 and (args.image or args.compare or args.ambiguous or args.ood or
+                          args.ood_data):
+            raise UserError("torchrun shares out the judging of a test split alone; start this "
+                            "with python")
         if args.image:
             for file in pictures(Path(args.image)):
                 print(predict_image(args.run, file, out=args.out, device=device,
@@ -918,6 +927,8 @@ def main(argv=None) -> int:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
                    samples=tuple(args.samples), path=args.path, classes=args.per_class,
                    device=device)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         return 0
     except (UserError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)

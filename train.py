@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import platform
@@ -258,7 +259,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
         if device.type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
-        # the others wait while rank 0 evaluates, which may take long
+        # the others wait while rank 0 draws, which may take long
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=24))
     return device, rank, world
@@ -292,13 +293,14 @@ def train_step(loss_of, optimizer, image, label, lr, autocast):
     return {"loss": loss.detach(), **terms, "gradient": norm}
 
 
-def drawn(model, split, n, seed=0):
-    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it.
+def drawn(model, split, n, seed=0, rank=0, world=1):
+    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it;
+    or of several processes' shares, batch rank, rank + world, ...
 
     Draws depend on (seed, batch) alone. As many cases at once as keep the logits under 128 MiB.
     """
     batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
-    for start in range(0, len(split), batch):
+    for start in range(rank * batch, len(split), world * batch):
         part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
         generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
         torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
@@ -310,20 +312,25 @@ def evaluate(model, split, samples=(16,), seed=0, full=True, progress=None) -> d
     """Every measure of every case: {name: (N,) float64}, for each n in `samples`.
 
     full=False only measures `ged_<n>`, as validation during training does. `progress(done)` is
-    called after every batch.
+    called after every batch. Under torchrun the processes share the cases, and all get everything,
+    the same as one would.
     """
     was_training = model.training
     model.eval()
-    results: dict[str, list] = {}
-    done = 0
-    for part, logits in drawn(model, split, max(samples), seed):
-        for name, values in score(model, part, logits, samples, full).items():
-            results.setdefault(name, []).append(values.double().cpu())
-        done += len(part)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches, done = [], 0
+    for part, logits in drawn(model, split, max(samples), seed, rank, world):
+        scores = score(model, part, logits, samples, full)
+        batches.append({name: values.double().cpu() for name, values in scores.items()})
+        done += len(part) * world
         if progress:
-            progress(done)
+            progress(min(done, len(split)))
     model.train(was_training)
-    return {name: torch.cat(values) for name, values in results.items()}
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, batches)
+        batches = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def score(model, part, logits, samples, full) -> dict:
@@ -569,9 +576,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
         validating = step > start and (step % validate_every == 0 or finished) and not stopping
 
-        if main and validating:
+        if validating:
             terms.check()
             ged = evaluate(model, val_split, full=False)["ged_16"].mean().item()
+        if main and validating:
             append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
             progress.update(step, f"validation GED {ged:.4f}", line=True)
             if ged < best:
@@ -605,20 +613,21 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             logged_at = time.monotonic()
 
     stop.restore()
-    if dist.is_initialized():
-        del loss_of  # freed after its group is gone, DistributedDataParallel can hang
-        gc.collect()
-        dist.destroy_process_group()
-    if stopping and not finished:
-        progress.say(f"stopped and saved at step {step}; go on with: "
-                     f"python train.py --resume {folder}")
-        return 128 + stop.signal
-    if main:
+    del loss_of  # freed after its group is gone, DistributedDataParallel can hang
+    gc.collect()
+    if finished:
         import evaluate as evaluation  # it imports this module, to read what is written here
 
         samples = QUICK_SAMPLES if settings["quick"] else evaluation.SAMPLES
+        if world > 1:
+            dist.barrier()  # until best.pt is there
         evaluation.report(folder, samples=samples, device=device)
-    return 0
+    else:
+        progress.say(f"stopped and saved at step {step}; go on with: "
+                     f"python train.py --resume {folder}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if finished else 128 + stop.signal
 
 
 def first_model(settings, split) -> nn.Module:

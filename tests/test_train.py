@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 import train
 from common import UserError
 
@@ -308,3 +310,22 @@ def test_two_processes_see_what_one_does(finished, tmp_path):
     assert abs(first["loss"] / log(finished)[0]["loss"] - 1) < 1e-5, output
     assert abs(first["gradient"] / log(finished)[0]["gradient"] - 1) < 1e-4
     assert "metrics.json" in {p.name for p in tmp_path.iterdir()}
+
+
+def test_two_processes_judge_as_one_does(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["data_args"]["n"] = 350  # 70 test cases: batches of 32, 32 and 6
+    (folder / "config.json").write_text(json.dumps(config))
+    evaluate.report(folder, samples=(1, 16), device=torch.device("cpu"), quiet=True)
+    alone = {name: (folder / name).read_text() for name in ("per_case.csv", "metrics.json")}
+    assert alone["per_case.csv"].count("\n") == 71
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518",
+                "evaluate.py")
+    for name in alone:
+        (folder / name).unlink()
+    process = start(folder, "--samples", 1, 16, "--device", "cpu", launcher=launcher)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert {name: (folder / name).read_text() for name in alone} == alone
+    assert output.count("numbers and pictures in") == 1
