@@ -33,7 +33,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +47,7 @@ from common import UserError, cross_entropy, pick_device
 from ssn import SSN
 
 TABLES = ("models", "costs", "scaling", "evaluation", "processes")
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -143,30 +144,43 @@ def copy_rate(device) -> float:
     return 8 * a.numel() / statistics.median(in_turn({"": lambda: b.copy_(a)}, 5, device)[""])
 
 
-def convolutions_alone(model, function, backward: bool):
-    """A function that runs, one by one, the convolutions and linear layers that `function` runs in
-    `model`: on inputs of the same shape and layout, with their gradients if `backward`."""
-    calls = []
+class Convolutions(TorchFunctionMode):
+    """Notes every convolution and linear layer that runs while it is on."""
 
-    def note(module, inputs, output):
-        x = inputs[0]
-        calls.append((module, torch.randn_like(x), x.requires_grad, torch.randn_like(output)))
+    def __init__(self):
+        super().__init__()
+        self.calls = []
 
-    hooks = [m.register_forward_hook(note) for m in model.modules()
-             if isinstance(m, CONVOLUTIONS)]
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [hook.remove() for hook in hooks])
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in CONVOLUTIONS:
+            self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+
+def convolutions_alone(function, backward: bool):
+    """A function that runs, one by one, the convolutions and linear layers that `function` runs: on
+    tensors of the same shape and layout, with their gradients if `backward`."""
+    with Convolutions() as noted:
         function()
 
+    def like(tensor):
+        return torch.randn_like(tensor).requires_grad_(tensor.requires_grad and backward)
+
+    calls = [(convolution, [like(x) if isinstance(x, torch.Tensor) else x for x in inputs], options,
+              torch.randn_like(out)) for convolution, inputs, options, out in noted.calls]
+    noted.calls.clear()  # they hold the whole graph
+
     def run():
-        for module, x, needs_gradient, gradient in calls:
+        for convolution, inputs, options, gradient in calls:
             if not backward:
                 with torch.no_grad():
-                    module(x)
+                    convolution(*inputs, **options)
                 continue
-            module(x.requires_grad_(needs_gradient)).backward(gradient)
-            x.grad = None
-            module.zero_grad(set_to_none=True)
+            convolution(*inputs, **options).backward(gradient)
+            for tensor in inputs:
+                if isinstance(tensor, torch.Tensor):
+                    tensor.grad = None
 
     return run
 
@@ -226,7 +240,7 @@ def table_of_models(options) -> list[dict]:
         b, plain = Bench(name, options), Bench(name, options, plain=True)
         flops = operations(plain.step)
         with b.autocast():
-            convs = convolutions_alone(b.model, b.forward, backward=True)
+            convs = convolutions_alone(b.forward, backward=True)
 
         def limit():
             with b.autocast():
@@ -293,7 +307,7 @@ def table_of_costs(options) -> list[dict]:
     for name in [m for m in ("phiseg", "hpunet", "vae_unet") if m in train.MODELS]:
         c = Bench(name, options)
         c.model.eval()
-        alone = {k: convolutions_alone(c.model, lambda: c.sample(k), backward=False)
+        alone = {k: convolutions_alone(lambda: c.sample(k), backward=False)
                  for k in (1, 17)}
         times = in_turn({"1": lambda: c.sample(1), "17": lambda: c.sample(17),
                          "convs 1": alone[1], "convs 17": alone[17]}, options.rounds,
