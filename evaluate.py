@@ -71,13 +71,13 @@ READERS = 7  # label maps of a case a picture shows
 
 
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           classes=False, device=None, quiet=False) -> dict:
+           classes=False, cluster=(16,), device=None, quiet=False) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
     Under torchrun the processes share the cases; all but the first write and return nothing.
     split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked. weights:
     "best", the checkpoint of lowest validation GED, or "last". classes: every class by itself, too,
-    as is done anyway where it costs little.
+    as is done anyway where it costs little. cluster: samples, and Hamming distance, for objects.
     Raises UserError or DataError for what the user can mend.
     """
     folder = Path(folder)
@@ -108,7 +108,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     if modes:
         values[f"mode_tv_{max(samples)}"] = abs(modes.frequency - modes.odds).sum(1) / 2
     if part.instances is not None:
-        found, shown = instances(model, part)
+        found, shown = instances(model, part, *cluster)
         values |= found
         draw_instances(out / "instances.png", shown)
     elif classes or part.images.dim() == 4 and 3 <= part.num_classes <= 20:
@@ -473,12 +473,13 @@ def ambiguity(folder, *, path=None, device=None, n=16) -> dict:
 
 
 @torch.no_grad()
-def instances(model, split, n=16) -> tuple[dict, list[dict]]:
+def instances(model, split, n=16, alpha=None) -> tuple[dict, list[dict]]:
     """Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H) against the split's ids:
     {name: (N,)}, and a few cases for `draw_instances`.
 
-    rand_error_<n>, ap_<n>, ap50_<n> of the clusters of n samples; an object's confidence is the
-    samples' mean foreground probability over it. rand_error_components: what a deterministic
+    rand_error_<n>, ap_<n>, ap50_<n> of the clusters of n samples, within Hamming distance alpha
+    (n; see hpunet.cluster_instances); an object's confidence is the samples' mean foreground
+    probability over it. rand_error_components: what a deterministic
     network could do, the connected components of the foreground in `predict`. Pixels of id -1
     count nowhere.
     """
@@ -488,7 +489,7 @@ def instances(model, split, n=16) -> tuple[dict, list[dict]]:
         samples = train.labels_of(logits, 2)  # (n, B, H, W)
         foreground = 1 - logits.softmax(2)[:, :, 0].mean(0)
         boxes = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's are for 256
-        found = torch.stack([clean_instances(cluster_instances(s, generator=generator), *boxes)
+        found = torch.stack([clean_instances(cluster_instances(s, alpha, generator), *boxes)
                              for s in samples.unbind(1)]).to(device)
         parts = metrics.connected_components(train.labels_of(model.predict(part.images), 1) > 0)
         known, truth = part.instances >= 0, part.instances.clamp(min=0)
@@ -787,8 +788,8 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
         image = read_picture(file, model.config.in_channels)
     channels, dims = model.config.in_channels, model.config.dims
     if (len(image), image.ndim - 1) != (channels, dims):
-        raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; the model of {folder} "
-                        f"takes {channels} of {dims}D")
+        raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; the model of "
+                        f"{folder} takes {channels} of {dims}D")
     size, image = image.shape[1:], torch.from_numpy(image[(slice(None), *box)])
     with torch.no_grad():
         generator = torch.Generator(device).manual_seed(seed)
@@ -884,6 +885,9 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--ambiguous", action="store_true", help="tell cases on which readers disagree")
     p.add_argument("--per-class", action="store_true",
                    help="Dice and Hausdorff distance of every class by itself")
+    p.add_argument("--cluster", type=int, nargs="+", default=[16], metavar=("N", "ALPHA"),
+                   help="sets with instances: cluster N samples (16) within Hamming distance ALPHA "
+                   "(N); choose on --split val: fewer broken objects with a larger one")
     p.add_argument("--ood", action="store_true", help="can samples tell corrupted images?")
     p.add_argument("--ood-data", nargs="+", metavar=("NAME", "PATH"),
                    help="--ood: data set whose images are the foreign ones (default: a made one)")
@@ -901,6 +905,8 @@ def main(argv=None) -> int:
     try:
         if min(args.samples) < 1:
             raise UserError("--samples: numbers from 1 up")
+        if len(args.cluster) > 2 or min(args.cluster) < 1:
+            raise UserError("--cluster: samples and, if you like, a distance, both from 1 up")
         device, _, world = train.start_processes(args.device)
         if world > 1 and (args.image or args.compare or args.ambiguous or args.ood or
                           args.ood_data):
@@ -926,7 +932,7 @@ def main(argv=None) -> int:
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
                    samples=tuple(args.samples), path=args.path, classes=args.per_class,
-                   device=device)
+                   cluster=args.cluster, device=device)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return 0

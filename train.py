@@ -22,10 +22,12 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import importlib.util
 import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -558,8 +560,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         begin_files(folder, settings, training, model, start)
         write_text(folder / "split.json", json.dumps(train_split.parts, indent=1) + "\n")
     loss_of = distribute(model, device) if world > 1 else model
-    if compile:
-        loss_of = torch.compile(loss_of)
+    missing = compile and lacks_compiler(device)
+    if compile and not missing:
+        # its own random numbers would be others than those of a run without
+        loss_of = torch.compile(loss_of, options={"fallback_random": True})
     autocast = torch.autocast(device.type, torch.bfloat16) if settings["precision"] == "bf16" \
         else contextlib.nullcontext()
     progress = Progress(steps, start, quiet=not main)
@@ -567,6 +571,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}"
                  + (f", {world} processes" if world > 1 else "")
                  + (f", going on at step {start}" if resume else "") + f" -> {folder}")
+    if missing:
+        progress.say(f"--compile: {missing}; going on without it, at the usual speed")
     terms, saved_at, logged_at = Terms(), time.monotonic(), time.monotonic()
     validate_every = max(LOG_EVERY, min(5000, steps // 10))
     model.train()
@@ -640,6 +646,16 @@ def first_model(settings, split) -> nn.Module:
         fields |= Model.QUICK_CONFIG
     torch.manual_seed(settings["seed"])
     return build(settings["model"], fields | settings["model_args"])
+
+
+def lacks_compiler(device) -> str | None:
+    """What torch.compile needs and this machine lacks, or None."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    if not any(map(shutil.which, filter(None, compilers))):
+        return "no C++ compiler (g++) was found"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
 
 
 def readers(text: str):

@@ -237,7 +237,7 @@ def test_pictures_are_scaled_to_one(tmp_path, mode, dtype, top):
 
 @pytest.mark.parametrize("arguments, message", [
     (["/nowhere"], "no run there"), (["RUN", "--image", "/nowhere.png"], "no such file"),
-    (["RUN", "--samples", "0"], "from 1 up"), (["RUN", "--image", "BROKEN"], "not a picture"),
+    (["RUN", "--samples", "0"], "from 1 up"), (["RUN", "--cluster", "16", "0"], "from 1 up"), (["RUN", "--image", "BROKEN"], "not a picture"),
     (["RUN", "--path", "/nowhere"], "leave the path out")])
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     broken = tmp_path / "broken.png"
@@ -430,6 +430,8 @@ def test_instances_of_a_model_that_does_not():
         len(image), -1, *image.shape[2:])  # all one object
     scores, _ = evaluate.instances(model, split)
     assert scores["rand_error_16"].min() > 0.4 and scores["rand_error_components"].min() > 0.6
+    scores, shown = evaluate.instances(model, split, 8, 16)  # within reach even if all 8 differ
+    assert "rand_error_8" in scores and not shown[0]["found"].any()
 
 
 def test_short_names_are_unique():

@@ -302,6 +302,13 @@ def test_compiled_loss_is_the_same(finished, tmp_path):
     assert abs(log(tmp_path)[0]["loss"] / log(finished)[0]["loss"] - 1) < 1e-4
 
 
+def test_without_a_compiler_it_goes_on(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    out = run(*TINY, "--steps", 1, "--compile", "--out", tmp_path, capsys=capsys).out
+    assert "--compile: no C++ compiler (g++) was found; going on without it" in out
+    assert log(tmp_path)[0]["loss"] == log(finished)[0]["loss"]
+
+
 def test_two_processes_see_what_one_does(finished, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
                 "train.py")
