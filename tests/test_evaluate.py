@@ -237,7 +237,8 @@ def test_pictures_are_scaled_to_one(tmp_path, mode, dtype, top):
 
 @pytest.mark.parametrize("arguments, message", [
     (["/nowhere"], "no run there"), (["RUN", "--image", "/nowhere.png"], "no such file"),
-    (["RUN", "--samples", "0"], "from 1 up"), (["RUN", "--cluster", "16", "0"], "from 1 up"), (["RUN", "--image", "BROKEN"], "not a picture"),
+    (["RUN", "--samples", "0"], "from 1 up"), (["RUN", "--cluster", "16", "0"], "from 1 up"),
+    (["RUN", "--image", "BROKEN"], "not a picture"),
     (["RUN", "--path", "/nowhere"], "leave the path out")])
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     broken = tmp_path / "broken.png"
@@ -510,8 +511,9 @@ def test_a_patient_of_brats(volume_run, tmp_path):
     patient = tmp_path / "Brats17_1_1"
     patient.mkdir()
     for kind in data.BRATS:
-        nibabel.save(nibabel.Nifti1Image((rng.integers(1, 900, brain.shape) * brain).astype("int16"),
-                                         np.eye(4)), patient / f"Brats17_1_1_{kind}.nii.gz")
+        volume = (rng.integers(1, 900, brain.shape) * brain).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)),
+                     patient / f"Brats17_1_1_{kind}.nii.gz")
     written = evaluate.predict_image(volume_run, patient, samples=2, out=tmp_path / "out",
                                      device=torch.device("cpu"))
     back = np.asarray(nibabel.load(written).dataobj)
