@@ -763,8 +763,8 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
     """Samples for a picture, a NIfTI file or a patient's folder of BraTS: what they are written to.
 
     A picture (8 or 16 bits, scaled to [0, 1]) or a NIfTI (every channel at mean 0 and deviation 1,
-    as in the set `folder`) gives <name>_samples.png: image, outlines of prediction and samples,
-    foreground probability, uncertainty; of a volume, the slice with most foreground. Beside it
+    as in the set `folder`) gives <name>_samples.png: image, prediction, every sample's outlines,
+    foreground probability, uncertainty, samples; of a volume, the slice with most foreground. Then
         <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
                                   probabilities float32 (K, H, W), the samples' mean, and
                                   uncertainty float32 (H, W)
@@ -824,14 +824,26 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
         at = int((drawn > 0).sum((0, 2, 3)).argmax())
         image, prediction, mean, uncertainty, drawn = (
             x.select(-3, at) for x in (image, prediction, mean, uncertainty, drawn))
-    cells = [paint_image(image), paint_label(prediction, image), paint_map(1 - mean[0], 1),
-             paint_map(uncertainty, 1)]
-    cells += [paint_label(sample, image) for sample in drawn]
-    rows = {"image, prediction,\nforeground,\nuncertainty": cells[:4]}
-    for i in range(4, len(cells), 4):
-        rows[f"samples {i - 3} to {min(i, len(cells) - 4)}"] = cells[i : i + 4]
-    save_grid(out / f"{name}_samples.png", rows, cell=1.6)
+    rows = {"": [paint_image(image), paint_label(prediction, image), paint_outlines(drawn, image),
+                 paint_map(1 - mean[0], 1), paint_map(uncertainty, 1)]}
+    for i in range(0, len(drawn), 8):
+        rows[f"samples\n{i + 1} to {min(i + 8, len(drawn))}"] = [paint_label(sample, image)
+                                                               for sample in drawn[i : i + 8]]
+    save_grid(out / f"{name}_samples.png", rows,
+              ["image", "prediction", "outlines", "foreground", "uncertainty"], cell=1.3)
     return written
+
+
+def paint_outlines(labels, image) -> torch.Tensor:
+    """Where any of the label maps (n, H, W) changes class, over the image: RGB (H, W, 3), the
+    brighter the more of them do."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:, :, :-1] |= labels[:, :, :-1] != labels[:, :, 1:]
+    share = edge.float().mean(0).unsqueeze(2)
+    line = torch.tensor([0.90, 0.62, 0.0])  # the first class's colour
+    return torch.lerp(paint_image(image), line.expand(*edge.shape[1:], 3),
+                      (share > 0) * (0.3 + 0.7 * share))
 
 
 def pictures(path: Path) -> list[Path]:
