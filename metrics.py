@@ -107,16 +107,22 @@ def pairwise_iou(a, b, num_classes=2, empty=1.0):
 
 # ---- distributions over label maps --------------------------------------------------------------
 
-def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0):
-    """{"ged", "diversity", "hungarian_iou"}: the next three functions at the price of one.
+def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, counts=None):
+    """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n samples, for each n of
+    `counts` (default: all of them): the next three functions, at the price of one.
 
     Like ged, it leaves out pixels no reader labelled; `sample_diversity` alone sees no labels.
     """
-    n, weights = len(samples), _reader_weights(labels, weights)
-    iou = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, n + A, n + A)
-    return {"ged": _ged(iou, weights),
-            "diversity": 1 - iou[:, :n, :n].mean((1, 2)),
-            "hungarian_iou": _matched_iou(iou[:, :n, n:], weights)}
+    most, weights = len(samples), _reader_weights(labels, weights)
+    iou_of_all = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, most + A, same)
+    scores = {}
+    for n in counts or (most,):
+        iou = torch.cat([iou_of_all[:, :n], iou_of_all[:, most:]], 1)
+        iou = torch.cat([iou[:, :, :n], iou[:, :, most:]], 2)
+        scores |= {f"ged_{n}": _ged(iou, weights),
+                   f"diversity_{n}": 1 - iou[:, :n, :n].mean((1, 2)),
+                   f"hungarian_iou_{n}": _matched_iou(iou[:, :n, n:], weights)}
+    return scores
 
 
 def ged(samples, labels, num_classes=2, weights=None, empty=1.0):

@@ -345,10 +345,8 @@ def score(model, part, logits, samples, full) -> dict:
     if not full:
         return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, weights, empty)
                 for n in samples}
-    out = {}
+    out = metrics.sample_scores(hard, labels, classes, weights, empty, samples)
     for n in samples:
-        scores = metrics.sample_scores(hard[:n], labels, classes, weights, empty)
-        out |= {f"{name}_{n}": values for name, values in scores.items()}
         out[f"ncc_{n}"] = metrics.ncc(probs[:n], part.labels, weights)
     prediction = only_scored(part, labels_of(model.predict(part.images), 1))
     out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)

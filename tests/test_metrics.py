@@ -149,7 +149,8 @@ def scores(samples, labels, weights=None, num_classes=3):
     probs = torch.nn.functional.one_hot(samples, num_classes).movedim(-1, 2).double() * 0.8 + 0.1
     return torch.stack([metrics.ged(samples, labels, num_classes, weights),
                         metrics.hungarian_iou(samples, labels, num_classes, weights),
-                        metrics.sample_scores(samples, labels, num_classes, weights)["diversity"],
+                        *[values for name, values in metrics.sample_scores(
+                            samples, labels, num_classes, weights).items() if "diver" in name],
                         metrics.ncc(probs, labels, weights),
                         metrics.dice(samples[0], labels, num_classes, weights),
                         metrics.dice_present(samples[0], labels, num_classes, weights)]).double()
@@ -229,10 +230,15 @@ def test_sample_scores_are_the_single_functions():
     samples = random_maps(20, 5, 3, 6, 5, num_classes=3)
     labels = random_maps(21, 3, 4, 6, 5, num_classes=3)
     for weights, empty in ((None, 1.0), (torch.rand(3, 4), NAN)):
-        got = metrics.sample_scores(samples, labels, 3, weights, empty)
-        close(got["ged"], metrics.ged(samples, labels, 3, weights, empty))
-        close(got["diversity"], metrics.sample_diversity(samples, 3, empty))
-        close(got["hungarian_iou"], metrics.hungarian_iou(samples, labels, 3, weights, empty))
+        got = metrics.sample_scores(samples, labels, 3, weights, empty, counts=(1, 3, 5))
+        assert len(got) == 9
+        for n in (1, 3, 5):
+            first = samples[:n]
+            close(got[f"ged_{n}"], metrics.ged(first, labels, 3, weights, empty))
+            close(got[f"diversity_{n}"], metrics.sample_diversity(first, 3, empty))
+            close(got[f"hungarian_iou_{n}"],
+                  metrics.hungarian_iou(first, labels, 3, weights, empty))
+    assert got.keys() > metrics.sample_scores(samples, labels, 3).keys()  # of all five
 
 
 def test_mode_frequencies():
