@@ -485,6 +485,8 @@ def main(argv=None) -> int:
                options.rounds) < 1:
             raise UserError("--batch-size, --image-size, --samples, --cases and --rounds are 1 or "
                             "more")
+        if options.compile and (missing := train.lacks_compiler(options.device)):
+            raise UserError(f"--compile: {missing}")
         for name in options.models or ():
             if name not in train.MODELS:
                 raise UserError(f"--models {name}: choose from {', '.join(train.MODELS)}")

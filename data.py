@@ -1076,12 +1076,13 @@ def _npz(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dic
     return arrays
 
 
-def read_nifti(file) -> tuple[np.ndarray, object]:
-    """A NIfTI file: (voxels (C, D, H, W), or (C, H, W) of a single slice; the nibabel image).
+def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
+    """A NIfTI file: (voxels (C, D, H, W), or (C, H, W) of a single slice unless dims=3; the nibabel
+    image).
 
     Axes are turned, in steps of 90 degrees, so that W runs to the patient's left, H to the back and
     D to the head, as in DICOM: files stored in different orders agree. Raises DataError for a
-    broken file.
+    broken file and for voxels that are not finite real numbers.
     """
     nibabel = _extra("nibabel", file)
     with _readable(file, "NIfTI file"):
@@ -1089,7 +1090,12 @@ def read_nifti(file) -> tuple[np.ndarray, object]:
         array = np.asarray(source.dataobj)
         array = array.reshape(*(array.shape + (1, 1, 1))[:3], -1)  # x, y, z, channel
         array = nibabel.apply_orientation(array, _turned(source)[0]).T
-    return array.reshape(_volume_shape(array)), source
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{file}: voxels of {array.dtype}; one real number each is needed, several "
+                        "along the fourth axis")
+    if not np.isfinite(array).all():
+        raise DataError(f"{file}: some voxels are NaN or infinite; replace them first")
+    return array if dims == 3 else array.reshape(_volume_shape(array)), source
 
 
 def _volume_shape(array: np.ndarray) -> tuple[int, ...]:
@@ -1128,12 +1134,13 @@ def write_nifti(path, array: np.ndarray, source) -> None:
 
 
 def _same_grid(source, other, file) -> None:
-    """Refuse a label map that lies elsewhere than its image: turned, it could fit it wrongly."""
+    """Refuse a file that lies elsewhere than its image, `source`: turned, it could fit wrongly."""
     (_, size, here), (_, _, there) = _turned(source), _turned(other)
     voxel = np.linalg.norm(here[:3, :3], axis=0).min()
     if (abs(here - there) @ [*size, 1]).max() > voxel / 2:
-        raise DataError(f"{file}: its affine is not its image's; resample it onto the image's grid "
-                        "or, if only the header is wrong, save it with the image's affine")
+        image = Path(source.get_filename()).name
+        raise DataError(f"{file}: its affine is not that of {image}; resample it onto that grid "
+                        "or, if only the header is wrong, save it with that affine")
 
 
 def standardised(volume: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
@@ -1337,7 +1344,8 @@ def _read_folder(path: Path, wanted: Sequence[str], num_classes: int, masks: str
 
     Pictures of any kind in `_FOLDER`; their labels are PNG or TIFF, grey levels or palette indices
     from 0 to K - 1, with 255 to ignore. With masks=binary whatever is not 0 is class 1. Or volumes:
-    .nii.gz (or .nii) on both sides, channels brought to mean 0 and deviation 1. A reader may lack
+    .nii.gz (or .nii) on both sides, channels brought to mean 0 and deviation 1; one of a single
+    slice is 2D. A reader may lack
     some of the images. groups.csv, lines of NAME,GROUP, tells which cases are of one patient.
     """
     def by_name(folder: Path) -> dict[str, Path]:
@@ -1548,11 +1556,13 @@ def _read_brats(path: Path, wanted: Sequence[str]) -> _Listing:
     """
     def read(folder: Path):
         image, brain, source = read_brats(folder)
-        (seg,), other = read_nifti(_only(folder, "seg"))
-        if seg.shape != brain.shape:
+        file = _only(folder, "seg")
+        seg, other = read_nifti(file)
+        if seg.shape != (1, *brain.shape):
             raise DataError(f"{folder}: the volumes are not of one size: seg {_times(seg.shape)}, "
-                            f"flair {_times(brain.shape)}")
-        _same_grid(source, other, folder)
+                            f"flair {_times((1, *brain.shape))}")
+        _same_grid(source, other, file)
+        seg = seg[0]
         if not np.isin(seg, (0, 1, 2, 4)).all():
             raise DataError(f"{folder}: seg has other labels than 0, 1, 2 and 4")
         label = np.where(brain, np.where(seg == 4, 3, seg), IGNORE)

@@ -23,7 +23,7 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     levels.png       PHiSeg: samples growing level by level, and their residuals (its Fig. 1)
     scales.png       HPU-Net: all latents drawn, the most local, the most global ones (its Fig. 3)
     extrapolation.png    HPU-Net with --data-args hide=50: what it puts where nothing is known
-    instances.png    sets with instances: objects clustered from 16 samples (HPU-Net's Fig. 4)
+    instances.png    sets with instances: objects clustered from samples (HPU-Net's Fig. 4)
     modes.png        sets of known odds: frequencies of modes and of pixels' classes against them
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. For the
@@ -34,8 +34,9 @@ iou_rec for models with latents. Where the odds are known: mode_tv_<n>, the tota
 the modes drawn for a case and its odds (n true draws have some too); mode_pooled_tv_<n>, the same
 with frequencies and odds averaged over the cases first, and mode_gap_<n>, the worst mode's
 difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects clustered from
-n samples, and rand_error_components of what hangs together in the prediction. dice_class_<k> and
-hd95_class_<k> (in pixels): of `predict`, over the cases that have class k.
+n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), and rand_error_components of what hangs
+together in the prediction. dice_class_<k> and hd95_class_<k> (in pixels): of `predict`, over the
+cases that have class k.
 """
 
 import argparse
@@ -71,13 +72,14 @@ READERS = 7  # label maps of a case a picture shows
 
 
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           classes=False, cluster=(16,), device=None, quiet=False) -> dict:
+           classes=False, cluster=None, device=None, quiet=False) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
     Under torchrun the processes share the cases; all but the first write and return nothing.
     split: "test", "val" or "all". cases: "all", or "agreed", those every reader marked. weights:
     "best", the checkpoint of lowest validation GED, or "last". classes: every class by itself, too,
-    as is done anyway where it costs little. cluster: samples, and Hamming distance, for objects.
+    as is done anyway where it costs little. cluster: (samples,) or (samples, Hamming distance) by
+    which objects are found; default 16.
     Raises UserError or DataError for what the user can mend.
     """
     folder = Path(folder)
@@ -92,6 +94,8 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         if not len(part):
             raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
                             "marked by every reader; use --cases all")
+    if cluster and part.instances is None:
+        raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     part = part.to(device)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     progress = train.Progress(len(part), quiet=quiet or not first)
@@ -108,7 +112,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     if modes:
         values[f"mode_tv_{max(samples)}"] = abs(modes.frequency - modes.odds).sum(1) / 2
     if part.instances is not None:
-        found, shown = instances(model, part, *cluster)
+        found, shown = instances(model, part, *cluster or (16,))
         values |= found
         draw_instances(out / "instances.png", shown)
     elif classes or part.images.dim() == 4 and 3 <= part.num_classes <= 20:
@@ -477,34 +481,43 @@ def instances(model, split, n=16, alpha=None) -> tuple[dict, list[dict]]:
     """Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H) against the split's ids:
     {name: (N,)}, and a few cases for `draw_instances`.
 
-    rand_error_<n>, ap_<n>, ap50_<n> of the clusters of n samples, within Hamming distance alpha
-    (n; see hpunet.cluster_instances); an object's confidence is the samples' mean foreground
-    probability over it. rand_error_components: what a deterministic
+    rand_error_<n>, ap_<n>, ap50_<n> of the clusters of n samples, with _<alpha> behind it if it is
+    given (see hpunet.cluster_instances); an object's confidence is the samples' mean probability,
+    over it, of the classes that stand for objects: those from split.fixed up. To other classes it
+    is all background, and so are pixels of theirs. rand_error_components: what a deterministic
     network could do, the connected components of the foreground in `predict`. Pixels of id -1
     count nowhere.
     """
-    scores, shown, device = {}, [], split.images.device
+    scores, shown, device, first = {}, [], split.images.device, split.fixed
     generator = torch.Generator().manual_seed(0)
+
+    def objects(maps):  # object classes, or ids, from 1; 0 for all else
+        return (maps.long() - first + 1).clamp(min=0)
+
     for part, logits in train.drawn(model, split, n):
-        samples = train.labels_of(logits, 2)  # (n, B, H, W)
-        foreground = 1 - logits.softmax(2)[:, :, 0].mean(0)
+        samples = objects(train.labels_of(logits, 2))  # (n, B, H, W)
+        foreground = logits.softmax(2)[:, :, first:].sum(2).mean(0)
         boxes = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's are for 256
-        found = torch.stack([clean_instances(cluster_instances(s, alpha, generator), *boxes)
+        found = torch.stack([clean_instances(cluster_instances(s, alpha, generator), *boxes,
+                                             keep=first == 1)
                              for s in samples.unbind(1)]).to(device)
-        parts = metrics.connected_components(train.labels_of(model.predict(part.images), 1) > 0)
-        known, truth = part.instances >= 0, part.instances.clamp(min=0)
+        parts = metrics.connected_components(
+            objects(train.labels_of(model.predict(part.images), 1)) > 0)
+        known, truth = part.instances >= 0, objects(part.instances)
         batch = metrics.average_precision(found * known, truth, foreground)
-        batch = {f"{name}_{n}": values for name, values in batch.items()}
-        batch[f"rand_error_{n}"] = metrics.rand_error(found * known, truth)
+        batch["rand_error"] = metrics.rand_error(found * known, truth)
+        batch = {f"{name}_{n}" + f"_{alpha}" * bool(alpha): values
+                 for name, values in batch.items()}
         batch["rand_error_components"] = metrics.rand_error(parts * known, truth)
         for name, values in batch.items():
             scores.setdefault(name, []).append(values.double().cpu())
         again = None
         if hasattr(model, "reconstruct"):
-            again = train.labels_of(model.reconstruct(part.images, part.labels[:, 0].long()), 1)
+            again = objects(train.labels_of(
+                model.reconstruct(part.images, part.labels[:, 0].long()), 1))
         for i in range(len(part) if len(shown) < 4 else 0):
             shown.append(dict(name=short_name(part, i), image=part.images[i], found=found[i],
-                              truth=part.instances[i], samples=samples[:, i],
+                              truth=truth[i].where(known[i], -1), samples=samples[:, i],
                               again=truth[i] * 0 if again is None else again[i]))
     return {name: torch.cat(values).numpy() for name, values in scores.items()}, shown[:4]
 
@@ -762,9 +775,10 @@ def draw_ood_curve(path, summary: dict) -> None:
 def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) -> Path:
     """Samples for a picture, a NIfTI file or a patient's folder of BraTS: what they are written to.
 
-    A picture (8 or 16 bits, scaled to [0, 1]) or a NIfTI (every channel at mean 0 and deviation 1,
-    as in the set `folder`) gives <name>_samples.png: image, prediction, every sample's outlines,
-    foreground probability, uncertainty, samples; of a volume, the slice with most foreground. Then
+    A picture (8 or 16 bits, scaled to [0, 1]) or a NIfTI (of a model of `folder` or `brats` every
+    channel brought to mean 0 and deviation 1, as there; else as it is) gives <name>_samples.png:
+    image, prediction, every sample's outlines, foreground probability, uncertainty, samples; of a
+    volume, the slice with most foreground. Then
         <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
                                   probabilities float32 (K, H, W), the samples' mean, and
                                   uncertainty float32 (H, W)
@@ -775,22 +789,27 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
     folder, file = Path(folder), Path(file)
     device = device or pick_device()
     model = train.load(folder / "best.pt", device)
-    source, box = None, ()
+    of, (channels, dims) = read_config(folder)["settings"]["data"], (model.config.in_channels,
+                                                                     model.config.dims)
+    source = inside = None
     if file.is_dir():
-        image, brain, source = data.read_brats(file)
-        box = data.bounding_box(brain)
+        image, inside, source = data.read_brats(file)
     elif data.is_nifti(file):
         if not file.exists():
             raise UserError(f"{file}: no such file")
-        image, source = data.read_nifti(file)
-        image = data.standardised(image)
+        image, source = data.read_nifti(file, dims)
+        inside = (image != 0).any(0) if of == "brats" else np.ones(image.shape[1:], bool)
+        image = data.standardised(image, inside) if of in ("brats", "folder") else image
     else:
-        image = read_picture(file, model.config.in_channels)
-    channels, dims = model.config.in_channels, model.config.dims
+        image = read_picture(file, channels)
     if (len(image), image.ndim - 1) != (channels, dims):
         raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; the model of "
                         f"{folder} takes {channels} of {dims}D")
-    size, image = image.shape[1:], torch.from_numpy(image[(slice(None), *box)])
+    if inside is None or not inside.any():
+        inside = np.ones(image.shape[1:], bool)
+    box = data.bounding_box(inside)
+    inside = torch.from_numpy(inside[box])
+    size, image = image.shape[1:], torch.from_numpy(image[(slice(None), *box)]).float()
     with torch.no_grad():
         generator = torch.Generator(device).manual_seed(seed)
         batch = image[None].to(device)
@@ -798,10 +817,13 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
         prediction = model.predict(batch)[0].argmax(0).byte().cpu()
         uncertainty = metrics.uncertainty_map(probs)[0].cpu()
     mean, drawn = probs.mean(0)[0].cpu(), probs[:, 0].argmax(1).byte().cpu()
+    for array in (drawn, mean, prediction, uncertainty):
+        array *= inside  # what the model was never taught to see, air, is background
+    mean[0][~inside] = 1
     arrays = dict(samples=drawn, probabilities=mean, prediction=prediction, uncertainty=uncertainty)
     arrays = {name: array.numpy() for name, array in arrays.items()}
 
-    name = file.name if file.is_dir() else file.name.removesuffix(".gz").rpartition(".")[0]
+    name = file.resolve().name if file.is_dir() else Path(file.name.removesuffix(".gz")).stem
     out = Path(out or folder)
     out.mkdir(parents=True, exist_ok=True)
     if source is None:
@@ -848,13 +870,18 @@ def paint_outlines(labels, image) -> torch.Tensor:
 
 def pictures(path: Path) -> list[Path]:
     """`path` itself, if it is a file or a patient's folder of BraTS, or the images in the folder;
-    UserError if there is none."""
-    if not path.is_dir() or any(path.glob("*_flair.nii*")):
+    UserError if there is none, or two of one name."""
+    if not path.is_dir() or all(any(path.glob(f"*_{kind}.nii*")) for kind in data.BRATS):
         return [path]
     kinds = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
     found = sorted(file for file in path.iterdir() if file.name.lower().endswith(kinds))
     if not found:
         raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
+    names = [Path(file.name.removesuffix(".gz")).stem for file in found]
+    for name, file in zip(names, found):
+        if names.count(name) > 1:
+            raise UserError(f"--image {path}: {file.name} and another file share the name {name}, "
+                            "and so would their results; rename one")
     return found
 
 
@@ -897,7 +924,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--ambiguous", action="store_true", help="tell cases on which readers disagree")
     p.add_argument("--per-class", action="store_true",
                    help="Dice and Hausdorff distance of every class by itself")
-    p.add_argument("--cluster", type=int, nargs="+", default=[16], metavar=("N", "ALPHA"),
+    p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
                    help="sets with instances: cluster N samples (16) within Hamming distance ALPHA "
                    "(N); choose on --split val: fewer broken objects with a larger one")
     p.add_argument("--ood", action="store_true", help="can samples tell corrupted images?")
@@ -917,7 +944,7 @@ def main(argv=None) -> int:
     try:
         if min(args.samples) < 1:
             raise UserError("--samples: numbers from 1 up")
-        if len(args.cluster) > 2 or min(args.cluster) < 1:
+        if args.cluster and (len(args.cluster) > 2 or min(args.cluster) < 1):
             raise UserError("--cluster: samples and, if you like, a distance, both from 1 up")
         device, _, world = train.start_processes(args.device)
         if world > 1 and (args.image or args.compare or args.ambiguous or args.ood or
@@ -925,6 +952,9 @@ def main(argv=None) -> int:
             raise UserError("torchrun shares out the judging of a test split alone; start this "
                             "with python")
         if args.image:
+            if args.out and Path(args.image).is_dir() and \
+                    Path(args.out).resolve() == Path(args.image).resolve():
+                raise UserError("--out: another folder than --image, whose files are all read")
             for file in pictures(Path(args.image)):
                 print(predict_image(args.run, file, out=args.out, device=device,
                                     samples=16 if len(args.samples) > 1 else args.samples[0]))
@@ -946,11 +976,17 @@ def main(argv=None) -> int:
                    samples=tuple(args.samples), path=args.path, classes=args.per_class,
                    cluster=args.cluster, device=device)
         if torch.distributed.is_initialized():
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         return 0
     except (UserError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
+              file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of memory: fewer --samples, or --device cpu", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

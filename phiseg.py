@@ -20,17 +20,19 @@ Differences from the paper
   1. Its text puts z_1 at full resolution; its code, and so its numbers, at 2^-(R-L) of it (1/4 by
      default), and the likelihood doubles R - L times more. Here as in the code; `latent_levels` =
      len(channels) is the text's layout.
-  2. alpha_l: 2^(l-1) in the text, 4^(l-1) in the code. Here kl_base^(l-1), 2 unless said otherwise.
+  2. alpha_l: 2^(l-1) in the text, 4^(l-1) in the code, and so in its numbers. Here kl_base^(l-1), 2
+     unless said otherwise. (In 2D z_l has a quarter of the entries of z_(l-1): 4 makes up for it.)
   3. The code also leads every z up to every finer level by convolutions whose result nobody reads;
      left out. The first convolution on concat(features, convolutions of z) is computed as the sum
      of one for each, the former once for all samples. z_L's mean comes from a 1-wide convolution,
-     as all other moments do (in the code's prior from a 3-wide one).
+     as all other moments do (in the code from a 3-wide one).
   4. The nets predict log sigma, bounded (common.bounded_log_std), not softplus^-1(sigma).
   5. Any size is padded by reflection. In the posterior's one-hot mask (minus 0.5, as in the code),
      padding and ignored pixels (255) are -0.5 in every class.
   6. The paper trains for 48 hours and takes the model of lowest validation loss; here 500k steps,
      and the lowest validation GED. Its single prediction is the mean of samples (`dice_mean` of
-     evaluate.py); `predict` stands at the prior's means. Batch norm has PyTorch's momentum and eps.
+     evaluate.py); `predict` stands at the prior's means. Weights at first are PyTorch's (the code:
+     He's normal), and so are batch norm's momentum and eps.
   7. 1D and 3D work as well (`dims`); the paper is 2D.
 
     python phiseg.py                 # a small one, about a minute on two CPU cores
@@ -57,7 +59,7 @@ CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
 
 @dataclass(frozen=True)
 class PHiSegConfig:
-    """Defaults are the paper's LIDC model, PHiSeg 7_5 of its code."""
+    """Defaults are the paper's LIDC model, PHiSeg 7_5 of its code, with the text's KL weights."""
 
     in_channels: int = 1
     num_classes: int = 2
@@ -66,7 +68,7 @@ class PHiSegConfig:
     latent_levels: int = 5  # L, at most R; 1 is the paper's ablation
     latent_channels: int = 2  # D, channels of every latent map
     convs: int = 3  # 3-wide convolutions a level of the encoders
-    kl_base: float = 2.0  # alpha_l = kl_base^(l-1); 4: the authors' code; 1: no weights
+    kl_base: float = 2.0  # alpha_l = kl_base^(l-1), 1 the finest; 4: the authors' code; 1: none
     checkpoint: bool = False  # keep fewer activations in training, compute them twice
 
 

@@ -630,6 +630,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"stopped and saved at step {step}; go on with: "
                      f"python train.py --resume {folder}")
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
     return 0 if finished else 128 + stop.signal
 
@@ -648,12 +649,13 @@ def first_model(settings, split) -> nn.Module:
 
 def lacks_compiler(device) -> str | None:
     """What torch.compile needs and this machine lacks, or None."""
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
-    if not any(map(shutil.which, filter(None, compilers))):
-        return "no C++ compiler (g++) was found"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        names = [os.environ.get("CC"), "gcc", "clang", "cc"]
+        return None if any(map(shutil.which, filter(None, names))) else "no C compiler was found"
+    name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return None if shutil.which(name) else f"no C++ compiler ({name}) was found"
 
 
 def readers(text: str):

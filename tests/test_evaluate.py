@@ -1,7 +1,9 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -432,7 +434,31 @@ def test_instances_of_a_model_that_does_not():
     scores, _ = evaluate.instances(model, split)
     assert scores["rand_error_16"].min() > 0.4 and scores["rand_error_components"].min() > 0.6
     scores, shown = evaluate.instances(model, split, 8, 16)  # within reach even if all 8 differ
-    assert "rand_error_8" in scores and not shown[0]["found"].any()
+    assert "rand_error_8_16" in scores and not shown[0]["found"].any()
+
+
+def test_classes_below_the_objects_are_background():
+    """Cells under two more classes, road and sky: the same scores as without them."""
+    split = data.load("cells", "test", n=15)
+    want, _ = evaluate.instances(Colours(split), split)
+    more = replace(split, instances=split.instances + 2 * (split.instances > 0), fixed=3,
+                   num_classes=18)
+    stuff = torch.randint(3, more.instances.shape)
+    more.instances = torch.where(more.instances == 0, stuff, more.instances)
+    inner = Colours(split)
+
+    def widened(scores):
+        background, objects = scores[..., :1, :, :], scores[..., 1:, :, :]
+        at = more.instances[: background.shape[-4]]  # of the batch: there is but one
+        others = [background.where(at[:, None] == k, torch.full_like(background, -99.0))
+                  for k in range(3)]
+        return torch.cat([*others, objects], -3)
+
+    model = SimpleNamespace(sample=lambda *args: widened(inner.sample(*args)),
+                            predict=lambda image: widened(inner.predict(image)))
+    got, _ = evaluate.instances(model, more)
+    for name in ("rand_error_components", "rand_error_16", "ap50_16"):
+        np.testing.assert_allclose(got[name], want[name], atol=0.03)
 
 
 def test_short_names_are_unique():
@@ -462,6 +488,7 @@ def volume_run(tmp_path_factory):
     """A tiny DeepMedic SSN of four channels, never trained."""
     folder = tmp_path_factory.mktemp("runs") / "volumes"
     folder.mkdir()
+    (folder / "config.json").write_text('{"settings": {"data": "folder"}}')
     fields = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
                   hidden=(5,), patch=6)
     torch.manual_seed(0)
@@ -508,6 +535,7 @@ def test_a_patient_of_brats(volume_run, tmp_path):
     rng = np.random.default_rng(0)
     brain = np.zeros((14, 12, 10), bool)
     brain[3:11, 2:9, 1:8] = True
+    brain[3:6, 2:5, 1:4] = False  # not a box
     patient = tmp_path / "Brats17_1_1"
     patient.mkdir()
     for kind in data.BRATS:
@@ -525,9 +553,54 @@ def test_a_patient_of_brats(volume_run, tmp_path):
 
 def test_a_slice_for_a_model_of_slices(run, tmp_path):
     nibabel = pytest.importorskip("nibabel")
-    for shape in ((20, 17), (20, 17, 1)):
+    model, lps = train.load(run / "best.pt"), np.diag([-1.0, -1, 1, 1])
+    for name, shape in (("x", (20, 17)), ("y", (20, 17, 1))):
         array = np.random.default_rng(0).random(shape).astype(np.float32)
-        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii")
-        evaluate.main([str(run), "--image", str(tmp_path / "x.nii"), "--out", str(tmp_path)])
-        back = nibabel.load(tmp_path / "x_samples.nii.gz")
-        assert back.shape == (20, 17, 1, 16) and (back.affine == np.eye(4)).all()
+        nibabel.save(nibabel.Nifti1Image(array, lps), tmp_path / f"{name}.nii")
+        assert evaluate.main([str(run), "--image", str(tmp_path / f"{name}.nii"), "--out",
+                              str(tmp_path), "--device", "cpu"]) == 0
+        back = nibabel.load(tmp_path / f"{name}_samples.nii.gz")
+        assert back.shape == (20, 17, 1, 16) and (back.affine == lps).all()
+        # of a model of `shapes` the values are taken as they are
+        want = model.predict(torch.from_numpy(array.reshape(20, 17).T.copy())[None, None])
+        got = np.asarray(nibabel.load(tmp_path / f"{name}_prediction.nii.gz").dataobj)
+        np.testing.assert_array_equal(got[..., 0].T, want[0].argmax(0))
+
+
+def test_a_volume_of_one_slice_for_a_model_of_volumes(volume_run, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    array = np.random.default_rng(0).random((9, 8, 1, 4)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii")
+    written = evaluate.predict_image(volume_run, tmp_path / "x.nii", samples=2, out=tmp_path,
+                                     device=torch.device("cpu"))
+    assert nibabel.load(written).shape == (9, 8, 1, 2)
+
+
+def test_volumes_that_make_no_sense(volume_run, tmp_path, capsys):
+    nibabel = pytest.importorskip("nibabel")
+    array = np.ones((5, 5, 5, 4), np.float32)
+    array[0, 0, 0, 0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "nan.nii")
+    nibabel.save(nibabel.Nifti1Image(array.astype(np.complex64), np.eye(4)), tmp_path / "c.nii")
+    for name, message in (("nan", "NaN or infinite"), ("c", "one real number")):
+        assert evaluate.main([str(volume_run), "--image", str(tmp_path / f"{name}.nii")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_names_of_results(run, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture = Image.fromarray(np.full((20, 20), 99, np.uint8))
+    picture.save(folder / "a.b.png")
+    arguments = [str(run), "--image", str(folder), "--samples", "2", "--device", "cpu", "--out"]
+    assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "a.b.npz").exists()
+    assert evaluate.main([*arguments, str(folder)]) == 2
+    assert "another folder" in capsys.readouterr().err
+    picture.save(folder / "a.b.jpg")
+    assert evaluate.main([*arguments, str(tmp_path / "out")]) == 2
+    assert "share the name a.b" in capsys.readouterr().err
+    (folder / "a.b.png").rename(folder / "scan")
+    evaluate.main([str(run), "--image", str(folder / "scan"), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "scan.npz").exists()

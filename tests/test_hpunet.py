@@ -710,13 +710,22 @@ def test_clean_up_by_hand():
     assert (far[5:10, 10] == 1).all() and (far[5:10, 11:14] == 2).all()
 
 
+def test_an_instance_that_grows_may_survive():
+    ids = torch.zeros(9, 12, dtype=torch.long)
+    ids[2:7, 2:4] = 1  # beside 2, which takes it over and is 5 wide then
+    ids[2:7, 4:7] = 2
+    assert (clean_instances(ids)[2:7, 2:7] == 2).all()
+    assert (clean_instances(ids, keep=False)[2:7, 2:7] == 2).all()
+
+
 def clean_loop(ids, erosion, box):
     """Appendix H pixel by pixel."""
     inside = lambda m, y, x, r: m[max(y - r, 0) : y + r + 1, max(x - r, 0) : x + r + 1]
     pixels = list(itertools.product(*map(range, ids.shape)))
-    alive = {ids[p].item() for p in pixels if (inside(ids, *p, erosion // 2) == ids[p]).all()}
     ids = ids.clone()
-    for c in sorted(set(ids.unique().tolist()) - alive - {0}):
+    for c in sorted(set(ids.unique().tolist()) - {0}):
+        if any((inside(ids, *p, erosion // 2) == c).all() for p in pixels if ids[p] == c):
+            continue
         before = ids.clone()
         for p in pixels:
             around = inside(before, *p, box // 2).flatten().tolist()

@@ -297,6 +297,7 @@ def test_image_size_crops_the_validation_too(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(train.lacks_compiler(torch.device("cpu"))), reason="no compiler")
 def test_compiled_loss_is_the_same(tmp_path):
     """And so are the random numbers in it, which count from the first step with mean_steps=0."""
     steps = [*TINY, "--steps", 1, "--model-args", "channels=(4,6)", "convs=1", "mc_samples=4",
