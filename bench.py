@@ -1,6 +1,7 @@
 """Speed and memory of every model, as ratios measured in one run.
 
     python bench.py                                       # every model: batch 4, 128 x 128
+    python bench.py --precision bf16                      # for GPUs and CPUs that multiply it
     python bench.py --device cuda --precision bf16 --compile --batch-size 32
     python bench.py --models ssn phiseg --rounds 9 --json bench.json
     python bench.py --tables costs                        # what a method adds to its U-Net
