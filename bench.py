@@ -368,17 +368,20 @@ def table_of_evaluation(options) -> list[dict]:
     rows = []
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            # one training step: evaluation costs the same whatever the weights are
             split = ["--data", "shapes", "--data-args", f"n={5 * options.cases}",
                      f"size={options.image_size}"]
             with contextlib.redirect_stdout(None):
                 settings, _ = train.settle(train.parse(
                     ["--model", name, *split, "--out", folder, "--steps", "1"]))
-                test = data.load("shapes", "test", **settings["data_args"])
+                first, test = data.load("shapes", ("train", "test"), **settings["data_args"])
                 model = train.place(train.first_model(settings, test), options.device)
+                optimizer = torch.optim.Adam(model.parameters())
+                stream = data.batches(first.to(options.device), options.batch_size, 0)
+                for _ in range(50):  # metrics cost more on the noise of an untrained model
+                    train.train_step(model, optimizer, *next(stream), 1e-3,
+                                     contextlib.nullcontext())
                 train.begin_files(Path(folder), settings, {}, model, 0)
-                train.save(Path(folder) / "best.pt", name, model,
-                           torch.optim.Adam(model.parameters()), 0, 0.0)
+                train.save(Path(folder) / "best.pt", name, model, optimizer, 50, 0.0)
             network = [0.0]
             kept = train.load
 
