@@ -789,37 +789,23 @@ def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) ->
     folder, file = Path(folder), Path(file)
     device = device or pick_device()
     model = train.load(folder / "best.pt", device)
-    of, (channels, dims) = read_config(folder)["settings"]["data"], (model.config.in_channels,
-                                                                     model.config.dims)
-    source = inside = None
-    if file.is_dir():
-        image, inside, source = data.read_brats(file)
-    elif data.is_nifti(file):
-        if not file.exists():
-            raise UserError(f"{file}: no such file")
-        image, source = data.read_nifti(file, dims)
-        inside = (image != 0).any(0) if of == "brats" else np.ones(image.shape[1:], bool)
-        image = data.standardised(image, inside) if of in ("brats", "folder") else image
-    else:
-        image = read_picture(file, channels)
+    channels, dims = model.config.in_channels, model.config.dims
+    taught = read_config(folder)["settings"]["data"]
+    image, inside, source = read_image(file, channels, dims, taught)
     if (len(image), image.ndim - 1) != (channels, dims):
         raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; the model of "
                         f"{folder} takes {channels} of {dims}D")
-    if inside is None or not inside.any():
-        inside = np.ones(image.shape[1:], bool)
     box = data.bounding_box(inside)
-    inside = torch.from_numpy(inside[box])
     size, image = image.shape[1:], torch.from_numpy(image[(slice(None), *box)]).float()
     with torch.no_grad():
         generator = torch.Generator(device).manual_seed(seed)
-        batch = image[None].to(device)
+        batch, inside = image[None].to(device), torch.from_numpy(inside[box]).to(device)
         probs = model.sample(batch, samples, generator).float().softmax(2)  # (n, 1, K, *S)
-        prediction = model.predict(batch)[0].argmax(0).byte().cpu()
+        probs *= inside  # elsewhere, where training saw nothing, is background
+        probs[:, :, 0] += ~inside
+        drawn, mean = probs[:, 0].argmax(1).byte().cpu(), probs.mean(0)[0].cpu()
+        prediction = (model.predict(batch)[0].argmax(0).byte() * inside).cpu()
         uncertainty = metrics.uncertainty_map(probs)[0].cpu()
-    mean, drawn = probs.mean(0)[0].cpu(), probs[:, 0].argmax(1).byte().cpu()
-    for array in (drawn, mean, prediction, uncertainty):
-        array *= inside  # what the model was never taught to see, air, is background
-    mean[0][~inside] = 1
     arrays = dict(samples=drawn, probabilities=mean, prediction=prediction, uncertainty=uncertainty)
     arrays = {name: array.numpy() for name, array in arrays.items()}
 
@@ -883,6 +869,25 @@ def pictures(path: Path) -> list[Path]:
             raise UserError(f"--image {path}: {file.name} and another file share the name {name}, "
                             "and so would their results; rename one")
     return found
+
+
+def read_image(file: Path, channels: int, dims: int, taught: str):
+    """(array (C, *S); where (*S) a model of the data set `taught` has something to say, not in BraTS's
+    air; the nibabel image it came from, or None)."""
+    if file.is_dir():
+        return data.read_brats(file)
+    if not data.is_nifti(file):
+        image = read_picture(file, channels)
+        return image, np.ones(image.shape[1:], bool), None
+    if not file.exists():
+        raise UserError(f"{file}: no such file")
+    image, source = data.read_nifti(file, dims)
+    inside = (image != 0).any(0)
+    if taught != "brats" or not inside.any():
+        inside = np.ones(image.shape[1:], bool)
+    if taught in ("brats", "folder"):
+        image = data.standardised(image, inside)
+    return image, inside, source
 
 
 def read_picture(file: Path, channels: int) -> np.ndarray:
