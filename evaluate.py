@@ -872,8 +872,8 @@ def pictures(path: Path) -> list[Path]:
 
 
 def read_image(file: Path, channels: int, dims: int, taught: str):
-    """(array (C, *S); where (*S) a model of the data set `taught` has something to say, not in BraTS's
-    air; the nibabel image it came from, or None)."""
+    """(array (C, *S); where (*S) a model of the data set `taught` has something to say, not in the
+    air of BraTS; the nibabel image it came from, or None)."""
     if file.is_dir():
         return data.read_brats(file)
     if not data.is_nifti(file):
