@@ -207,7 +207,7 @@ class Bench:
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=not plain)
         self.loss = self.model
         if options.compile and not plain:
-            self.loss = torch.compile(self.model, options={"fallback_random": True})
+            self.loss = train.compiled(self.model)
 
     def step(self):
         """One training step, as train.py does it."""

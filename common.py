@@ -78,6 +78,7 @@ class DiagonalNormal:
 
     @property
     def std(self) -> Tensor:
+        """exp(log_std), of the shape of `mean`."""
         return self.log_std.exp()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:

@@ -99,6 +99,7 @@ class Split:
         return {key: change(value) for key, value in vars(self).items() if torch.is_tensor(value)}
 
     def to(self, device) -> "Split":
+        """All of it on `device`."""
         return replace(self, **self._map(lambda tensor: tensor.to(device)))
 
     def subset(self, indices: Sequence[int]) -> "Split":
@@ -1143,10 +1144,9 @@ def _same_grid(source, other, file) -> None:
                         "or, if only the header is wrong, save it with that affine")
 
 
-def standardised(volume: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
+def standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Each channel of (C, *S) at mean 0 and standard deviation 1 inside (*S), and 0 outside."""
     volume = volume.astype(np.float32)
-    inside = np.ones(volume.shape[1:], bool) if inside is None else inside
     for channel in volume:
         values = channel[inside].astype(np.float64)
         channel -= values.mean()
@@ -1183,6 +1183,7 @@ class _ArraysOnly(pickle.Unpickler):
              ("_codecs", "encode"): lambda text, codec: text.encode("latin1")}
 
     def find_class(self, module, name):
+        """What a pickle may build: arrays and plain containers; UnpicklingError for all else."""
         internal = module.startswith(("numpy.core.", "numpy._core."))
         found = self.NUMPY.get(name) if internal else self.PLAIN.get((module, name))
         if found is None:
@@ -1345,8 +1346,8 @@ def _read_folder(path: Path, wanted: Sequence[str], num_classes: int, masks: str
     Pictures of any kind in `_FOLDER`; their labels are PNG or TIFF, grey levels or palette indices
     from 0 to K - 1, with 255 to ignore. With masks=binary whatever is not 0 is class 1. Or volumes:
     .nii.gz (or .nii) on both sides, channels brought to mean 0 and deviation 1; one of a single
-    slice is 2D. A reader may lack
-    some of the images. groups.csv, lines of NAME,GROUP, tells which cases are of one patient.
+    slice is 2D. A reader may lack some of the images. groups.csv, lines of NAME,GROUP, tells which
+    cases are of one patient.
     """
     def by_name(folder: Path) -> dict[str, Path]:
         found: dict[str, Path] = {}
@@ -1365,7 +1366,7 @@ def _read_folder(path: Path, wanted: Sequence[str], num_classes: int, masks: str
         drawn = {reader: files[name] for reader, files in enumerate(readers) if name in files}
         if is_nifti(images[name]):
             image, source = read_nifti(images[name])
-            image = standardised(image)
+            image = standardised(image, np.ones(image.shape[1:], bool))
             for reader, file in drawn.items():
                 label, other = read_nifti(file)
                 _same_grid(source, other, file)
@@ -1516,10 +1517,10 @@ BRATS = ("flair", "t1", "t1ce", "t2")
 
 
 def read_brats(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
-    """A patient of BraTS: (channels (4, D, H, W) at mean 0 and deviation 1 inside the brain, where
-    any of them is not 0; the brain (D, H, W); the nibabel image of the first)."""
+    """A patient of BraTS: (channels (4, D, H, W); the brain (D, H, W), where any of them is not 0;
+    the nibabel image of the first)."""
     files = {kind: _only(folder, kind) for kind in BRATS}
-    volumes = {kind: read_nifti(file) for kind, file in files.items()}
+    volumes = {kind: read_nifti(file, 3) for kind, file in files.items()}
     if len({array.shape for array, _ in volumes.values()}) > 1:
         sizes = (f"{kind} {_times(array.shape[1:])}" for kind, (array, _) in volumes.items())
         raise DataError(f"{folder}: the volumes are not of one size: {', '.join(sizes)}")
@@ -1530,7 +1531,7 @@ def read_brats(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
     brain = (image != 0).any(0)
     if not brain.any():
         raise DataError(f"{folder}: all channels are 0 everywhere")
-    return standardised(image, brain), brain, source
+    return image, brain, source
 
 
 def _only(folder: Path, kind: str) -> Path:
@@ -1557,7 +1558,7 @@ def _read_brats(path: Path, wanted: Sequence[str]) -> _Listing:
     def read(folder: Path):
         image, brain, source = read_brats(folder)
         file = _only(folder, "seg")
-        seg, other = read_nifti(file)
+        seg, other = read_nifti(file, 3)
         if seg.shape != (1, *brain.shape):
             raise DataError(f"{folder}: the volumes are not of one size: seg {_times(seg.shape)}, "
                             f"flair {_times((1, *brain.shape))}")
@@ -1567,7 +1568,7 @@ def _read_brats(path: Path, wanted: Sequence[str]) -> _Listing:
             raise DataError(f"{folder}: seg has other labels than 0, 1, 2 and 4")
         label = np.where(brain, np.where(seg == 4, 3, seg), IGNORE)
         box = bounding_box(brain)
-        return image[(slice(None), *box)], {0: label[box]}
+        return standardised(image[(slice(None), *box)], brain[box]), {0: label[box]}
 
     # Patients in folders of their own, or in HGG/ and LGG/; a link that leads back counts once.
     found = {os.path.realpath(file.parent): file.parent for depth in ("*/", "*/*/")
@@ -1613,6 +1614,7 @@ class Source:
 
     @property
     def real(self) -> bool:
+        """Whether it is read from files; made sets are not."""
         return bool(self.layout)
 
 

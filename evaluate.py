@@ -875,16 +875,17 @@ def read_image(file: Path, channels: int, dims: int, taught: str):
     """(array (C, *S); where (*S) a model of the data set `taught` has something to say, not in the
     air of BraTS; the nibabel image it came from, or None)."""
     if file.is_dir():
-        return data.read_brats(file)
-    if not data.is_nifti(file):
+        image, inside, source = data.read_brats(file)
+    elif data.is_nifti(file):
+        if not file.exists():
+            raise UserError(f"{file}: no such file")
+        image, source = data.read_nifti(file, dims)
+        inside = (image != 0).any(0)
+        if taught != "brats" or not inside.any():
+            inside = np.ones(image.shape[1:], bool)
+    else:
         image = read_picture(file, channels)
         return image, np.ones(image.shape[1:], bool), None
-    if not file.exists():
-        raise UserError(f"{file}: no such file")
-    image, source = data.read_nifti(file, dims)
-    inside = (image != 0).any(0)
-    if taught != "brats" or not inside.any():
-        inside = np.ones(image.shape[1:], bool)
     if taught in ("brats", "folder"):
         image = data.standardised(image, inside)
     return image, inside, source

@@ -560,8 +560,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     loss_of = distribute(model, device) if world > 1 else model
     missing = compile and lacks_compiler(device)
     if compile and not missing:
-        # its own random numbers would be others than those of a run without
-        loss_of = torch.compile(loss_of, options={"fallback_random": True})
+        loss_of = compiled(loss_of)
     autocast = torch.autocast(device.type, torch.bfloat16) if settings["precision"] == "bf16" \
         else contextlib.nullcontext()
     progress = Progress(steps, start, quiet=not main)
@@ -645,6 +644,11 @@ def first_model(settings, split) -> nn.Module:
         fields |= Model.QUICK_CONFIG
     torch.manual_seed(settings["seed"])
     return build(settings["model"], fields | settings["model_args"])
+
+
+def compiled(loss_of):
+    """torch.compile, with eager mode's random numbers: a run with it is the same as one without."""
+    return torch.compile(loss_of, options={"fallback_random": True})
 
 
 def lacks_compiler(device) -> str | None:

@@ -296,6 +296,7 @@ class SwinUNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, C, H, W) -> features (B, C_i, H_i, W_i) of every level, fine to coarse."""
         features, x = [], x.movedim(1, -1)
         for stage in self.encoder:
             x = stage(x)
@@ -303,6 +304,7 @@ class SwinUNet(nn.Module):
         return features
 
     def decode(self, features: list[Tensor]) -> Tensor:
+        """Features with latents of every level, as `encode` lists them -> (B, C, H, W)."""
         *skips, x = [f.movedim(1, -1) for f in features]
         *stages, last = self.decoder
         for stage in stages:
@@ -356,6 +358,7 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
     def attend(self, x):
+        """Attention within (shifted) windows, (B, H, W, C) -> the same shape."""
         (count, height, width, channels), w = x.shape, self.window
         shifts = tuple(self.shift if side > w else 0 for side in (height, width))
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w)).roll([-s for s in shifts], (1, 2))
