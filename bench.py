@@ -43,8 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import evaluate
 import metrics
+import models
 import train
 from common import UserError, cross_entropy, pick_device
+from sources.files import write_text
 from ssn import SSN
 
 TABLES = ("models", "costs", "scaling", "evaluation", "processes")
@@ -195,8 +197,8 @@ class Bench:
     def __init__(self, name: str, options, *, plain=False, batch=None, side=None, **fields):
         self.device = options.device
         torch.manual_seed(0)
-        model = train.build(name, fields)
-        self.model = model.to(self.device) if plain else train.place(model, self.device)
+        model = models.build(name, fields)
+        self.model = model.to(self.device) if plain else models.place(model, self.device)
         batch, side = batch or options.batch_size, side or options.image_size
         size = [side] * self.model.config.dims
         classes = self.model.config.num_classes
@@ -305,7 +307,7 @@ def table_of_costs(options) -> list[dict]:
             times = in_turn({"n": lambda: model.sample(b.image[:1], n), "unet": unet},
                             options.rounds, options.device)
         add(f"{name}: {n} samples / one U-Net pass", times, "n", "unet")
-    for name in [m for m in ("phiseg", "hpunet", "vae_unet") if m in train.MODELS]:
+    for name in [m for m in ("phiseg", "hpunet", "vae_unet") if m in models.MODELS]:
         c = Bench(name, options)
         c.model.eval()
         alone = {k: convolutions_alone(lambda: c.sample(k), backward=False)
@@ -322,7 +324,7 @@ def table_of_costs(options) -> list[dict]:
     radius = 20 + 5 * torch.randn(104, 1, 1)
     probs = torch.sigmoid(radius[:100] - far)
     probs = torch.stack([1 - probs, probs], 1)[:, None].to(options.device)  # (100, 1, 2, H, W)
-    hard = train.labels_of(probs, 2)
+    hard = models.labels_of(probs, 2)
     readers = (far < radius[100:]).byte()[None].to(options.device)
 
     def every_metric():
@@ -374,16 +376,16 @@ def table_of_evaluation(options) -> list[dict]:
                 settings, _ = train.settle(train.parse(
                     ["--model", name, *split, "--out", folder, "--steps", "1"]))
                 first, test = data.load("shapes", ("train", "test"), **settings["data_args"])
-                model = train.place(train.first_model(settings, test), options.device)
+                model = models.place(train.first_model(settings, test), options.device)
                 optimizer = torch.optim.Adam(model.parameters())
                 stream = data.batches(first.to(options.device), options.batch_size, 0)
                 for _ in range(50):  # metrics cost more on the noise of an untrained model
                     train.train_step(model, optimizer, *next(stream), 1e-3,
                                      contextlib.nullcontext())
                 train.begin_files(Path(folder), settings, {}, model, 0)
-                train.save(Path(folder) / "best.pt", name, model, optimizer, 50, 0.0)
+                models.save(Path(folder) / "best.pt", name, model, optimizer, 50, 0.0)
             network = [0.0]
-            kept = train.load
+            kept = models.load
 
             def timed(function):
                 def call(*args, **kwargs):
@@ -402,13 +404,13 @@ def table_of_evaluation(options) -> list[dict]:
                         setattr(loaded, method, timed(getattr(loaded, method)))
                 return loaded
 
-            train.load = load
+            models.load = load
             try:
                 start = time.perf_counter()
                 evaluate.report(folder, device=options.device, quiet=True)
                 total = time.perf_counter() - start
             finally:
-                train.load = kept
+                models.load = kept
             rows.append({"model": name, "images": len(test), "seconds": total,
                          "images/s": len(test) / total, "network": network[0] / total,
                          "metrics and pictures": 1 - network[0] / total})
@@ -437,7 +439,7 @@ def one_process(rank, world, name, options, folder):
     train.keep_freed_memory()
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     b = Bench(name, options)
-    b.loss = train.distribute(b.model, options.device) if world > 1 else b.model
+    b.loss = models.distribute(b.model, options.device) if world > 1 else b.model
     times = in_turn({"": b.step}, options.rounds, options.device)[""]
     (Path(folder) / str(rank)).write_text(json.dumps(statistics.median(times)))
     dist.destroy_process_group()
@@ -466,7 +468,7 @@ def parse(argv=None) -> argparse.Namespace:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tables", nargs="+", choices=TABLES, default=["models"])
     p.add_argument("--models", nargs="+", metavar="NAME",
-                   help=f"of {' '.join(train.MODELS)} (default: all but the ensemble, which is "
+                   help=f"of {' '.join(models.MODELS)} (default: all but the ensemble, which is "
                    "many unet; evaluation, scaling, processes: ssn)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -492,8 +494,8 @@ def main(argv=None) -> int:
         if options.compile and (missing := train.lacks_compiler(options.device)):
             raise UserError(f"--compile: {missing}")
         for name in options.models or ():
-            if name not in train.MODELS:
-                raise UserError(f"--models {name}: choose from {', '.join(train.MODELS)}")
+            if name not in models.MODELS:
+                raise UserError(f"--models {name}: choose from {', '.join(models.MODELS)}")
         train.keep_freed_memory()
         make = {"models": table_of_models, "costs": table_of_costs, "scaling": table_of_scaling,
                 "evaluation": table_of_evaluation, "processes": table_of_processes}
@@ -504,12 +506,12 @@ def main(argv=None) -> int:
               f"{options.image_size} x {options.image_size}, {options.rounds} rounds", flush=True)
         given, results = options.models, {}
         for name in options.tables:
-            options.models = given or ([m for m in train.MODELS if m != "ensemble"]
+            options.models = given or ([m for m in models.MODELS if m != "ensemble"]
                                        if name == "models" else ["ssn"])
             print(f"\n{name}: {make[name].__doc__.splitlines()[0]}", flush=True)
             results[name] = make[name](options)
         if options.json:
-            train.write_text(options.json, json.dumps(results, indent=2) + "\n")
+            write_text(options.json, json.dumps(results, indent=2) + "\n")
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

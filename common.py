@@ -9,7 +9,9 @@ Sections: noise and Gaussians / losses / U-Net / padding / initialisation / devi
 
 import ast
 import os
-import tempfile
+import sys
+import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ class UserError(ValueError):
     """A mistake of the user's, worth one line at the command line and no traceback."""
 
 
-def pairs(option: str, items: list[str]) -> dict:
+def key_values(option: str, items: list[str]) -> dict:
     """["rank=0", "channels=(8,16)"] -> {"rank": 0, "channels": (8, 16)}; other values are text."""
     result = {}
     for item in items:
@@ -339,134 +341,53 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def write_atomically(path, write) -> None:
-    """Call write(temporary name), flush to disk and rename to `path`.
-
-    A kill or a full disk leaves what stood at `path` before, whole.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(".tmp", f".{os.path.basename(path)}.", folder)
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)  # mkstemp makes private files; a result should have usual rights
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def start_processes(device_name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, world size); joins the group when torchrun started this process."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = pick_device(device_name)
+    if "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        # the others wait while rank 0 draws, which may take long
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=24))
+    return device, rank, world
 
 
-# ----------------------------------------------------------------------------------- pictures
-# matplotlib's Figure is used directly: no pyplot, so no display and no global state.
-
-# Okabe and Ito's palette, told apart by the colour-blind; class k and reader k are COLORS[k - 1]
-# and COLORS[k], in every picture.
-COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
+# ------------------------------------------------------------------------------------ progress
 
 
-def new_figure(rows: int, columns: int, *, panel: float = 1.3, title: str = ""):
-    """(figure, (rows, columns) array of bare axes), `panel` inches a side each, for pictures."""
-    figure, axes = new_plot(rows, columns, size=(panel * columns + 0.4, panel * rows + 0.5))
-    for ax in axes.flat:
-        ax.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure, axes
+class Progress:
+    """One updating line on a terminal, plain lines in a pipe; silent on ranks above 0."""
+
+    def __init__(self, total: int, done: int = 0, quiet: bool = False):
+        self.total, self.first, self.quiet = total, done, quiet
+        self.terminal = sys.stdout.isatty()
+        self.start, self.shown, self.note = time.monotonic(), 0.0, ""
+
+    def update(self, done: int, note: str | None = None, line: bool = False) -> None:
+        """note: what to say beside the count; line: print it in a pipe, or keep it on screen."""
+        self.note = self.note if note is None else note
+        now = time.monotonic()
+        if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = duration((self.total - done) / rate) if rate else "?"
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+        text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
+        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n",
+              flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the progress line."""
+        if not self.quiet:
+            print(f"\r\x1b[K{text}" if self.terminal else text, flush=True)
 
 
-def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
-    """(figure of `size` inches, (rows, columns) array of axes with ticks), for curves."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.tick_params(labelsize=7)
-    return figure, axes
-
-
-def save_figure(figure, path, dpi: int = 110) -> None:
-    """Write a PNG, whole or not at all."""
-    write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=dpi))
-
-
-def paint_image(image) -> Tensor:
-    """Array (C, H, W) -> RGB (H, W, 3) in 0..1: the first channel as grey, or three as colours."""
-    image = torch.as_tensor(image).detach().float().cpu()
-    image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0, ..., None].repeat(1, 1, 3)
-    low, high = image.min(), image.max()
-    return (image - low) / (high - low).clamp(min=1e-6)
-
-
-def paint_label(label, image=None) -> Tensor:
-    """Label map (H, W) -> RGB (H, W, 3) in the classes' colours, over the image where given."""
-    from matplotlib.colors import to_rgb
-
-    label = torch.as_tensor(label).cpu().long()
-    base = torch.zeros(*label.shape, 3) if image is None else paint_image(image)
-    opacity = 1.0 if image is None else 0.65
-    fill = torch.tensor([to_rgb(c) for c in COLORS])[(label - 1).clamp(min=0) % len(COLORS)]
-    picture = torch.where((label > 0)[..., None], opacity * fill + (1 - opacity) * base, base)
-    picture[label == IGNORE] = 0.5
-    return picture
-
-
-def paint_map(values, high: float | None = None) -> Tensor:
-    """Map of numbers (H, W) from 0 to `high` (else its maximum) -> RGB (H, W, 3)."""
-    from matplotlib import colormaps
-
-    values = torch.as_tensor(values).detach().float().cpu()
-    values = values / max(high or values.max().item(), 1e-12)
-    return torch.from_numpy(colormaps["magma"](values.clamp(0, 1).numpy())[..., :3]).float()
-
-
-def show_image(ax, image, title: str = "") -> None:
-    """`paint_image` on an axes."""
-    ax.imshow(paint_image(image).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=8)
-
-
-def show_label(ax, label, image=None, title: str = "") -> None:
-    """`paint_label` on an axes."""
-    ax.imshow(paint_label(label, image).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=8)
-
-
-def show_map(ax, values, title: str = "", **options):
-    """A map of numbers (H, W), dark to bright; returns the image for a colour bar."""
-    values = torch.as_tensor(values).detach().float().cpu().numpy()
-    picture = ax.imshow(values, cmap="magma", **options)
-    ax.set_title(title, fontsize=8)
-    return picture
-
-
-def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: float = 1.0) -> None:
-    """A PNG of many small pictures: rows {name: [RGB (H, W, 3) or None, ...]}, all of one size.
-
-    columns: names above. notes: {(row name, column): a few characters in that picture's corner}.
-    cell: inches a picture. One mosaic on one axes: hundreds of axes take matplotlib seconds.
-    """
-    height, width = next(p for row in rows.values() for p in row if p is not None).shape[:2]
-    count, gap = max(map(len, rows.values())), max(1, max(height, width) // 32)
-    mosaic = torch.ones(len(rows) * (height + gap), count * (width + gap), 3)
-    for r, row in enumerate(rows.values()):
-        for c, picture in enumerate(row):
-            if picture is not None:
-                top, left = r * (height + gap), c * (width + gap)
-                mosaic[top : top + height, left : left + width] = picture
-    figure, axes = new_plot(size=(cell * count + 1.2, cell * len(rows) * height / width + 0.4))
-    ax = axes[0, 0]
-    ax.imshow(mosaic.numpy(), interpolation="nearest")
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
-    ax.set_yticks([r * (height + gap) + height / 2 for r in range(len(rows))], list(rows))
-    ax.set_xticks([c * (width + gap) + width / 2 for c in range(len(columns))], columns)
-    for (name, c), text in (notes or {}).items():
-        r = list(rows).index(name)
-        ax.text(c * (width + gap) + gap, r * (height + gap) + gap, text, color="white", fontsize=7,
-                va="top")
-    save_figure(figure, path)
+def duration(seconds: float) -> str:
+    """65 -> "1m05s"."""
+    m, s = divmod(int(seconds), 60)
+    h, m = divmod(m, 60)
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"

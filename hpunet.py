@@ -52,7 +52,6 @@ with, for the paper's ablations (App. F) and its two other data sets (App. D),
         lambda_rate=2e-4                        # and evaluate.py RUN --cluster 32 32
 """
 
-import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -63,8 +62,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (CONV, IGNORE, POOL, DiagonalNormal, center_crop, check_choice, cross_entropy,
-                    init_orthogonal, one_hot, pad_to_multiple, paint_image, paint_label, paint_map,
-                    save_grid, standard_normal, valid_label)
+                    init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
 
 CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
 DECAY = 0.99  # of the moving average, a step
@@ -133,8 +131,8 @@ class HPUNet(nn.Module):
         """
         c, label = self.config, valid_label(label, mask)
         noise = self.noise(image, 1)
-        _, latents, posteriors = self.posterior(self.see(image, label), drawn(noise))
-        x, _, priors = self.unet(self.see(image), given(latents))
+        _, latents, posteriors = self.posterior(self.encode(image, label), drawn(noise))
+        x, _, priors = self.unet(self.encode(image), given(latents))
         kls = {f"kl_{level}": q.kl(priors[level]).mean() for level, q in posteriors.items()}
         kl = sum(kls.values())
 
@@ -170,14 +168,14 @@ class HPUNet(nn.Module):
             constraint = constraint + (average - constraint).detach()
         return constraint, weight
 
-    def see(self, image: Tensor, label: Tensor | None = None) -> tuple:
+    def encode(self, image: Tensor, label: Tensor | None = None) -> tuple:
         """What the samples have in common: all that the U-Net, or with a label the posterior,
         computes before its first latent is drawn."""
         image = pad_to_multiple(image, self.multiple)
         if label is None:
-            return self.unet.see(image)
+            return self.unet.encode(image)
         hot = one_hot(label, self.config.num_classes, image.shape[2:])
-        return self.posterior.see(torch.cat([image, hot], 1))
+        return self.posterior.encode(torch.cat([image, hot], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
         """Standard normal noise for n draws of every latent map: {level: (n, B, D, *s)}."""
@@ -210,7 +208,7 @@ class HPUNet(nn.Module):
         scales: levels whose latents are drawn, 0 the most global; the others stand at their mean
             given the coarser ones (Fig. 3). By default all are drawn.
         """
-        seen, noise = self.see(image), self.noise(image, n, generator)
+        seen, noise = self.encode(image), self.noise(image, n, generator)
         if not set(scales or ()) <= noise.keys():
             raise ValueError(f"scales={tuple(scales)}: choose from {', '.join(map(str, noise))}")
         logits = image.new_empty(n, len(image), self.config.num_classes, *image.shape[2:])
@@ -222,14 +220,14 @@ class HPUNet(nn.Module):
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
         """Probabilities (B, K, *S) with every level at its prior mean given the coarser ones."""
-        x, _, _ = self.unet(self.see(image), at_mean)
+        x, _, _ = self.unet(self.encode(image), at_mean)
         return self._logits(x, image.shape[2:])[0].float().softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
         """Logits (B, K, *S) at the posterior means: how well z can say `label` (IoU_rec)."""
-        _, latents, _ = self.posterior(self.see(image, label), at_mean)
-        x, _, _ = self.unet(self.see(image), given(latents))
+        _, latents, _ = self.posterior(self.encode(image, label), at_mean)
+        x, _, _ = self.unet(self.encode(image), given(latents))
         return self._logits(x, image.shape[2:])[0]
 
     @torch.no_grad()
@@ -242,7 +240,7 @@ class HPUNet(nn.Module):
         with z^k from q, over all pixels. On average n = 1 gives the ELBO; more tighten the bound.
         """
         label = valid_label(label, mask)
-        asked, seen, noise = self.see(image, label), self.see(image), self.noise(image, n)
+        asked, seen, noise = self.encode(image, label), self.encode(image), self.noise(image, n)
         parts = []
         for rows, part in self._chunks(image, n, noise):
             _, latents, posteriors = self.posterior(asked, drawn(part), len(rows))
@@ -301,7 +299,7 @@ class LatentUNet(nn.Module):
                                    for i in range(top))
         self.decoder = nn.ModuleList(blocks(*[out[i + 1]] * c.blocks) for i in range(top))
 
-    def see(self, x: Tensor) -> tuple:
+    def encode(self, x: Tensor) -> tuple:
         """Image (B, C, *S), sizes multiples of 2^(levels - 1) -> what no latent has a part in: the
         features and moments where the first are drawn, and each level's share of its skip."""
         skips = []
@@ -309,7 +307,7 @@ class LatentUNet(nn.Module):
             x = blocks(self.pool(x, 2) if skips else x)
             skips.append(x)
         x = skips.pop()
-        skips = [join.see(skip) for join, skip in zip(self.joins, reversed(skips))]
+        skips = [join.encode(skip) for join, skip in zip(self.joins, reversed(skips))]
         for level in range(self.start):
             x = self.decoder[level](self.joins[level](x, skips[level]))
         return x, self.heads[str(self.start)](x), skips
@@ -356,7 +354,7 @@ class UpBlock(ResBlock):
     def __init__(self, dims: int, below: int, after: int, convs: int):
         super().__init__(dims, below + after, after, convs)
 
-    def see(self, skip):
+    def encode(self, skip):
         """The share of the skip connection in the two convolutions that meet it, with biases."""
         return partly(self.first, skip.relu(), last=True), partly(self.skip, skip, last=True)
 
@@ -407,122 +405,13 @@ def hard_pixels(error: Tensor, share: float) -> Tensor:
 # ------------------------------------------------------------------------------------- instances
 
 
-@torch.no_grad()
-def cluster_instances(samples: Tensor, alpha: int | None = None,
-                      generator: torch.Generator | None = None) -> Tensor:
-    """Algorithm 1: pixels that change together from sample to sample are one instance.
-
-    samples (n, *S), n label maps of one image, in which every class but 0 stands for objects (map
-    others to 0 first) -> instance ids (*S) int64, 0 the background. Greedy: a random pixel gathers
-    all that are left within Hamming distance alpha, counted on one-hot vectors, where a sample that
-    differs counts twice; by default alpha = n, as in the paper: up to half of them may differ.
-    """
-    votes, alpha = samples.flatten(1).T.byte(), len(samples) if alpha is None else alpha
-    if alpha < 0:
-        raise ValueError(f"alpha={alpha}: a distance, from 0 up")
-    # the first pixel left of a random order is a random one of those left
-    device = "cpu" if generator is None else generator.device
-    left = torch.randperm(len(votes), generator=generator, device=device).to(votes.device)
-    votes, ids = votes[left], torch.zeros_like(left)
-    prototype = torch.zeros_like(votes[0])  # of the background
-    for instance in itertools.count():
-        far = 2 * (votes != prototype).sum(1) > alpha
-        ids[left[~far]] = instance
-        rows = far.nonzero()[:, 0]  # copies rows faster than the mask itself
-        votes, left = votes[rows], left[rows]
-        if not len(left):
-            return ids.view(samples.shape[1:])
-        prototype = votes[0]
-
-
-@torch.no_grad()
-def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = True) -> Tensor:
-    """Appendix H: paint over instances too thin to survive an erosion; ids (*S) -> ids (*S), 2D or
-    3D; erosion and box are odd.
-
-    Where no `erosion` wide box fits into an instance, each of its pixels takes the most frequent id
-    of other instances in the `box` around it (of several, the lowest). Where there is none, it
-    keeps its id (SNEMI3D), or with keep=False becomes background, 0 (Cityscapes). One instance
-    after the other: one that earlier ones made thicker may survive. The image's edge erodes
-    nothing.
-    """
-    size, dims, reach = ids.shape, ids.dim(), box // 2
-
-    def surviving(ids):
-        high, low = (POOL["max"][dims](t[None, None].float(), erosion, 1, erosion // 2)[0, 0]
-                     for t in (ids, -ids))  # equal: nothing else within the box
-        return ids[high == -low]
-
-    thin, counts = ids.unique(return_counts=True)
-    chosen = (thin > 0) & ~torch.isin(thin, surviving(ids))
-    thin, counts = thin[chosen], counts[chosen]
-
-    ids = F.pad(ids, [reach] * 2 * dims)  # with background, which has no vote
-    steps = torch.cartesian_prod(*[torch.arange(-reach, reach + 1)] * dims)
-    around = (steps * torch.tensor(ids.stride())).sum(1).to(ids.device)  # offsets in the flat map
-    flat = ids.view(-1)
-    paintable = torch.isin(flat, thin).nonzero()[:, 0]
-    for instance, area in zip(thin.tolist(), counts.tolist()):
-        pixels = paintable[flat[paintable] == instance]
-        if len(pixels) > area and (surviving(center_crop(ids, size)) == instance).any():
-            continue
-        seen = flat[pixels[:, None] + around]  # (P, box^dims)
-        others, which = seen.unique(return_inverse=True)
-        votes = torch.zeros(len(pixels), len(others), device=ids.device)
-        votes.scatter_add_(1, which, ((seen > 0) & (seen != instance)).float())
-        count, winner = votes.max(1)
-        flat[pixels] = others[winner].where(count > 0, instance if keep else 0)
-    return center_crop(ids, size).contiguous()
-
-
 # ----------------------------------------------------------------------------------- pictures
-
-
-@torch.no_grad()
-def draw_scales(model: HPUNet, image: Tensor, path: str, n: int = 5) -> None:
-    """Fig. 3: samples of an image (C, H, W), and how they vary, if all scales are drawn, only the
-    most local one, only the most global one."""
-    rows, scales = {}, [i for i, width in enumerate(model.config.latents) if width]
-    for name, chosen in (("all scales", None), ("local only", scales[-1:]),
-                         ("global only", scales[:1])):
-        generator = torch.Generator(image.device).manual_seed(0)
-        samples = model.sample(image[None], 16, generator, scales=chosen)[:, 0].argmax(1)
-        rows[name] = [paint_image(image), *(paint_label(s, image) for s in samples[:n]),
-                      paint_map(deviation(samples, model.config.num_classes), 0.7)]
-    save_grid(path, rows, ["image", *(f"sample {i}" for i in range(1, n + 1)), "std of 16"])
-
-
-def deviation(samples: Tensor, num_classes: int) -> Tensor:
-    """Standard deviation of label maps (n, *S) -> (*S), sqrt((1 - sum_k p_k^2) / 2) for shares p_k
-    of the samples: of two classes, that of their number 0 or 1."""
-    square = sum((samples == k).float().mean(0).square() for k in range(num_classes))
-    return ((1 - square) / 2).clamp(min=0).sqrt()
-
-
-def draw_instances(path: str, cases: list[dict]) -> None:
-    """Fig. 4, a row a case: a dict of arrays name, image (C, H, W), truth and found (H, W) instance
-    ids, again (H, W) the reconstruction of a label map, samples (n, H, W)."""
-    rows = {case["name"]: [paint_image(case["image"]), *map(paint_label, (
-        case["truth"], case["found"], case["again"], *case["samples"][:6]))] for case in cases}
-    save_grid(path, rows, ["image", "truth", "clustered", "reconstruction",
-                           *(f"sample {i}" for i in range(1, 7))])
-
-
-@torch.no_grad()
-def draw_extrapolation(model: HPUNet, seen: Tensor, label: Tensor, path: str) -> None:
-    """Fig. 5, a row a case: what a model trained with data.hide makes of its inputs seen
-    (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
-    samples = model.sample(seen, 6, torch.Generator(seen.device).manual_seed(0)).argmax(2)
-    again, hidden = model.reconstruct(seen, label.long()).argmax(1), seen[:, -1] == 1
-    shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
-    rows = {f"case {i}": [paint_image(image[:1]), *map(paint_label, (*maps, *guesses))]
-            for i, (image, *maps, guesses) in enumerate(shown, 1)}
-    save_grid(path, rows, ["image", "known", "truth", "reconstruction",
-                           *(f"sample {i}" for i in range(1, 7))])
 
 
 if __name__ == "__main__":
     import time
+    from analysis.instances import clean_instances, cluster_instances
+    from analysis.paper_figures import plot_instances, plot_scales
 
     import data
     import metrics
@@ -532,7 +421,7 @@ if __name__ == "__main__":
     model = HPUNet(HPUNetConfig(num_classes=16, channels=(16, 32, 32), blocks=1, convs=1,
                                 latents=(2, 1), kappa=1.3, top_k=0.2, lambda_rate=5e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    batches = data.batches(train, 8, seed=0, augmentation=data.AUGMENTATION["cells"])
+    batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["cells"].augmentation)
     start, steps = time.monotonic(), 1300
     for step, (image, label) in zip(range(1, steps + 1), batches):
         optimizer.param_groups[0]["lr"] = 4e-3 if step < 0.7 * steps else 1e-3
@@ -552,8 +441,8 @@ if __name__ == "__main__":
     error = metrics.rand_error(found, test.instances.long())
     print(f"instances clustered from 16 samples: Rand error {error.mean():.3f}")
     again = model.reconstruct(test.images, test.labels[:, 0].long()).argmax(1)
-    draw_instances("hpunet_instances.png", [
+    plot_instances("hpunet_instances.png", [
         dict(name=test.names[i], image=test.images[i], truth=test.instances[i], found=found[i],
              again=again[i], samples=samples[:, i]) for i in range(4)])
-    draw_scales(model, test.images[0], "hpunet_scales.png")
+    plot_scales(model, test.images[0], "hpunet_scales.png")
     print("samples, scale by scale: hpunet_scales.png; instances: hpunet_instances.png")

@@ -72,7 +72,7 @@ def _iou(maps, num_classes, empty):
     return torch.stack(per_class).nanmean(0).nan_to_num(nan=1.0)  # all left out: the maps agree
 
 
-def _reader_weights(labels, weights):
+def _annotator_weights(labels, weights):
     """(B, A) probabilities of the readers: 0 for missing ones, NaN in cases without any reader."""
     present = labels.flatten(2).amin(2) < IGNORE
     if weights is None:
@@ -113,7 +113,7 @@ def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, count
 
     Like ged, it leaves out pixels no reader labelled; `sample_diversity` alone sees no labels.
     """
-    most, weights = len(samples), _reader_weights(labels, weights)
+    most, weights = len(samples), _annotator_weights(labels, weights)
     iou_of_all = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, most + A, same)
     scores = {}
     for n in counts or (most,):
@@ -133,7 +133,7 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
     This is the V-statistic: the pairs of a map with itself are counted. Pixels no reader labelled
     are left out of the pairs of samples, too.
     """
-    weights = _reader_weights(labels, weights)
+    weights = _annotator_weights(labels, weights)
     return _ged(_iou_of_all(samples, labels, num_classes, weights, empty), weights)
 
 
@@ -156,7 +156,7 @@ def hungarian_iou(samples, labels, num_classes=2, weights=None, empty=1.0):
     transporting masses 1/n of the samples to masses 1/A of the readers, or to their weights.
     Matching the readers to only the best of the samples gives higher numbers that do not compare.
     """
-    n, weights = len(samples), _reader_weights(labels, weights)
+    n, weights = len(samples), _annotator_weights(labels, weights)
     iou = _iou(_joint(samples, labels, num_classes), num_classes, empty)
     return _matched_iou(iou[:, :n, n:], weights)
 
@@ -261,7 +261,7 @@ def ncc(probs, labels, weights=None):
     gamma, mean_log = _gamma(probs)
     error, valid = _reader_errors(mean_log, labels)
     correlation = _correlation(gamma.flatten(1)[:, None], error, valid)
-    return (_reader_weights(labels, weights) * correlation).sum(1)
+    return (_annotator_weights(labels, weights) * correlation).sum(1)
 
 
 def error_map(probs, labels, weights=None):
@@ -271,7 +271,7 @@ def error_map(probs, labels, weights=None):
     mean is over the readers that do not ignore the pixel; 0 where all do.
     """
     error, valid = _reader_errors(_gamma(probs)[1], labels)
-    weights = _reader_weights(labels, weights)[:, :, None] * valid
+    weights = _annotator_weights(labels, weights)[:, :, None] * valid
     mean = (weights * error).sum(1) / weights.sum(1).clamp(min=1e-12)
     return mean.view(len(labels), *labels.shape[2:])
 
@@ -324,7 +324,7 @@ def dice(pred, labels, num_classes=2, weights=None):
 def sample_dice(samples, labels, num_classes=2, weights=None):
     """`dice` of every one of samples (n, B, *S) by itself, (n, B)."""
     dices = _dice(samples, labels, num_classes)[0].mean(0)  # (B, n, A)
-    return (_reader_weights(labels, weights)[:, None] * dices).sum(2).T
+    return (_annotator_weights(labels, weights)[:, None] * dices).sum(2).T
 
 
 def dice_present(pred, labels, num_classes=2, weights=None):
@@ -333,7 +333,7 @@ def dice_present(pred, labels, num_classes=2, weights=None):
     NaN where no reader has any foreground.
     """
     dices, present = (x[:, :, 0] for x in _dice(pred[None], labels, num_classes))  # (K-1, B, A)
-    share = _reader_weights(labels, weights) * present
+    share = _annotator_weights(labels, weights) * present
     return (share * dices).sum((0, 2)) / share.sum((0, 2))
 
 

@@ -51,8 +51,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (BATCH_NORM, CONV, LINEAR, POOL, DiagonalNormal, center_crop, check_choice,
-                    conv_block, cross_entropy, one_hot, pad_to_multiple, paint_image, paint_label,
-                    paint_map, save_grid, standard_normal, valid_label)
+                    conv_block, cross_entropy, one_hot, pad_to_multiple, standard_normal,
+                    valid_label)
 
 CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
 
@@ -96,7 +96,7 @@ class PHiSeg(nn.Module):
         self.posterior = LatentNet(c, c.in_channels + c.num_classes)
         self.likelihood = Likelihood(c)
 
-    def see(self, image: Tensor, label: Tensor | None = None) -> list[Tensor]:
+    def encode(self, image: Tensor, label: Tensor | None = None) -> list[Tensor]:
         """What every level takes from the image, fine to coarse, by the prior's encoder or, with a
         label, by the posterior's: once, whatever the number of samples."""
         image = pad_to_multiple(image, self.multiple)
@@ -114,7 +114,7 @@ class PHiSeg(nn.Module):
         unweighted KL of z_l, kl their sum; with one level `reconstruction` and `kl` are all.
         """
         label = valid_label(label, mask)
-        seen = self.see(image, label), self.see(image)
+        seen = self.encode(image, label), self.encode(image)
         latents, normals = self.descend((self.posterior, self.prior), seen, self.noise(image, 1))
         maps = [F.interpolate(logits, scale_factor=2**level) if level else logits
                 for level, logits in enumerate(pyramid(self.likelihood(latents)))]
@@ -143,7 +143,7 @@ class PHiSeg(nn.Module):
     def descend(self, nets, seen, noise=None):
         """Ancestral sampling: z_L from the first of `nets`, then z_L-1 given z_L, ..., z_1.
 
-        seen: a list of `see` a net. noise: of `noise`; None is noise 0, the means. Every
+        seen: a list of `encode` a net. noise: of `noise`; None is noise 0, the means. Every
         net is given these same latents, so that KLs compare like with like. Returns (latents,
         normals), fine to coarse: latents[level] (n * B, D, *s), all cases of a draw together;
         normals[level] a list, one per net.
@@ -181,7 +181,7 @@ class PHiSeg(nn.Module):
         """
         if levels is not None and not 1 <= levels <= self.config.latent_levels:
             raise ValueError(f"levels={levels}: 1 (the coarsest) to {self.config.latent_levels}")
-        seen, noise = self.see(image), self.noise(image, n, generator)
+        seen, noise = self.encode(image), self.noise(image, n, generator)
         logits = image.new_empty(n, len(image), self.config.num_classes, *image.shape[2:])
         chunk = self._chunk(image)
         for i, out in enumerate(logits.split(chunk)):
@@ -193,13 +193,13 @@ class PHiSeg(nn.Module):
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
         """Probabilities (B, K, *S) with every level at its prior mean given the one below."""
-        latents, _ = self.descend((self.prior,), (self.see(image),))
+        latents, _ = self.descend((self.prior,), (self.encode(image),))
         return self._decode(latents, image.shape[2:]).float().softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
         """Logits (B, K, *S) with every level at its posterior mean: how well z can say `label`."""
-        latents, _ = self.descend((self.posterior,), (self.see(image, label),))
+        latents, _ = self.descend((self.posterior,), (self.encode(image, label),))
         return self._decode(latents, image.shape[2:])
 
     @torch.no_grad()
@@ -212,7 +212,7 @@ class PHiSeg(nn.Module):
         On average n = 1 gives the ELBO; more samples tighten the bound.
         """
         label = valid_label(label, mask)
-        seen, noise = (self.see(image, label), self.see(image)), self.noise(image, n)
+        seen, noise = (self.encode(image, label), self.encode(image)), self.noise(image, n)
         chunk, parts = self._chunk(image), []
         for start in range(0, n, chunk):
             part = [e[start : start + chunk] for e in noise]
@@ -362,65 +362,9 @@ class FrozenStatistics:
 # ----------------------------------------------------------------------------------- pictures
 
 
-@torch.no_grad()
-def draw_levels(model: PHiSeg, image: Tensor, path: str, n: int = 3) -> None:
-    """Fig. 1: n samples growing level by level, the coarsest first, and under each what the level
-    changed: logits of the sample's largest object less the mean over all classes (blue adds).
-
-    image (C, H, W) on the model's device.
-    """
-    noise = model.noise(image[None], n, torch.Generator().manual_seed(0))
-    latents, _ = model.descend((model.prior,), (model.see(image[None]),), noise)
-    size, rows = image.shape[1:], {}
-
-    def full(maps):  # every level at full size, (n, K, H, W)
-        return [center_crop(F.interpolate(m, scale_factor=2**level) if level else m, size)
-                for level, m in enumerate(maps)]
-
-    residuals = model.likelihood(latents)
-    masks = [m.argmax(1) for m in full(pyramid(residuals))]
-    changes = [r - r.mean(1, keepdim=True) for r in full(residuals)]
-    for i in range(n):
-        k = masks[0][i].flatten().bincount(minlength=2)[1:].argmax() + 1
-        bound = max(change[i, k].abs().max().item() for change in changes)
-        rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks[::-1])]
-        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes[::-1])]
-    levels = len(masks)
-    save_grid(path, rows, ["image", *(f"level {level}" for level in range(levels, 0, -1))],
-              cell=1.2)
-
-
-def paint_signed(values: Tensor, bound: float) -> Tensor:
-    """Map of numbers (H, W) in +-bound -> RGB (H, W, 3): red below 0, white, blue above."""
-    from matplotlib import colormaps
-
-    values = (values.detach().float().cpu() / max(bound, 1e-12) + 1) / 2
-    return torch.from_numpy(colormaps["RdBu"](values.clamp(0, 1).numpy())[..., :3]).float()
-
-
-def draw_maps(path: str, cases: list[dict]) -> None:
-    """Fig. 3: does the model vary where the readers contradict it? A row a case.
-
-    A case is a dict of arrays: name, image (C, H, W), labels (A, H, W), samples (n, H, W),
-    error and gamma (H, W) (metrics.error_map, gamma_map), and their correlation ncc. Both maps of a
-    case share one scale.
-    """
-    readers = min(4, max(len(case["labels"]) for case in cases))
-    rows, notes = {}, {}
-    for case in cases:
-        image, high = case["image"], max(case["error"].max().item(), case["gamma"].max().item())
-        labels = [paint_label(label, image) for label in case["labels"][:readers]]
-        rows[case["name"]] = [paint_image(image), *labels, *[None] * (readers - len(labels)),
-                              paint_map(case["error"], high), paint_map(case["gamma"], high),
-                              *(paint_label(s, image) for s in case["samples"][:4])]
-        notes[case["name"], readers + 2] = f"NCC {case['ncc']:.2f}"
-    columns = ["image", *(f"reader {a + 1}" for a in range(readers)), "E[CE(y, s)]", "gamma map",
-               *(f"sample {i}" for i in range(1, 5))]
-    save_grid(path, rows, columns, notes)
-
-
 if __name__ == "__main__":
     import time
+    from analysis.paper_figures import plot_levels, plot_maps
 
     import data
     import metrics
@@ -429,7 +373,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = PHiSeg(PHiSegConfig(num_classes=4, channels=(16, 32, 32, 32), latent_levels=3, convs=2))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    batches = data.batches(train, 12, seed=0, augmentation=data.AUGMENTATION["shapes"])
+    batches = data.batches(train, 12, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
     start, steps = time.monotonic(), 300
     for step, (image, label) in zip(range(1, steps + 1), batches):
         optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.7 * steps else 5e-4
@@ -446,12 +390,12 @@ if __name__ == "__main__":
     ged = metrics.ged(probs.argmax(2), test.labels, 4, test.weights)
     ncc = metrics.ncc(probs, test.labels, test.weights)
     print(f"GED {ged.mean():.3f}, NCC {ncc.mean():.3f} (16 samples, {len(test)} cases)")
-    draw_levels(model, test.images[0], "phiseg_levels.png")
+    plot_levels(model, test.images[0], "phiseg_levels.png")
     some = test.subset(range(5))
     likeliest = some.weights.argsort(1, descending=True)[:, :4]
     error, gamma = metrics.error_map(probs[:, :5], some.labels, some.weights), \
         metrics.gamma_map(probs[:, :5])
-    draw_maps("phiseg_maps.png", [
+    plot_maps("phiseg_maps.png", [
         dict(name=some.names[i], image=some.images[i], labels=some.labels[i, likeliest[i]],
              samples=probs[:, i].argmax(1), error=error[i], gamma=gamma[i], ncc=ncc[i])
         for i in range(5)])

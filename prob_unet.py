@@ -34,16 +34,13 @@ Differences from the paper
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from common import (COLORS, CONV, POOL, DiagonalNormal, UNet, check_choice, conv_block,
-                    cross_entropy, init_orthogonal, one_hot, pad_to_multiple, paint_image,
-                    paint_label, save_figure, save_grid, show_image, show_label, standard_normal,
-                    valid_label)
+from common import (CONV, POOL, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy,
+                    init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
 
 CHUNK = 2**20  # feature values computed at once when sampling: 4 MB, what a CPU's cache holds
 
@@ -245,87 +242,9 @@ def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = Non
 # ----------------------------------------------------------------------------------- pictures
 
 
-@torch.no_grad()
-def draw_latent_map(model: ProbUNet, image: Tensor, labels: Tensor, path: str,
-                    axes: Sequence[int] = (0, 1)) -> None:
-    """Figs. 6 and 7: the label maps that lie across the latent space, and the readers in it.
-
-    image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are counted
-    in the prior's std from the prior's mean, so the prior is the unit normal in the picture: the
-    rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples, if the latent space
-    is 2D; if it is not, the picture is its slice along `axes` through the prior's mean. A dot is
-    the posterior's mean for a reader's map; one that lies outside is drawn at the border.
-    Raises ValueError for other axes than the model has, and for 1D and 3D models.
-    """
-    from matplotlib.figure import Figure
-
-    latents = model.config.latent_dim
-    if model.config.dims != 2 or len(set(axes)) != 2 or not set(axes) <= set(range(latents)):
-        raise ValueError(f"axes={tuple(axes)}, dims={model.config.dims}: give two different axes "
-                         f"from 0 to {latents - 1}, and a model with dims=2")
-    side, edge = 19, 4.75  # tiles a side, half a std wide each
-    at = torch.linspace(-4.5, 4.5, side, device=image.device)
-    whitened = torch.zeros(side, side, latents, device=image.device)
-    whitened[..., axes[0]] = at
-    whitened[..., axes[1]] = -at[:, None]  # upwards
-    prior = model.prior(image[None])
-    z = prior.mean + prior.std * whitened.view(-1, 1, latents)
-    tiles = model.decode(image[None], z).argmax(2).unflatten(0, (side, side))[:, :, 0]
-    mosaic = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (side * H, side * W)
-    posterior = model.posterior(image.expand(len(labels), -1, -1, -1), labels.long())
-    readers = ((posterior.mean - prior.mean) / prior.std)[:, list(axes)].cpu()
-
-    rows = 1 + len(labels)
-    figure = Figure(figsize=(7.2 + 6.6 / rows, 7), layout="constrained")
-    panels = figure.subplot_mosaic([[row, "map"] for row in range(rows)], width_ratios=(1, rows))
-    show_image(panels[0], image, "image")
-    for a, label in enumerate(labels):
-        show_label(panels[1 + a], label)
-        panels[1 + a].set_title(f"reader {a}", color=COLORS[a % len(COLORS)], fontsize=9,
-                                fontweight="bold")
-    for row in range(rows):
-        panels[row].set_axis_off()
-
-    ax = panels["map"]
-    show_label(ax, mosaic)
-    ax.images[0].set(extent=(-edge, edge, -edge, edge), interpolation="antialiased")
-    lines = torch.linspace(-edge, edge, side + 1)
-    ax.hlines(lines, -edge, edge, color="#555555", linewidth=0.4)
-    ax.vlines(lines, -edge, edge, color="#555555", linewidth=0.4)
-    angle = torch.linspace(0, 2 * math.pi, 200)
-    for ring in range(1, 5):
-        ax.plot(ring * angle.cos(), ring * angle.sin(), color="white", linewidth=1.2)
-        ax.text(0, ring, f"{ring} std", color="black", fontsize=7, ha="center", va="center",
-                bbox=dict(boxstyle="round,pad=0.15", facecolor="white", linewidth=0))
-    for a, (x, y) in enumerate(readers.clamp(-edge, edge).tolist()):
-        color, turn = COLORS[a % len(COLORS)], 2 * math.pi * a / len(labels)
-        ax.annotate(str(a), (x, y), (22 * math.sin(turn), 22 * math.cos(turn)),
-                    textcoords="offset points", fontsize=10, fontweight="bold",
-                    ha="center", va="center", arrowprops=dict(color=color, arrowstyle="-", lw=2),
-                    bbox=dict(boxstyle="circle,pad=0.2", facecolor=color, edgecolor="white"))
-        ax.plot(x, y, "o", color=color, markersize=6, markeredgecolor="white")
-    ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal",
-           xlabel=f"$z_{axes[0]}$, in std of the prior from its mean", ylabel=f"$z_{axes[1]}$")
-    ax.set_title("the label map that each latent position stands for\n"
-                 "rings: the prior; numbers: where the posterior puts each reader", fontsize=10)
-    save_figure(figure, path)
-
-
-def draw_samples(model: ProbUNet, cases, path: str) -> None:
-    """Image, its four likeliest label maps with their odds, eight samples; cases: a data.Split."""
-    odds, order = cases.weights.sort(1, descending=True)
-    samples = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).argmax(2)
-    rows, notes = {}, {}
-    for i, (name, image) in enumerate(zip(cases.names, cases.images)):
-        labels = [*cases.labels[i, order[i, :4]], *samples[:, i]]
-        rows[name] = [paint_image(image), *(paint_label(label, image) for label in labels)]
-        notes |= {(name, 1 + a): f"p = {odds[i, a]:.2f}" for a in range(4)}
-    columns = ["image", *(f"reader {a}" for a in range(4)), *(f"sample {m}" for m in range(1, 9))]
-    save_grid(path, rows, columns, notes)
-
-
 if __name__ == "__main__":
     import time
+    from analysis.paper_figures import plot_latent_map, plot_prob_unet_samples
 
     import data
     import metrics
@@ -336,7 +255,7 @@ if __name__ == "__main__":
     model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(16, 32, 64), convs=1, latent_dim=2,
                                     beta=3.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    batches = data.batches(train, 8, seed=0, augmentation=data.AUGMENTATION["shapes"])
+    batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
     start, steps = time.monotonic(), 1500
     for step, (image, label) in zip(range(1, steps + 1), batches):
         optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.6 * steps else 4e-4
@@ -352,7 +271,7 @@ if __name__ == "__main__":
     alone = model.predict(test.images).argmax(1)[None]
     print("GED: 16 samples {:.3f}, the prediction alone {:.3f}".format(
         *(metrics.ged(s, test.labels, 4, test.weights).mean() for s in (samples, alone))))
-    draw_samples(model, test.subset(range(4)), "prob_unet_samples.png")
+    plot_prob_unet_samples(model, test.subset(range(4)), "prob_unet_samples.png")
     likeliest = test.weights[0].topk(6).indices
-    draw_latent_map(model, test.images[0], test.labels[0, likeliest], "prob_unet_latent.png")
+    plot_latent_map(model, test.images[0], test.labels[0, likeliest], "prob_unet_latent.png")
     print("samples: prob_unet_samples.png, the latent space of one image: prob_unet_latent.png")

@@ -39,15 +39,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (BATCH_NORM, CONV, IGNORE, LowRankNormal, UNet, bounded_log_std, center_crop,
-                    check_choice, conv_block, cross_entropy, new_figure, paint_label, reflect_index,
-                    reflect_pad, save_figure, save_grid, show_map, valid_label)
-
-
-TILE = 60  # voxels a side that DeepMedic computes at once at test time: bounds memory, else nothing
+from backbones.deepmedic import TILE, DeepMedic
+from common import (CONV, LowRankNormal, UNet, bounded_log_std, check_choice, conv_block,
+                    cross_entropy, valid_label)
 
 
 @dataclass(frozen=True)
@@ -204,121 +200,6 @@ class FreeMaps(nn.Module):
         return self.units.expand(len(image), -1, -1)
 
 
-class DeepMedic(nn.Module):
-    """Three views of a volume at 1/1, 1/3 and 1/5, side by side (Kamnitsas et al. 2017).
-
-    Each pathway is eight unpadded 3^3 convolutions, pre-activated: at scale s they eat 8 s voxels
-    on each side, so an input of side o + 2 * margin, margin = 8 * 5, gives features of side o:
-    110 -> 30, 140 -> 60. o is a multiple of every scale.
-    """
-
-    def __init__(self, c: SSNConfig):
-        super().__init__()
-        self.scales, self.multiple = c.scales, math.lcm(*c.scales)
-        self.layers = len(c.pathway)
-        self.margin = self.layers * max(c.scales)
-        if c.dims != 3 or c.patch % self.multiple:
-            raise ValueError(f"deepmedic with dims={c.dims}, patch={c.patch}: dims is 3 and patch "
-                             f"a multiple of {self.multiple}, the scales' common multiple")
-
-        def layer(i, before, after, kernel):
-            activate = [] if i == 0 else [BATCH_NORM[3](before), nn.ReLU(inplace=True)]
-            return activate + [nn.Conv3d(before, after, kernel)]
-
-        widths = list(zip((c.in_channels, *c.pathway), c.pathway))
-        self.pathways = nn.ModuleList(
-            nn.Sequential(*[m for i, w in enumerate(widths) for m in layer(i, *w, 3)])
-            for _ in c.scales)
-        joined = len(c.scales) * c.pathway[-1]
-        self.join = nn.Sequential()
-        for before, after in zip((joined, *c.hidden), c.hidden):
-            self.join.extend([*layer(1, before, after, 1)[:2], nn.Dropout(0.5),
-                              nn.Conv3d(before, after, 1)])
-        self.join.extend([BATCH_NORM[3](c.hidden[-1]), nn.ReLU(inplace=True)])
-        self.out_channels = c.hidden[-1]
-
-    def forward(self, volume):
-        """(B, C, D, H, W), every side o + 2 * margin -> features (B, F, *o)."""
-        size = [side - 2 * self.margin for side in volume.shape[2:]]
-        views = []
-        for scale, pathway in zip(self.scales, self.pathways):
-            view = center_crop(volume, [o + 2 * scale * self.layers for o in size])
-            view = pathway(F.avg_pool3d(view, scale) if scale > 1 else view)
-            views.append(F.interpolate(view, scale_factor=scale) if scale > 1 else view)
-        return self.join(torch.cat(views, 1))
-
-    def stitch(self, volume, tile, head):
-        """`head` of the features of a whole volume (B, C, *S), computed tile by tile.
-
-        Tiles start at multiples of every scale, so the result is the same whatever side they have.
-        """
-        size, tile = volume.shape[2:], tile - tile % self.multiple
-        up = [-s % self.multiple for s in size]
-        volume = reflect_pad(volume, [(self.margin, self.margin + u) for u in up])
-        padded = [s + u for s, u in zip(size, up)]
-        whole = None
-        for corner in torch.cartesian_prod(*[torch.arange(0, s, tile) for s in padded]).tolist():
-            part = volume
-            for axis, (start, side) in enumerate(zip(corner, padded), 2):
-                stop = min(start + tile, side)
-                part = part.narrow(axis, start, stop - start + 2 * self.margin)
-            maps = head(self(part))
-            if whole is None:
-                whole = [m.new_empty(*m.shape[:2], *padded) for m in maps]
-            for target, m in zip(whole, maps):
-                place = [slice(a, a + b) for a, b in zip(corner, m.shape[2:])]
-                target[:, :, place[0], place[1], place[2]] = m
-        return [w[:, :, : size[0], : size[1], : size[2]] for w in whole]
-
-    def random_patch(self, image, label, mask, side):
-        """One window of side^3 labels a case, its image wider by the margin the network eats.
-
-        Centred on a labelled voxel half of the time, anywhere otherwise. What lies beyond the
-        volume: image by reflection, label 255, mask false.
-        """
-        label = valid_label(label, mask)
-        images, labels, masks = [], [], []
-        for case, (x, y) in enumerate(zip(image, label)):
-            center = torch.stack([torch.randint(s, ()) for s in y.shape])
-            labelled = torch.nonzero((y > 0) & (y != IGNORE))
-            if len(labelled) and torch.rand(()) < 0.5:
-                center = labelled[torch.randint(len(labelled), ())]
-            start = [min(max(middle - side // 2, 0), max(size - side, 0))
-                     for middle, size in zip(center.tolist(), y.shape)]
-            for axis, a in enumerate(start, 1):
-                index = torch.arange(a - self.margin, a + side + self.margin, device=x.device)
-                x = x.index_select(axis, reflect_index(index, x.shape[axis]))
-            images.append(x)
-            window = tuple(slice(a, a + side) for a in start)
-            missing = [p for s in y.shape[::-1] for p in (0, max(side - s, 0))]
-            labels.append(F.pad(y[window], missing, value=IGNORE))
-            if mask is not None:
-                masks.append(F.pad(mask[case][window], missing, value=False))
-        return torch.stack(images), torch.stack(labels), torch.stack(masks) if masks else None
-
-
-@torch.no_grad()
-def draw_manipulation(model: SSN, image: Tensor, path: str, seed: int = 0) -> None:
-    """Fig. 6: one sample of an image (C, H, W), changed after the fact.
-
-    A row for every foreground class, whose part of (sample - mean) is scaled by -3 ... 3 with the
-    other classes left alone, and one for the temperature, at which everything is scaled.
-    """
-    scales = (-3, -2, -1, 0, 1, 2, 3)
-    normal = model.distribution(image[None])
-    sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))
-    rows = {}
-    for k in range(1, model.config.num_classes):
-        changes = torch.ones(len(scales), model.config.num_classes)
-        changes[:, k] = torch.tensor(scales)
-        rows[f"class {k} scaled"] = [normal.scale_classes(sample, c) for c in changes]
-    rows["temperature 0 to 9"] = [normal.mean + s * (sample - normal.mean) if s >= 0 else None
-                                  for s in scales]
-    pictures = {name: [None if x is None else paint_label(x.reshape(x.shape[-3:]).argmax(0), image)
-                       for x in row] for name, row in rows.items()}
-    save_grid(path, pictures, [f"x {s}" for s in scales])
-
-
 # ------------------------------------------------------------------------- the toy of Sec. 5.1
 
 
@@ -340,26 +221,9 @@ def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500) -> SSN
     return model
 
 
-@torch.no_grad()
-def draw_toy(models: dict[str, SSN], image: Tensor, label: Tensor, path: str) -> None:
-    """Fig. 2: a row a model with mean, covariance and 14 samples; the two label maps at the end."""
-    figure, axes = new_figure(len(models), 4, panel=2.0, title="SSN on 21 pixels, two label maps")
-    for row, (name, model) in zip(axes, models.items()):
-        normal = model.distribution(image[:1])
-        on = lambda logits: logits[..., 1, :] - logits[..., 0, :]  # one logit a pixel: K = 2
-        factor = on(normal.factor[0])  # (R, S)
-        covariance = factor.T @ factor + normal.diagonal[0].sum(0).diag()
-        samples = model.sample(image[:1], 14, torch.Generator().manual_seed(0))
-        show_map(row[0], on(normal.mean).T.expand(-1, 7), f"{name}\nmean logit")
-        picture = show_map(row[1], covariance, "covariance")
-        figure.colorbar(picture, ax=row[1], shrink=0.7)
-        show_map(row[2], samples[:, 0].softmax(1)[:, 1].T, "14 samples, p(on)", vmin=0, vmax=1)
-        show_map(row[3], label.T.repeat_interleave(3, 1), "the label maps", vmin=0, vmax=1)
-    save_figure(figure, path)
-
-
 if __name__ == "__main__":
     import data
+    from analysis.paper_figures import plot_toy
 
     torch.set_num_threads(1)  # tensors of 21 pixels: a second thread would only wait
     line = data.load("toy1d")
@@ -372,5 +236,5 @@ if __name__ == "__main__":
         print(f"{name}: log-likelihood {nats:.3f}", flush=True)
     print(f"the best possible: diagonal 7 log 1/2 = {7 * math.log(0.5):.3f}, "
           f"low-rank log 1/2 = {math.log(0.5):.3f}")
-    draw_toy(models, image, label, "ssn_toy.png")
+    plot_toy(models, image, label, "ssn_toy.png")
     print("mean, covariance and samples: ssn_toy.png")

@@ -23,7 +23,6 @@ import ctypes
 import dataclasses
 import gc
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -31,37 +30,19 @@ import shutil
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
-import torch.nn.functional as F
 from torch import nn
 
 import data
-import metrics
-from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
-from common import UserError, new_plot, pairs, pick_device, save_figure, write_atomically
-from hpunet import HPUNet
-from phiseg import PHiSeg
-from prob_unet import Image2ImageVAE, ProbUNet
-from ssn import SSN
-from vae_unet import VAEUNet
+import evaluate
+from analysis.pictures import plot_curves, read_log
+from common import Progress, UserError, key_values, start_processes
+from models import MODELS, build, distribute, load_checkpoint, place, save
+from sources.files import write_text
 
-MODELS = {
-    "ssn": SSN,
-    "prob_unet": ProbUNet,
-    "phiseg": PHiSeg,
-    "hpunet": HPUNet,
-    "vae_unet": VAEUNet,
-    "image2image_vae": Image2ImageVAE,
-    "unet": DeterministicUNet,
-    "dropout_unet": DropoutUNet,
-    "ensemble": EnsembleUNet,
-    "m_heads": MHeads,
-}
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
@@ -99,77 +80,12 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--quick", action="store_const", const=True,
                    help="a narrow model and few steps: one to three minutes on two CPU cores")
     args = p.parse_args(argv)
-    args.model_args = args.model_args and pairs("--model-args", args.model_args)
-    args.data_args = args.data_args and pairs("--data-args", args.data_args)
+    args.model_args = args.model_args and key_values("--model-args", args.model_args)
+    args.data_args = args.data_args and key_values("--data-args", args.data_args)
     return args
 
 
 # ----------------------------------------------------------------------- model and checkpoints
-
-
-def build(name: str, fields: dict) -> nn.Module:
-    """The model `name` with these fields of its config, the others at their defaults."""
-    if name not in MODELS:
-        raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
-    Model = MODELS[name]
-    known = {f.name for f in dataclasses.fields(Model.Config)}
-    if unknown := sorted(fields.keys() - known):
-        raise UserError(f"--model-args {unknown[0]}: {name} knows {', '.join(sorted(known))}")
-    try:
-        return Model(Model.Config(**fields))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} cannot be built: {error}") from error
-
-
-def save(path, name, model, optimizer, step, best) -> None:
-    """One checkpoint, whole or not at all."""
-    content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
-                   optimizer=optimizer.state_dict(), step=step, best=best)
-    try:
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
-        if not isinstance(error, OSError) and "write" not in reason:
-            raise
-        kept = "the checkpoint before it stands" if Path(path).exists() else "none was there before"
-        raise UserError(f"cannot save {path} at step {step}: {reason.splitlines()[0]}; {kept}; "
-                        "make room and --resume") from error
-
-
-def load_checkpoint(path) -> dict:
-    """What `save` wrote; nothing in the file is executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["model"], content["config"], content["state"]
-        return content
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one with train.py") from None
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of train.py ({reason})") from error
-
-
-def load(path, device="cpu") -> nn.Module:
-    """The trained model of a checkpoint, in eval mode.
-
-        model = train.load("runs/ssn-shapes-0/best.pt")
-        samples = model.sample(image, 16)                # (16, B, K, H, W) logits
-    """
-    content = load_checkpoint(path)
-    model = build(content["model"], content["config"])
-    try:
-        model.load_state_dict(content["state"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit a {content['model']} of its config: "
-                        f"{str(error).splitlines()[1].strip()[:100]}") from error
-    return place(model, device).eval()
-
-
-def place(model, device) -> nn.Module:
-    """To the device; 2D convolutions run faster with the channels innermost in memory."""
-    if model.config.dims == 2:
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -221,27 +137,6 @@ def learning_rate(step: int, training: dict) -> float:
 # --------------------------------------------------------------------------- several processes
 
 
-class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm runs on GPUs only)."""
-
-    def forward(self, x):
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                eps=self.eps)
-        axes = [0, *range(2, x.dim())]
-        moments = torch.stack([x.mean(axes), x.square().mean(axes)])
-        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
-        var = square - mean.square()
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        shape = (-1, *[1] * (x.dim() - 2))
-        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
 
@@ -251,31 +146,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-def start_processes(device_name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, world size); joins the group when torchrun started this process."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = pick_device(device_name)
-    if "WORLD_SIZE" in os.environ:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        # the others wait while rank 0 draws, which may take long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=24))
-    return device, rank, world
-
-
-def distribute(model, device):
-    """DistributedDataParallel whose batch norms see the global batch."""
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.__class__ = GlooBatchNorm
-    return nn.parallel.DistributedDataParallel(model)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -293,154 +163,6 @@ def train_step(loss_of, optimizer, image, label, lr, autocast):
     norm = nn.utils.clip_grad_norm_(parameters, float("inf"))  # infinite: measures, clips nothing
     optimizer.step()
     return {"loss": loss.detach(), **terms, "gradient": norm}
-
-
-def drawn(model, split, n, seed=0, rank=0, world=1):
-    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it;
-    or of several processes' shares, batch rank, rank + world, ...
-
-    Draws depend on (seed, batch) alone. As many cases at once as keep the logits under 128 MiB.
-    """
-    batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
-    for start in range(rank * batch, len(split), world * batch):
-        part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
-        generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
-        torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
-        yield part, model.sample(part.images, n, generator).float()
-
-
-@torch.no_grad()
-def evaluate(model, split, samples=(16,), seed=0, full=True, progress=None) -> dict:
-    """Every measure of every case: {name: (N,) float64}, for each n in `samples`.
-
-    full=False only measures `ged_<n>`, as validation during training does. `progress(done)` is
-    called after every batch. Under torchrun the processes share the cases, and all get everything,
-    the same as one would.
-    """
-    was_training = model.training
-    model.eval()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches, done = [], 0
-    for part, logits in drawn(model, split, max(samples), seed, rank, world):
-        scores = score(model, part, logits, samples, full)
-        batches.append({name: values.double().cpu() for name, values in scores.items()})
-        done += len(part) * world
-        if progress:
-            progress(min(done, len(split)))
-    model.train(was_training)
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, batches)
-        batches = [batch for turn in itertools.zip_longest(*shares) for batch in turn if batch]
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def score(model, part, logits, samples, full) -> dict:
-    """The measures of a batch of cases, each (B,), given its samples' logits; see `evaluate`."""
-    weights, probs = part.weights, logits.softmax(2) if full else None
-    labels, hard = only_scored(part, part.labels), only_scored(part, labels_of(logits, 2))
-    # where the papers average over a few of many classes, absent ones are left out
-    empty = float("nan") if part.scored or part.instances is not None else 1.0
-    classes = scored_classes(part)
-    if not full:
-        return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, weights, empty)
-                for n in samples}
-    out = metrics.sample_scores(hard, labels, classes, weights, empty, samples)
-    for n in samples:
-        out[f"ncc_{n}"] = metrics.ncc(probs[:n], part.labels, weights)
-    prediction = only_scored(part, labels_of(model.predict(part.images), 1))
-    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
-    out["dice"] = metrics.dice(prediction, labels, classes, weights)
-    out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
-    mean = only_scored(part, labels_of(probs.mean(0), 1))
-    out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
-    dices = metrics.sample_dice(hard, labels, classes, weights)  # (n, B)
-    out["dice_better"] = (dices > out["dice"]).double().mean(0)
-    for percent in (5, 25, 50, 75, 95):
-        out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
-    return out | likelihoods(model, part, max(samples))
-
-
-def scored_classes(split) -> int:
-    """How many classes the maps of `only_scored` have."""
-    return 1 + len(split.scored) if split.scored else split.num_classes
-
-
-def only_scored(split, maps):
-    """Label maps whose classes are those that the split's paper averages over, counted from 1; all
-    others are 0, and 255 stays."""
-    if not split.scored:
-        return maps
-    table = torch.zeros(256, dtype=torch.uint8, device=maps.device)
-    table[list(split.scored)] = torch.arange(1, 1 + len(split.scored), device=maps.device).byte()
-    table[data.IGNORE] = data.IGNORE
-    return table[maps.long()]
-
-
-def labels_of(scores, axis: int):
-    """The class of the highest score, uint8. (argmax is 30 times slower on a CPU.)"""
-    return scores.max(axis).indices.byte()
-
-
-def likelihoods(model, part, n) -> dict:
-    """What needs the readers' maps one by one: log_likelihood, and iou_rec of models with latents.
-
-    The expectation over a case's label maps; over two drawn from it where there are more than 8.
-    """
-    odds = part.odds  # (B, A)
-    rows = torch.arange(len(odds), device=odds.device)
-    if odds.shape[1] > 8:
-        drawn = torch.multinomial(odds, 2, replacement=True)
-        chosen = [(drawn[:, i], torch.full_like(odds[:, 0], 0.5)) for i in range(2)]
-    else:
-        chosen = [(torch.full_like(rows, a), odds[:, a]) for a in range(odds.shape[1])]
-    out = {"log_likelihood": torch.zeros_like(odds[:, 0])}
-    for reader, weight in chosen:
-        label = part.labels[rows, reader]  # (B, *S)
-        nats = model.log_likelihood(part.images, label.long(), n)
-        out["log_likelihood"] += weight * nats
-        if hasattr(model, "reconstruct"):
-            again = labels_of(model.reconstruct(part.images, label.long()), 1)
-            # The GED of two single maps is 2 (1 - IoU); NaN for a reader that is not there.
-            iou = 1 - metrics.ged(only_scored(part, again)[None], only_scored(part, label)[:, None],
-                                  scored_classes(part)) / 2
-            out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
-    return out
-
-
-class Progress:
-    """One updating line on a terminal, plain lines in a pipe; silent on ranks above 0."""
-
-    def __init__(self, total: int, done: int = 0, quiet: bool = False):
-        self.total, self.first, self.quiet = total, done, quiet
-        self.terminal = sys.stdout.isatty()
-        self.start, self.shown, self.note = time.monotonic(), 0.0, ""
-
-    def update(self, done: int, note: str | None = None, line: bool = False) -> None:
-        """note: what to say beside the count; line: print it in a pipe, or keep it on screen."""
-        self.note = self.note if note is None else note
-        now = time.monotonic()
-        if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
-            return
-        self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = duration((self.total - done) / rate) if rate else "?"
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
-        text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
-        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n",
-              flush=True)
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the progress line."""
-        if not self.quiet:
-            print(f"\r\x1b[K{text}" if self.terminal else text, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """65 -> "1m05s"."""
-    m, s = divmod(int(seconds), 60)
-    h, m = divmod(m, 60)
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 class Stop:
@@ -552,7 +274,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     stream = data.batches(
         train_split, training["batch_size"], settings["seed"], start=start, size=size, rank=rank,
         world=world, annotators=readers(settings["annotators"]),
-        augmentation=data.AUGMENTATION[settings["data"]] if settings["augment"] else None)
+        augmentation=data.DATASETS[settings["data"]].augmentation
+        if settings["augment"] else None)
 
     if main:
         begin_files(folder, settings, training, model, start)
@@ -581,14 +304,14 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
         if validating:
             terms.check()
-            ged = evaluate(model, val_split, full=False)["ged_16"].mean().item()
+            ged = evaluate.score(model, val_split, full=False)["ged_16"].mean().item()
         if main and validating:
             append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
             progress.update(step, f"validation GED {ged:.4f}", line=True)
             if ged < best:
                 best = ged
                 save(folder / "best.pt", settings["model"], model, optimizer, step, best)
-            draw_curves(folder)
+            plot_curves(folder)
 
         if main and (validating or stopping or time.monotonic() - saved_at > SAVE_EVERY):
             terms.check()  # a checkpoint is only ever a good one
@@ -619,12 +342,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     del loss_of  # freed after its group is gone, DistributedDataParallel can hang
     gc.collect()
     if finished:
-        import evaluate as evaluation  # it imports this module, to read what is written here
-
-        samples = QUICK_SAMPLES if settings["quick"] else evaluation.SAMPLES
+        samples = QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES
         if world > 1:
             dist.barrier()  # until best.pt is there
-        evaluation.report(folder, samples=samples, device=device)
+        evaluate.report(folder, samples=samples, device=device)
     else:
         progress.say(f"stopped and saved at step {step}; go on with: "
                      f"python train.py --resume {folder}")
@@ -690,41 +411,10 @@ def begin_files(folder, settings, training, model, start) -> None:
     write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def write_text(path, text: str) -> None:
-    """Write `text`, whole or not at all."""
-    write_atomically(path, lambda name: Path(name).write_text(text))
-
-
 def append(path, entry: dict) -> None:
     """One more line of JSON."""
     with open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
-
-
-def read_log(folder) -> list[dict]:
-    """The log's entries; a last line that a kill cut short is left out."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in (Path(folder) / "log.jsonl").read_text().splitlines():
-            entries.append(json.loads(line))
-    return entries
-
-
-def draw_curves(folder) -> None:
-    """curves.png: every logged term, and the validation GED, against the step."""
-    log = read_log(folder)
-    skip = {"step", "lr", "seconds_per_step"}
-    names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, names):
-        points = [(e["step"], e[name]) for e in log if name in e]
-        ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
-        ax.set_title(name.replace("_", " "), fontsize=8)
-    save_figure(figure, folder / "curves.png")
 
 
 def main(argv=None) -> int:

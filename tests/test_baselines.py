@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from baselines import (DeterministicUNet, DropoutUNet, DropoutUNetConfig, EnsembleUNet,
-                       EnsembleUNetConfig, MHeads, MHeadsConfig, UNetConfig)
+from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads, UNetConfig
 
 NARROW = dict(channels=(4, 6, 8), convs=1)
 SMALL = {  # three outputs where there are several

@@ -5,7 +5,6 @@ pydicom is not needed: `read_made` stands in for `data.read_dicom`, the one func
 DICOM file, and reads slices from .npz files made here. Everything else is the real thing.
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -19,12 +18,15 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import analysis.pictures
+import sources.base
+import sources.lidc_archive
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import DataError
+from sources.files import DataError
 
 AIR, TISSUE = -1000.0, 40.0
 reads = []  # (file, whether its pixels were read): what `read_made` was asked for
@@ -36,7 +38,7 @@ def read_made(path, pixels=False):
         return None
     with np.load(path) as file:
         text, numbers = file["text"].tolist(), [None if math.isnan(v) else v for v in file["mm"]]
-        return data.CTSlice(*text, tuple(file["shape"].tolist()), tuple(file["spacing"].tolist()),
+        return sources.lidc_archive.CTSlice(*text, tuple(file["shape"].tolist()), tuple(file["spacing"].tolist()),
                             *numbers, file["hu"] if pixels else None)
 
 
@@ -91,7 +93,7 @@ def scan(folder, series, patient, *sessions, slices=3, seed=0, shape=(40, 48), *
 
 
 def build(src, dst, **options):
-    data.build_lidc(src, dst, **{"size": 16, "read": read_made, **options})
+    sources.lidc_archive.build_lidc(src, dst, **{"size": 16, "read": read_made, **options})
 
 
 def built(src, dst, **options):
@@ -116,7 +118,7 @@ def grey(hu, low=-1000, high=400):
 
 
 def drawn(points, shape=(6, 8)):
-    inside, outline = data._fill(points, shape)
+    inside, outline = sources.lidc_archive._fill(points, shape)
     assert not (inside & outline).any()
     return ["".join("#" if i else "o" if o else "." for i, o in zip(*rows))
             for rows in zip(inside, outline)]
@@ -156,7 +158,7 @@ def test_random_polygons_are_filled_like_matplotlibs():
     grid = np.stack(np.meshgrid(np.arange(30), np.arange(20)), -1).reshape(-1, 2)
     for _ in range(60):
         points = [(draw.randrange(30), draw.randrange(20)) for _ in range(draw.randrange(3, 9))]
-        inside, outline = data._fill(points, (20, 30))
+        inside, outline = sources.lidc_archive._fill(points, (20, 30))
         edges = zip(points, points[1:] + points[:1])
         near = np.min([_distance(grid, *map(np.array, edge)) for edge in edges], 0).reshape(20, 30)
         assert (outline == (near < 1e-9)).all()
@@ -282,7 +284,7 @@ def test_the_report_is_that_of_the_papers(archive, tmp_path, capsys):
     build(src, tmp_path / "lidc.npz")
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     whole = data.load("lidc", "all", path=tmp_path / "lidc.npz")
-    split = data.split_groups(whole.groups, val=0.2)
+    split = sources.base.split_groups(whole.groups, val=0.2)
     for part, cases in split.items():
         _, patients, lesions, slices, empty, diversity = rows[part]
         assert int(patients) == 1 and int(slices) == len(cases)
@@ -860,7 +862,7 @@ def test_the_sheet_shows_every_readers_outline(own, tmp_path):
     data.show("npz", own, "all", tmp_path / "sheet.png")
     picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).reshape(-1, 3)
     seen = [(np.abs(picture.astype(int) - [int(color[i:i + 2], 16) for i in (1, 3, 5)]).max(1)
-             < 12).sum() for color in data.COLORS[:4]]
+             < 12).sum() for color in analysis.pictures.COLORS[:4]]
     assert seen[0] > 500 and seen[1] > 500  # outlines and the legend
     assert 5 < seen[2] < 200 and seen[3] < 5  # an empty mask: the legend alone; no fourth reader
 
@@ -875,7 +877,7 @@ def test_show_takes_every_kind_of_set(name, options, tmp_path, capsys):
     rows = table(capsys.readouterr().out)
     whole = data.load(name, "val", **options)
     assert rows["size"][1] == " x ".join(map(str, whole.images.shape[2:]))
-    shares = [(whole.odds * (whole.labels == k).flatten(2).float().mean(2)).sum(1).mean()
+    shares = [(whole.probabilities * (whole.labels == k).flatten(2).float().mean(2)).sum(1).mean()
               for k in range(whole.num_classes)]
     assert [float(rows[f"class {k}"][1][:-1]) for k in range(whole.num_classes)] == pytest.approx(
         [100 * float(share) for share in shares], abs=0.006)

@@ -1,6 +1,8 @@
 import math
 
 import numpy as np
+import analysis.pictures
+import sources.files
 import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
@@ -210,19 +212,19 @@ def test_a_failed_write_leaves_what_stood_there(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        common.write_atomically(path, fail)
+        sources.files.write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_pictures_are_drawn(tmp_path):
-    figure, axes = common.new_figure(1, 3, title="three")
+    figure, axes = analysis.pictures.new_figure(1, 3, title="three")
     label = torch.tensor([[0, 1], [2, 255]])
     image = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
-    common.show_image(axes[0, 0], image)
-    common.show_label(axes[0, 1], label, image)
-    common.show_map(axes[0, 2], image[0])
+    analysis.pictures.show_image(axes[0, 0], image)
+    analysis.pictures.show_label(axes[0, 1], label, image)
+    analysis.pictures.show_map(axes[0, 2], image[0])
     picture = axes[0, 1].get_images()[0].get_array()
     np.testing.assert_allclose(picture[1, 1], 0.5)  # ignored: grey
     np.testing.assert_allclose(picture[0, 0], 0.0)  # background: the image's own black
-    common.save_figure(figure, tmp_path / "three.png")
+    analysis.pictures.save_figure(figure, tmp_path / "three.png")
     assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")

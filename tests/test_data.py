@@ -9,12 +9,16 @@ import pickle
 import sys
 
 import numpy as np
+import sources.base
+import sources.files
 import pytest
 import torch
 from PIL import Image
 
 import data
-from data import AUGMENTATION, DATASETS, Augmentation, DataError, Split
+from data import DATASETS, Augmentation
+from sources.base import Split
+from sources.files import DataError
 
 MADE = {"toy1d": {}, "shapes": {"n": 40}, "modes": {"n": 20}, "cells": {"n": 20},
         "organs": {"n": 24}, "lesions3d": {"n": 8, "size": 32}}
@@ -474,7 +478,7 @@ def test_epochs_are_permutations_chained_end_to_end():
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_batch_is_a_function_of_seed_and_step(name, made):
-    options = dict(augmentation=AUGMENTATION[name])
+    options = dict(augmentation=data.DATASETS[name].augmentation)
     first = list(itertools.islice(data.batches(made[name], 4, 7, **options), 6))
     resumed = list(itertools.islice(data.batches(made[name], 4, 7, start=3, **options), 3))
     assert all(map(same, first[3:], resumed))
@@ -484,7 +488,7 @@ def test_a_batch_is_a_function_of_seed_and_step(name, made):
 
 @pytest.mark.parametrize("name", ["shapes", "organs", "cells", "lesions3d"])
 def test_ranks_share_one_batch(name, made):
-    options = dict(start=2, augmentation=AUGMENTATION[name], size=24)
+    options = dict(start=2, augmentation=data.DATASETS[name].augmentation, size=24)
     whole = next(data.batches(made[name], 6, 3, **options))
     parts = [next(data.batches(made[name], 6, 3, rank=r, world=3, **options)) for r in range(3)]
     assert all(len(part[0]) == 2 for part in parts)
@@ -578,7 +582,7 @@ def test_the_split_rule_by_hand():
     # Test: the first ceil(0.2 * 10) = 2, so g2 g8. The others are g4 g9 g1 g6 g7 g3 g0 g5; their
     # numbers 6 and 2, the first ceil(0.2 * 8) = 2 of the second shuffle, are g0 and g1.
     groups = [f"g{i}" for i in (9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 2)]
-    parts = data.split_groups(groups, val=0.2)
+    parts = sources.base.split_groups(groups, val=0.2)
     names = {part: sorted({groups[i] for i in rows}) for part, rows in parts.items()}
     assert names == {"test": ["g2", "g8"], "val": ["g0", "g1"],
                      "train": ["g3", "g4", "g5", "g6", "g7", "g9"]}
@@ -595,7 +599,7 @@ def test_the_split_rule_is_that_of_two_train_test_splits(n):
     groups = [f"1.2.{i % n}" for i in range(3 * n)]
     rest, test = train_test_split(sorted(set(groups)), 0.2)
     train, val = train_test_split(rest, 0.2)
-    parts = data.split_groups(groups, val=0.2)
+    parts = sources.base.split_groups(groups, val=0.2)
     for part, names in (("train", train), ("val", val), ("test", test)):
         assert parts[part] == [i for i, group in enumerate(groups) if group in names]
 
@@ -1262,9 +1266,9 @@ def test_nifti_in_any_order_and_back(tmp_path, axes, flips):
     affine = np.array([[-1.0, 0, 0, 9], [0, -2, 0.1, 7], [0, -0.1, 3, -5], [0, 0, 0, 1]])
     voxels, matrix = stored(world, affine, axes, flips)
     nibabel.save(nibabel.Nifti1Image(voxels, matrix), tmp_path / "in.nii.gz")
-    array, source = data.read_nifti(tmp_path / "in.nii.gz")
+    array, source = sources.files.read_nifti(tmp_path / "in.nii.gz")
     np.testing.assert_array_equal(array, world.T[None])
-    data.write_nifti(tmp_path / "out.nii.gz", np.stack([array[0], array[0] / 2]), source)
+    sources.files.write_nifti(tmp_path / "out.nii.gz", np.stack([array[0], array[0] / 2]), source)
     back = nibabel.load(tmp_path / "out.nii.gz")
     np.testing.assert_array_equal(np.asarray(back.dataobj)[..., 0], voxels)
     np.testing.assert_array_equal(np.asarray(back.dataobj)[..., 1], voxels / 2)
@@ -1277,9 +1281,9 @@ def test_nifti_of_a_slice_and_of_channels(tmp_path, shape, want):
     nibabel = pytest.importorskip("nibabel")
     voxels = np.random.default_rng(0).random(shape).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(voxels, LPS), tmp_path / "in.nii")
-    array, source = data.read_nifti(tmp_path / "in.nii")
+    array, source = sources.files.read_nifti(tmp_path / "in.nii")
     assert array.shape == want
-    data.write_nifti(tmp_path / "out.nii.gz", array, source)
+    sources.files.write_nifti(tmp_path / "out.nii.gz", array, source)
     back = np.asarray(nibabel.load(tmp_path / "out.nii.gz").dataobj)
     assert back.size == voxels.size and (back.squeeze() == voxels.squeeze()).all()
 
@@ -1442,7 +1446,7 @@ def test_cityscapes_modes(tmp_path):
                 want[(base == value) & bool(flipped)] = 19 + j
             np.testing.assert_array_equal(maps.labels[i, mode], want)
             assert float(maps.weights[i, mode]) == pytest.approx(odds, abs=1e-7)
-    torch.testing.assert_close(train.odds, maps.odds)
+    torch.testing.assert_close(train.probabilities, maps.probabilities)
 
 
 def test_flips_are_drawn_in_batches_by_their_odds(tmp_path):
@@ -1463,7 +1467,7 @@ def test_flips_are_drawn_in_batches_by_their_odds(tmp_path):
     padded = data.center(train, (10, 12)).all_maps()
     assert (padded.labels[:, :, 0] == 255).all()
     assert torch.equal(padded.labels[:, :, 1:9], train.all_maps().labels[..., 2:14])
-    _, label = next(data.batches(train, 4, 0, augmentation=AUGMENTATION["cityscapes"]))
+    _, label = next(data.batches(train, 4, 0, augmentation=data.DATASETS["cityscapes"].augmentation))
     assert int(label[label != 255].max()) < 24
     assert train.to("meta").flips.device.type == "meta"
     assert data._summary(train)["readers"] == "32"
@@ -1656,5 +1660,5 @@ def test_hide_draws_maps_by_their_odds():
     same = (hidden.labels.view(100, 40, 1, -1) == split.labels.view(100, 1, 32, -1)).all(3)
     share = same.float().mean((0, 1))
     torch.testing.assert_close(share, split.weights[0], atol=0.015, rtol=0)  # 4000 draws
-    with pytest.raises(data.DataError, match="hide=100: give per cent"):
+    with pytest.raises(sources.files.DataError, match="hide=100: give per cent"):
         data.load("modes", hide=100)

@@ -6,6 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import analysis.ambiguity
+import analysis.calibration
+import analysis.instances
+import analysis.ood
+import analysis.pictures
+import analysis.predict
+import models
+import sources.base
+import sources.brats
 import pytest
 import torch
 from PIL import Image
@@ -61,7 +70,7 @@ def run(tmp_path_factory):
 
 
 def test_the_true_distribution_scores_as_theory_says(shapes):
-    values = train.evaluate(Oracle(shapes), shapes, samples=(16, 400))
+    values = evaluate.score(Oracle(shapes), shapes, samples=(16, 400))
     assert all(v.shape == (len(shapes),) and not v.isnan().any() for v in values.values())
     # E[GED of n true draws] = E[d(s, s')] / n, with s, s' two independent draws
     iou = torch.stack([metrics.pairwise_iou(x, x, 4) for x in shapes.labels]).double()
@@ -76,34 +85,34 @@ def test_the_true_distribution_scores_as_theory_says(shapes):
 
 
 def test_true_draws_are_calibrated_and_one_mode_is_not(shapes):
-    modes = evaluate.calibrate(Oracle(shapes), shapes, 400)
+    modes = analysis.calibration.calibrate(Oracle(shapes), shapes, 400)
     np.testing.assert_allclose(modes.frequency.sum(1), 1, rtol=1e-5)
-    assert abs(modes.frequency - modes.odds).sum(1).mean() / 2 < 0.08
-    pooled = evaluate.pooled(modes, 400)
+    assert abs(modes.frequency - modes.probabilities).sum(1).mean() / 2 < 0.08
+    pooled = analysis.calibration.pooled(modes, 400)
     assert pooled["mode_gap_400"]["mean"] < 0.02 and pooled["mode_pooled_tv_400"]["mean"] < 0.05
     known, share = modes.marginal[~np.isnan(modes.marginal[:, 0])].T
     assert len(known) > 10 and abs(known - share).max() < 0.05
 
     always = Oracle(shapes)
     always.sample = lambda image, n, generator=None: always.predict(image).expand(n, -1, -1, -1, -1)
-    modes = evaluate.calibrate(always, shapes, 4)
+    modes = analysis.calibration.calibrate(always, shapes, 4)
     likeliest = shapes.weights.max(1).values.mean().item()
-    tv = abs(modes.frequency - modes.odds).sum(1).mean() / 2
+    tv = abs(modes.frequency - modes.probabilities).sum(1).mean() / 2
     assert abs(tv - (1 - likeliest)) < 1e-5  # all mass on one mode
 
 
 def test_evaluation_repeats_itself_and_ignores_the_batch_before_it(shapes):
     model = Oracle(shapes)
-    first = train.evaluate(model, shapes, full=False)
+    first = evaluate.score(model, shapes, full=False)
     torch.rand(3)
-    assert torch.equal(first["ged_16"], train.evaluate(model, shapes, full=False)["ged_16"])
+    assert torch.equal(first["ged_16"], evaluate.score(model, shapes, full=False)["ged_16"])
 
 
 def test_expectation_over_readers_skips_missing_ones():
     """iou_rec by hand: readers at 1/2 each, one reconstructed exactly, one not at all."""
     labels = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     labels[0, 0], labels[0, 1] = torch.tensor([[1, 0], [0, 0]]), torch.tensor([[0, 0], [0, 1]])
-    part = data.Split(torch.zeros(1, 1, 2, 2), labels, None, ["g"], 2, ["n"])
+    part = sources.base.Split(torch.zeros(1, 1, 2, 2), labels, None, ["g"], 2, ["n"])
 
     class Model:
         def reconstruct(self, image, label):  # always the first reader's map
@@ -112,16 +121,16 @@ def test_expectation_over_readers_skips_missing_ones():
         def log_likelihood(self, image, label, n):
             return torch.where(label[:, 0, 0] == 1, -1.0, -3.0)
 
-    out = train.likelihoods(Model(), part, 5)
+    out = evaluate.likelihoods(Model(), part, 5)
     assert out["iou_rec"].tolist() == [0.5] and out["log_likelihood"].tolist() == [-2.0]
 
 
 def test_only_the_scored_classes_count():
     """Classes 0 and 3 of five are scored: what else the maps say is background to the measures."""
     labels = torch.tensor([[[[0, 0, 3, 3, 4, 255]]]], dtype=torch.uint8)
-    part = data.Split(torch.zeros(1, 1, 1, 6), labels, None, ["g"], 5, ["n"], scored=(0, 3))
-    assert train.only_scored(part, labels).flatten().tolist() == [1, 1, 2, 2, 0, 255]
-    assert train.scored_classes(part) == 3
+    part = sources.base.Split(torch.zeros(1, 1, 1, 6), labels, None, ["g"], 5, ["n"], scored=(0, 3))
+    assert evaluate.only_scored(part, labels).flatten().tolist() == [1, 1, 2, 2, 0, 255]
+    assert evaluate.scored_classes(part) == 3
 
     class Model:
         training = False
@@ -131,9 +140,9 @@ def test_only_the_scored_classes_count():
             maps = torch.tensor([[0, 0, 3, 3, 2, 1]])  # class 2 for 4: neither is scored
             return torch.nn.functional.one_hot(maps, 5).movedim(-1, 0)[None, None].float()
 
-    assert train.evaluate(Model(), part, (1,), full=False)["ged_1"].tolist() == [0.0]
+    assert evaluate.score(Model(), part, (1,), full=False)["ged_1"].tolist() == [0.0]
     part = data.replace(part, scored=())  # classes 1..4; absent in both, 1 and 2 count as right
-    assert train.evaluate(Model(), part, (1,), full=False)["ged_1"].tolist() == [1.0]
+    assert evaluate.score(Model(), part, (1,), full=False)["ged_1"].tolist() == [1.0]
 
 
 def test_report_writes_csv_and_json_that_agree(run, capsys):
@@ -191,7 +200,7 @@ def test_ambiguity_finds_the_threshold(run, monkeypatch):
         labels[:, 0, 1, 1] = 1
         labels[::2, 1, 1, 1] = 1
         images = (torch.arange(count) % 2).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-        return data.Split(images, labels, None, ["g"] * count, 2, ["n"] * count)
+        return sources.base.Split(images, labels, None, ["g"] * count, 2, ["n"] * count)
 
     class Model:
         def sample(self, image, n, generator=None):
@@ -202,7 +211,7 @@ def test_ambiguity_finds_the_threshold(run, monkeypatch):
 
     monkeypatch.setattr(train, "load", lambda *a: Model())
     monkeypatch.setattr(data, "load", lambda *a, **k: [split(6), split(9)])
-    result = evaluate.ambiguity(run, device=torch.device("cpu"))
+    result = analysis.ambiguity.ambiguity(run, device=torch.device("cpu"))
     assert result["accuracy"] == 1 and 8 < result["threshold"] <= 16
     assert result["commoner"] == 5 / 9 and (run / "ambiguity.png").exists()
 
@@ -212,7 +221,7 @@ def test_agreed_keeps_the_cases_that_every_reader_marked():
     labels[0, :, 0, 0] = 1  # both
     labels[1, 0, 0, 0] = 1  # one
     labels[2, 0, 0, 0], labels[2, 1] = 1, 255  # the only one there is
-    split = data.Split(torch.zeros(4, 1, 3, 3), labels, None, list("abcd"), 2, list("abcd"))
+    split = sources.base.Split(torch.zeros(4, 1, 3, 3), labels, None, list("abcd"), 2, list("abcd"))
     assert evaluate.agreed(split) == [0, 2]
 
 
@@ -232,9 +241,9 @@ def test_an_image_of_ones_own(run, tmp_path):
 def test_pictures_are_scaled_to_one(tmp_path, mode, dtype, top):
     array = np.array([[0, top], [top // 5, 0]], dtype=dtype)
     Image.fromarray(array).save(tmp_path / "x.png")
-    grey = evaluate.read_picture(tmp_path / "x.png", 1)
+    grey = analysis.predict.read_picture(tmp_path / "x.png", 1)
     np.testing.assert_allclose(grey, [[[0, 1], [0.2, 0]]], atol=1e-4)
-    assert evaluate.read_picture(tmp_path / "x.png", 3).shape == (3, 2, 2)
+    assert analysis.predict.read_picture(tmp_path / "x.png", 3).shape == (3, 2, 2)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -256,10 +265,10 @@ def test_pictures_of_lines_and_volumes(tmp_path, name, options):
     split = data.load(name, "test", **options)
     size = split.labels.shape[2:]
     probs = torch.rand(3, split.num_classes, *size).softmax(1)
-    shown = [evaluate.plane(split, 0, probs, probs[0], *probs[:2, 1])]
+    shown = [analysis.pictures.plane(split, 0, probs, probs[0], *probs[:2, 1])]
     assert shown[0].image.dim() == 3 and shown[0].probs.dim() == 4
-    evaluate.draw_samples(tmp_path / "a.png", shown)
-    evaluate.draw_uncertainty(tmp_path / "b.png", shown)
+    analysis.pictures.plot_samples(tmp_path / "a.png", shown)
+    analysis.pictures.plot_uncertainty(tmp_path / "b.png", shown)
     assert {p.name for p in Path(tmp_path).iterdir()} == {"a.png", "b.png"}
 
 
@@ -286,7 +295,7 @@ def test_every_class_by_itself(tmp_path):
     labels[:, 1, 1:5, 1:3] = 1  # 8 pixels
     labels[0, 1, 0, 5] = 2
     labels[1, 1, 5] = 255
-    split = data.Split(torch.zeros(2, 1, 6, 6), labels, torch.tensor([[0.4, 0.6]] * 2), ["g"] * 2,
+    split = sources.base.Split(torch.zeros(2, 1, 6, 6), labels, torch.tensor([[0.4, 0.6]] * 2), ["g"] * 2,
                        3, ["a", "b"])
     prediction = torch.zeros(2, 6, 6)
     prediction[:, 1:5, 1:4] = 1  # 12 pixels, 8 of them right
@@ -316,28 +325,28 @@ def test_corruptions():
     images[:, :, 16, 16] = 1
     at = torch.arange(33) - 16.0
     for sigma in (1, 2):
-        line = evaluate.corrupt(images, "blur", sigma)[0, 0].sum(0)
+        line = analysis.ood.corrupt(images, "blur", sigma)[0, 0].sum(0)
         assert line.sum().item() == pytest.approx(1, abs=1e-5)
         assert (line * at.square()).sum().item() == pytest.approx(sigma**2, rel=0.01)
-    assert torch.allclose(evaluate.corrupt(images + 3, "blur", 8).mean(), images.mean() + 3)
+    assert torch.allclose(analysis.ood.corrupt(images + 3, "blur", 8).mean(), images.mean() + 3)
     for percent, side in ((1, 1), (10, 3), (40, 13)):
-        patched = evaluate.corrupt(torch.rand(2, 2, 33, 33) - 2, "patch", percent, seed=1)
+        patched = analysis.ood.corrupt(torch.rand(2, 2, 33, 33) - 2, "patch", percent, seed=1)
         for image in patched:
             rows, columns = (image == image.max()).all(0).nonzero().unbind(1)
             assert rows.max() - rows.min() == columns.max() - columns.min() == side - 1
             assert len(rows) == side**2
     assert images.sum() == 4  # left as they were
     images = torch.rand(4, 1, 64, 64)
-    weak, strong = (evaluate.corrupt(images, "noise", s) - images for s in (0.5, 2))
+    weak, strong = (analysis.ood.corrupt(images, "noise", s) - images for s in (0.5, 2))
     assert weak.std().item() == pytest.approx(0.5 * images.std().item(), rel=0.02)
     assert torch.allclose(4 * weak, strong, atol=1e-5)
-    assert torch.equal(evaluate.corrupt(images, "noise", 2) - images, strong)
+    assert torch.equal(analysis.ood.corrupt(images, "noise", 2) - images, strong)
 
 
 def test_foreign_images_look_alike():
     like = 5 + 3 * torch.randn(4, 3, 20, 24)
     for channels in (1, 2, 3):
-        foreign = evaluate.as_foreign(torch.rand(2, channels, 40, 30), like)
+        foreign = analysis.ood.as_foreign(torch.rand(2, channels, 40, 30), like)
         assert foreign.shape == (2, 3, 20, 24)
         assert foreign.mean().item() == pytest.approx(like.mean().item(), abs=1e-4)
         assert foreign.std().item() == pytest.approx(like.std().item(), rel=1e-4)
@@ -348,7 +357,7 @@ def test_warning_scores_against_a_loop():
     probs[:, :, 0] += 2
     probs[:, 0, 1, 3:5, 20] += 9  # what is predicted of the first case; nothing of the second
     probs /= probs.sum(2, keepdim=True)
-    scores = evaluate.warning_scores(probs)
+    scores = analysis.ood.warning_scores(probs)
     probs = probs.double().numpy()
     gamma = metrics.gamma_map(torch.from_numpy(probs)).numpy()
     near = [(y, x) for y in range(30) for x in range(25)
@@ -365,7 +374,7 @@ def test_auroc_of_scores():
     both = lambda values: {"variance": np.array(values), "gamma": np.zeros(len(values))}
     scores = {("clean", ""): both([1.0, 2, 3]), ("blur", 2): both([2.0, 3, 4]),
               ("foreign", "organs"): both([9.0, 8])}
-    summary = evaluate.ood_summary(scores)
+    summary = analysis.ood.ood_summary(scores)
     assert summary["variance_clean"]["mean"] == 2
     assert summary["auroc_variance_blur_2"]["mean"] == pytest.approx(7 / 9)
     assert summary["auroc_variance_foreign_organs"] == {"mean": 1.0, "stderr": 0.0, "n": 2}
@@ -415,7 +424,7 @@ class Colours:
 def test_instances_of_a_model_that_knows_them():
     split = data.load("cells", "test", n=15)
     split.instances[0, :5] = -1  # nobody knows
-    scores, shown = evaluate.instances(Colours(split), split)
+    scores, shown = analysis.instances.instances(Colours(split), split)
     assert scores["rand_error_16"].shape == (len(split),) == (3,)
     assert scores["rand_error_16"].max() < 0.02  # all but slivers that the clean-up paints over
     assert scores["ap50_16"].min() > 0.7
@@ -431,16 +440,16 @@ def test_instances_of_a_model_that_does_not():
         (n, len(image), 16, *image.shape[2:]), generator=generator)
     model.predict = lambda image: torch.eye(16)[1][None, :, None, None].expand(
         len(image), -1, *image.shape[2:])  # all one object
-    scores, _ = evaluate.instances(model, split)
+    scores, _ = analysis.instances.instances(model, split)
     assert scores["rand_error_16"].min() > 0.4 and scores["rand_error_components"].min() > 0.6
-    scores, shown = evaluate.instances(model, split, 8, 16)  # within reach even if all 8 differ
+    scores, shown = analysis.instances.instances(model, split, 8, 16)  # within reach even if all 8 differ
     assert "rand_error_8_16" in scores and not shown[0]["found"].any()
 
 
 def test_classes_below_the_objects_are_background():
     """Cells under two more classes, road and sky: the same scores as without them."""
     split = data.load("cells", "test", n=15)
-    want, _ = evaluate.instances(Colours(split), split)
+    want, _ = analysis.instances.instances(Colours(split), split)
     more = replace(split, instances=split.instances + 2 * (split.instances > 0), fixed=3,
                    num_classes=18)
     stuff = torch.randint(3, more.instances.shape)
@@ -456,7 +465,7 @@ def test_classes_below_the_objects_are_background():
 
     model = SimpleNamespace(sample=lambda *args: widened(inner.sample(*args)),
                             predict=lambda image: widened(inner.predict(image)))
-    got, _ = evaluate.instances(model, more)
+    got, _ = analysis.instances.instances(model, more)
     for name in ("rand_error_components", "rand_error_16", "ap50_16"):
         np.testing.assert_allclose(got[name], want[name], atol=0.03)
 
@@ -464,10 +473,10 @@ def test_classes_below_the_objects_are_background():
 def test_short_names_are_unique():
     """Rows of a picture go by name: two cases of one name would be one row."""
     names = ["patient-with-a-long-name-1/slice-0007", "patient-with-a-long-name-2/slice-0007", "b"]
-    part = data.Split(torch.zeros(3, 1, 2, 2), None, None, names, 2, names)
-    short = [evaluate.short_name(part, i) for i in range(3)]
+    part = sources.base.Split(torch.zeros(3, 1, 2, 2), None, None, names, 2, names)
+    short = [analysis.pictures.short_name(part, i) for i in range(3)]
     assert short == ["-name-1/slice-0007"[-16:], "-name-2/slice-0007"[-16:], "b"]
-    assert len({evaluate.short_name(part, i, most=5) for i in range(3)}) == 3
+    assert len({analysis.pictures.short_name(part, i, most=5) for i in range(3)}) == 3
 
 
 def test_a_folder_of_pictures(run, tmp_path, capsys):
@@ -492,8 +501,8 @@ def volume_run(tmp_path_factory):
     fields = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
                   hidden=(5,), patch=6)
     torch.manual_seed(0)
-    model = train.build("ssn", fields)
-    train.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
+    model = models.build("ssn", fields)
+    models.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
     return folder
 
 
@@ -521,7 +530,7 @@ def test_a_volume_comes_back_on_its_own_grid(volume_run, tmp_path, capsys):
         np.testing.assert_array_equal(samples["right", kind], there)
     np.testing.assert_allclose(samples["right", "probabilities"].sum(3), 1, atol=1e-5)
     with torch.no_grad():
-        model = train.load(volume_run / "best.pt")
+        model = data.load(volume_run / "best.pt")
         image = (world - world.mean((0, 1, 2))) / world.std((0, 1, 2))
         want = model.predict(torch.from_numpy(image.T.copy())[None])[0].argmax(0)
     assert (samples["right", "prediction"] == want.numpy().T).mean() > 0.999
@@ -538,11 +547,11 @@ def test_a_patient_of_brats(volume_run, tmp_path):
     brain[3:6, 2:5, 1:4] = False  # not a box
     patient = tmp_path / "Brats17_1_1"
     patient.mkdir()
-    for kind in data.BRATS:
+    for kind in sources.brats.BRATS:
         volume = (rng.integers(1, 900, brain.shape) * brain).astype(np.int16)
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)),
                      patient / f"Brats17_1_1_{kind}.nii.gz")
-    written = evaluate.predict_image(volume_run, patient, samples=2, out=tmp_path / "out",
+    written = analysis.predict.predict_image(volume_run, patient, samples=2, out=tmp_path / "out",
                                      device=torch.device("cpu"))
     back = np.asarray(nibabel.load(written).dataobj)
     assert back.shape == (14, 12, 10, 2) and not back[~brain].any() and back[brain].any()
@@ -553,7 +562,7 @@ def test_a_patient_of_brats(volume_run, tmp_path):
 
 def test_a_slice_for_a_model_of_slices(run, tmp_path):
     nibabel = pytest.importorskip("nibabel")
-    model, lps = train.load(run / "best.pt"), np.diag([-1.0, -1, 1, 1])
+    model, lps = data.load(run / "best.pt"), np.diag([-1.0, -1, 1, 1])
     for name, shape in (("x", (20, 17)), ("y", (20, 17, 1))):
         array = np.random.default_rng(0).random(shape).astype(np.float32)
         nibabel.save(nibabel.Nifti1Image(array, lps), tmp_path / f"{name}.nii")
@@ -571,7 +580,7 @@ def test_a_volume_of_one_slice_for_a_model_of_volumes(volume_run, tmp_path):
     nibabel = pytest.importorskip("nibabel")
     array = np.random.default_rng(0).random((9, 8, 1, 4)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii")
-    written = evaluate.predict_image(volume_run, tmp_path / "x.nii", samples=2, out=tmp_path,
+    written = analysis.predict.predict_image(volume_run, tmp_path / "x.nii", samples=2, out=tmp_path,
                                      device=torch.device("cpu"))
     assert nibabel.load(written).shape == (9, 8, 1, 2)
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 
+import analysis.paper_figures
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 import hpunet
+from analysis.instances import clean_instances, cluster_instances
+from analysis.paper_figures import deviation
 from common import center_crop, pad_to_multiple
-from hpunet import (HPUNet, HPUNetConfig, ResBlock, at_mean, clean_instances, cluster_instances,
-                    deviation, drawn, given, hard_pixels)
+from hpunet import HPUNet, HPUNetConfig, ResBlock, at_mean, drawn, given, hard_pixels
 
 
 def seeded(*shape, seed=0):
@@ -86,7 +88,7 @@ def test_default_operations_are_those_stated():
     def total(n):
         noise = {i: torch.zeros(n, 1, 1, 2**i, 2**i, device="meta") for i in range(4)}
         with FlopCounterMode(display=False) as counter:
-            model.out(model.unet(model.see(image), drawn(noise), n)[0])
+            model.out(model.unet(model.encode(image), drawn(noise), n)[0])
         return counter.get_total_flops() / 2e9
 
     each = total(2) - total(1)
@@ -187,8 +189,8 @@ def test_hierarchical_kl_is_that_of_the_joint_distributions():
     model, (image, label) = small(), batch(1)
     n = 4000
     torch.manual_seed(0)
-    _, z, q = model.posterior(model.see(image, label), drawn(model.noise(image, n)), n)
-    _, _, p = model.unet(model.see(image), given(z), n)
+    _, z, q = model.posterior(model.encode(image, label), drawn(model.noise(image, n)), n)
+    _, _, p = model.unet(model.encode(image), given(z), n)
     analytic = sum(q[level].kl(p[level]) for level in q)
     ratio = sum(q[level].log_prob(z[level]) - p[level].log_prob(z[level]) for level in q)
     assert analytic.std() > 1e-3  # the second KL depends on the first draw
@@ -427,7 +429,7 @@ def test_a_finer_prior_depends_on_the_coarser_draw():
     normals = []
     for shift in (0, 1):
         noise[0] = noise[0] + shift
-        normals.append(model.unet(model.see(image), drawn(noise))[2])
+        normals.append(model.unet(model.encode(image), drawn(noise))[2])
     torch.testing.assert_close(normals[0][0].mean, normals[1][0].mean)
     for moment in ("mean", "std"):
         change = getattr(normals[0][1], moment) - getattr(normals[1][1], moment)
@@ -767,14 +769,14 @@ def test_pictures(tmp_path, monkeypatch):
     sample = model.sample
     monkeypatch.setattr(model, "sample",
                         lambda *a, scales=None: chosen.append(scales) or sample(*a, scales=scales))
-    hpunet.draw_scales(model, image[0], tmp_path / "scales.png")
+    analysis.paper_figures.plot_scales(model, image[0], tmp_path / "scales.png")
     assert chosen == [None, [1], [0]]
     seen = torch.cat([image, torch.zeros(2, 4, 8, 16)], 1)
     seen[:, -1, :4] = 1  # hidden
-    hpunet.draw_extrapolation(small(in_channels=1 + 3 + 1), seen, label, tmp_path / "fill.png")
+    analysis.paper_figures.plot_extrapolation(small(in_channels=1 + 3 + 1), seen, label, tmp_path / "fill.png")
     case = dict(name="a", image=image[0], truth=label[0], found=label[0], again=label[0],
                 samples=label[:1].expand(6, -1, -1))
-    hpunet.draw_instances(tmp_path / "instances.png", [case])
+    analysis.paper_figures.plot_instances(tmp_path / "instances.png", [case])
     for name in ("scales", "fill", "instances"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert at_mean(0, model.unet(model.see(image), at_mean)[2][0]).shape == (2, 2, 1, 2)
+    assert at_mean(0, model.unet(model.encode(image), at_mean)[2][0]).shape == (2, 2, 1, 2)

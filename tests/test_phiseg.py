@@ -8,8 +8,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 import phiseg
+from analysis.paper_figures import plot_levels, plot_maps
 from common import center_crop, pad_to_multiple
-from phiseg import PHiSeg, PHiSegConfig, draw_levels, draw_maps, pyramid
+from phiseg import PHiSeg, PHiSegConfig, pyramid
 
 
 def seeded(*shape, seed=0):
@@ -96,7 +97,7 @@ def test_kl_of_every_level_is_torch_s_at_the_latents_drawn():
     loss, terms = model(image, label)
     torch.manual_seed(3)
     noise = [torch.randn(2, 1, 2, 4 >> l, 8 >> l)[:, 0] for l in range(3)]
-    seen_q, seen_p, z, kls = model.see(image, label), model.see(image), None, {}
+    seen_q, seen_p, z, kls = model.encode(image, label), model.encode(image), None, {}
     for level in (2, 1, 0):
         q = distribution(model.posterior(level, seen_q[level], z, 1))
         p = distribution(model.prior(level, seen_p[level], z, 1))
@@ -112,7 +113,7 @@ def test_hierarchical_kl_is_the_monte_carlo_estimate():
     """E_q[sum_l KL_l] of Eq. 9 = E_q[log q(z | s, x) - log p(z | x)], by 4000 draws of each."""
     model, (image, label) = small(), batch(1)
     with torch.no_grad():
-        seen = model.see(image, label), model.see(image)
+        seen = model.encode(image, label), model.encode(image)
         torch.manual_seed(0)
         latents, normals = model.descend((model.posterior, model.prior), seen,
                                          model.noise(image, 4000))
@@ -144,7 +145,7 @@ def test_loss_is_eq_2_and_deep_supervision(kl_base):
     loss, terms = model(image, label, mask)
     label = torch.where(mask, label, 255)
     torch.manual_seed(3)
-    latents, _ = model.descend((model.posterior,), (model.see(image, label),),
+    latents, _ = model.descend((model.posterior,), (model.encode(image, label),),
                                model.noise(image, 1))
     residuals = model.likelihood(latents)
     total, losses = 0, []
@@ -174,7 +175,7 @@ def test_importance_bound(monkeypatch):
     log_weights = torch.zeros(5, 2, dtype=torch.float64)
     for i in range(5):
         latents, normals = model.descend((model.posterior, model.prior),
-                                         (model.see(image, label), model.see(image)),
+                                         (model.encode(image, label), model.encode(image)),
                                          [e[i : i + 1] for e in noise])
         logits = model._decode(latents, label.shape[1:]).detach()
         for case in range(2):
@@ -209,7 +210,7 @@ def test_bound_rises_with_n():
 def test_each_level_s_prior_sees_the_draw_below_it():
     """A port that draws all levels from one pass of the prior fails here."""
     model, (image, _) = small(), batch(1)
-    seen = model.see(image)
+    seen = model.encode(image)
     noise = model.noise(image, 2, torch.Generator().manual_seed(0))
     for level in (1, 2):  # the draws differ at this level and below, and nowhere above it
         parted = [e.clone() for e in noise]
@@ -237,7 +238,7 @@ def test_samples_whatever_is_computed_at_once(chunk, monkeypatch):
     hook.remove()
     noise = model.noise(image, 3, torch.Generator().manual_seed(0))
     for i in range(3):
-        z, residuals, seen = None, [], model.see(image)
+        z, residuals, seen = None, [], model.encode(image)
         latents = [None] * 3
         for level in (2, 1, 0):
             normal = model.prior(level, seen[level], z, 1)
@@ -276,8 +277,8 @@ def test_levels_stop_at_coarser_masks():
 def test_predict_and_reconstruct_stand_at_the_means():
     model, (image, label) = small(), batch()
     for net, seen, result in (
-            (model.prior, model.see(image), model.predict(image)),
-            (model.posterior, model.see(image, label), model.reconstruct(image, label))):
+            (model.prior, model.encode(image), model.predict(image)),
+            (model.posterior, model.encode(image, label), model.reconstruct(image, label))):
         z, latents = None, [None] * 3
         for level in (2, 1, 0):
             z = latents[level] = net(level, seen[level], z, 1).mean
@@ -309,7 +310,7 @@ def test_operations_are_the_encoder_once_and_n_times_the_rest():
     likelihood += pixels * (9 * (6 * 4 + 8 * 5 + 5 * 5) + 5 * 3)  # level 1: up, join, out
     likelihood += pixels // 4 * (9 * (6 * 5 + 10 * 6 + 6 * 6) + 6 * 3)
     likelihood += pixels // 16 * 6 * 3
-    assert flops(lambda: model.see(image)) == 2 * once
+    assert flops(lambda: model.encode(image)) == 2 * once
     for n in (1, 3):
         assert flops(lambda: model.sample(image, n)) == 2 * (once + n * (path + likelihood))
 
@@ -323,9 +324,9 @@ def test_operations_stated_are_counted():
                 function()
             return counter.get_total_flops() / 2e9
 
-        seen = model.see(image)
+        seen = model.encode(image)
         noise = [torch.zeros(1, 1, 2, 32 >> l, 32 >> l) for l in range(5)]
-        once = giga(lambda: model.see(image))
+        once = giga(lambda: model.encode(image))
         path = giga(lambda: model.descend((model.prior,), (seen,), noise))
         latents, _ = model.descend((model.prior,), (seen,), noise)
         rest = giga(lambda: model.likelihood(latents))
@@ -488,7 +489,7 @@ def test_pictures(tmp_path, monkeypatch):
     grids = []
     monkeypatch.setattr(phiseg, "save_grid", lambda path, rows, columns, *rest, **options:
                         grids.append((rows, columns, *rest)))
-    draw_levels(model, image[0], tmp_path / "levels.png", n=2)
+    plot_levels(model, image[0], tmp_path / "levels.png", n=2)
     rows, columns = grids[0]
     assert columns == ["image", "level 3", "level 2", "level 1"]
     assert list(rows) == ["sample 1", "residual 1", "sample 2", "residual 2"]
@@ -496,7 +497,7 @@ def test_pictures(tmp_path, monkeypatch):
     assert coarse.shape == (16, 16, 3)
     assert torch.equal(coarse[::4, ::4].repeat_interleave(4, 0).repeat_interleave(4, 1), coarse)
     flat = torch.zeros(16, 16)
-    draw_maps(tmp_path / "maps.png", [dict(
+    plot_maps(tmp_path / "maps.png", [dict(
         name="case", image=image[0], labels=label, samples=label.expand(4, -1, -1),
         error=flat + 2, gamma=flat + 1, ncc=0.25)])
     rows, columns, notes = grids[1]

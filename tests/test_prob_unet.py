@@ -3,6 +3,7 @@ import copy
 import itertools
 import math
 
+import analysis.paper_figures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -447,7 +448,7 @@ def test_latent_map(tmp_path, monkeypatch):
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda image, z: seen.append(z) or decode(image, z))
     labels = torch.cat([label, label.flip(1)]).to(torch.uint8)
-    prob_unet.draw_latent_map(model, image[0], labels, tmp_path / "map.png", axes=(2, 0))
+    analysis.paper_figures.plot_latent_map(model, image[0], labels, tmp_path / "map.png", axes=(2, 0))
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     prior = model.prior(image)
     position = ((seen[0][:, 0] - prior.mean) / prior.std).view(19, 19, 4)  # rows from the top
@@ -455,5 +456,5 @@ def test_latent_map(tmp_path, monkeypatch):
     torch.testing.assert_close(position[9, 10], torch.tensor([0, 0, 0.5, 0]), rtol=0, atol=1e-4)
     for axes in [(0, 4), (1, 1), (-1, 0)]:
         with pytest.raises(ValueError, match="two different axes from 0 to 3"):
-            prob_unet.draw_latent_map(model, image[0], labels, tmp_path / "no.png", axes=axes)
+            analysis.paper_figures.plot_latent_map(model, image[0], labels, tmp_path / "no.png", axes=axes)
     assert not (tmp_path / "no.png").exists()

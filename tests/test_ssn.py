@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssn import SSN, DeepMedic, SSNConfig, train_toy
+from backbones.deepmedic import DeepMedic
+from ssn import SSN, SSNConfig, train_toy
 
 NARROW = dict(channels=(4, 6, 8), convs=1)
 SMALL_3D = dict(dims=3, pathway=(4, 4), scales=(1, 3), hidden=(6,), patch=6)

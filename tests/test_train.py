@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import models
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ def start(*arguments, launcher=("train.py",)):
 
 
 def weights(path):
-    return train.load_checkpoint(path)["state"]
+    return models.load_checkpoint(path)["state"]
 
 
 def equal(a, b):
@@ -85,12 +86,12 @@ def test_a_run_writes_what_it_says(finished):
 
 def test_best_is_the_checkpoint_of_lowest_validation_ged(finished):
     geds = {e["step"]: e["val_ged_16"] for e in log(finished) if "val_ged_16" in e}
-    best = train.load_checkpoint(finished / "best.pt")
+    best = models.load_checkpoint(finished / "best.pt")
     assert best["step"] == min(geds, key=geds.get) and best["best"] == min(geds.values())
 
 
 def test_a_loaded_model_samples(finished):
-    model = train.load(finished / "best.pt")
+    model = data.load(finished / "best.pt")
     assert not model.training and model.sample(torch.zeros(1, 1, 20, 30), 3).shape == \
         (3, 1, 4, 20, 30)
 
@@ -125,7 +126,7 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(finished, tmp_path):
     begun = lambda: (tmp_path / "log.jsonl").exists() and len(log(tmp_path)) > 0
     output, code = killed_run(tmp_path, signal.SIGTERM, lambda: until(begun))
     assert code == 128 + signal.SIGTERM and "stopped and saved at step" in output, output
-    assert 0 < train.load_checkpoint(tmp_path / "last.pt")["step"] < 100
+    assert 0 < models.load_checkpoint(tmp_path / "last.pt")["step"] < 100
     run("--resume", tmp_path)
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
 
@@ -137,7 +138,7 @@ def test_twenty_kills_change_nothing(finished, tmp_path):
         killed_run(tmp_path, signal.SIGKILL, lambda: time.sleep(random.uniform(1, 8)))
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
-                train.load_checkpoint(tmp_path / name)
+                models.load_checkpoint(tmp_path / name)
     run("--resume", tmp_path)
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -160,14 +161,14 @@ def test_checkpoint_of_another_config_is_refused(finished, tmp_path, capsys):
     error = run("--resume", other, code=2, capsys=capsys).err
     assert "another config" in error
     with pytest.raises(UserError, match="do not fit"):
-        train.load(other / "last.pt")
+        data.load(other / "last.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
 def test_unreadable_checkpoints_are_one_line(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="not a checkpoint") as caught:
-        train.load(tmp_path / "x.pt")
+        data.load(tmp_path / "x.pt")
     assert "\n" not in str(caught.value)
 
 
@@ -178,7 +179,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="not a checkpoint"):
-        train.load(tmp_path / "x.pt")
+        data.load(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -193,9 +194,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    model = train.load(finished / "best.pt")
+    model = data.load(finished / "best.pt")
     with pytest.raises(UserError, match="No space left on device; the checkpoint before it stands"):
-        train.save(finished / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 7, 0.5)
+        models.save(finished / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 7, 0.5)
     assert (finished / "best.pt").read_bytes() == before
     assert not [p for p in finished.iterdir() if p.name.startswith(".")]
 
@@ -211,7 +212,7 @@ def test_a_non_finite_loss_stops_with_step_and_term(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(SSN, "forward", breaks)
     error = run(*TINY, "--steps", 100, "--out", tmp_path, code=2, capsys=capsys).err
     assert "step 60: negative_log_likelihood is not finite" in error and error.count("\n") == 1
-    content = train.load_checkpoint(tmp_path / "last.pt")
+    content = models.load_checkpoint(tmp_path / "last.pt")
     assert content["step"] == 50 and all(v.isfinite().all() for v in content["state"].values())
 
 

@@ -3,6 +3,11 @@ import copy
 import itertools
 import math
 
+import analysis.paper_figures
+import analysis.pictures
+import backbones.swin_unet
+import data
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 import vae_unet
+from backbones.swin_unet import SwinBlock, SwinUNet
 from common import center_crop, pad_to_multiple
-from vae_unet import LatentSkip, SwinBlock, SwinUNet, VAEUNet, VAEUNetConfig, dice_loss
+from vae_unet import LatentSkip, VAEUNet, VAEUNetConfig, dice_loss
 
 UNET = dict(channels=(4, 5, 6), convs=1)
 SWIN = dict(backbone="swin", width=4, depths=(2, 2, 1), heads=(1, 2, 4), patch=2, window=3)
@@ -393,8 +399,8 @@ def test_inference_export_has_no_mask_encoder(tmp_path):
         again(image, label)
     assert model(image, label)[0].isfinite()  # the one exported from is whole
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train.save(tmp_path / "full.pt", "vae_unet", model, optimizer, 1, 0.5)
-    same(draw(train.load(tmp_path / "full.pt")), draw(model))
+    models.save(tmp_path / "full.pt", "vae_unet", model, optimizer, 1, 0.5)
+    same(draw(data.load(tmp_path / "full.pt")), draw(model))
 
 
 class AnotherUNet(nn.Module):
@@ -485,7 +491,7 @@ def test_shift_and_bias_matter():
 
 def test_hidden_keys_by_hand():
     """A line of 4 tokens, windows of 3, shift 1: {1, 2, 3} | {padding 4, 5} and {0} on its own."""
-    hidden = vae_unet.hidden_keys((3, 4), 3, (0, 1), torch.device("cpu"))
+    hidden = backbones.swin_unet.hidden_keys((3, 4), 3, (0, 1), torch.device("cpu"))
     assert hidden.shape == (2, 9, 9)
     row = hidden[:, :3, :3]  # of the window's first row
     assert not row[0].any()
@@ -496,11 +502,11 @@ def test_hidden_keys_by_hand():
 def test_merging_and_expanding_are_inverse_and_the_embedding_a_convolution():
     x = seeded(2, 8, 12, 5)
     for side in (2, 4):
-        gathered = vae_unet.Gather(side)(x)
+        gathered = backbones.swin_unet.Gather(side)(x)
         assert gathered.shape == (2, 8 // side, 12 // side, side * side * 5)
         assert torch.equal(gathered[1, 1, 2].view(side, side, 5),
                            x[1, side : 2 * side, 2 * side : 3 * side])
-        assert torch.equal(vae_unet.Scatter(side)(gathered), x)
+        assert torch.equal(backbones.swin_unet.Scatter(side)(gathered), x)
     swin = SwinUNet(VAEUNetConfig(**SWIN, in_channels=3), 3)
     gather, linear = swin.encoder[0][:2]
     image = seeded(2, 3, 8, 12)
@@ -533,7 +539,7 @@ def test_swin_levels_and_alternating_shifts():
 def test_pictures(backbone, tmp_path):
     model = small(backbone, in_channels=1).eval()
     image = seeded(1, 13, 18)
-    vae_unet.draw_latents(model, image, tmp_path / "latents.png")
-    vae_unet.draw_samples(model, {"a": image, "b": 2 * image}, tmp_path / "samples.png")
+    analysis.paper_figures.plot_latents(model, image, tmp_path / "latents.png")
+    analysis.pictures.plot_samples(model, {"a": image, "b": 2 * image}, tmp_path / "samples.png")
     for name in ("latents", "samples"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

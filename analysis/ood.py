@@ -1,0 +1,215 @@
+"""Do samples warn of unfamiliar images?"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import metrics
+import models
+
+from analysis.pictures import (COLORS, new_plot, paint_image, paint_label, paint_map, save_figure,
+                               save_grid)
+from common import IGNORE, Progress, UserError, pick_device, reflect_pad
+from models import labels_of, read_config, sample_batches
+from sources.files import write_text
+
+
+CORRUPTIONS = {"blur": (1, 2, 4, 8), "patch": (5, 10, 20, 40), "noise": (0.25, 0.5, 1, 2)}
+
+
+UNITS = {"blur": "blur, sigma in pixels", "patch": "patch, % of the side",
+         "noise": "noise, in std of the images"}
+
+
+OOD_CASES, OOD_SAMPLES = 64, 10
+
+
+MARGIN = 5  # pixels round the predicted foreground that count
+
+
+def corrupt(images, kind: str, strength: float, seed=0) -> torch.Tensor:
+    """Images (B, C, H, W) taken out of their distribution (Bai and Bai 2023, Sec. 4.2).
+
+    blur: Gaussian, sigma of `strength` pixels. patch: a rectangle of `strength` percent of both
+    sides, at random, as bright as the image's maximum. noise: white, `strength` times as strong as
+    the images vary (std). Places and noise depend on seed and case alone, not on the strength.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "blur":
+        radius = math.ceil(4 * strength)
+        at = torch.arange(-radius, radius + 1, device=images.device)
+        weight = torch.exp(-(at / strength).square() / 2)
+        weight = (weight / weight.sum()).view(1, 1, -1, 1)
+        rows = reflect_pad(images, [(radius, radius)] * 2).flatten(0, 1).unsqueeze(1)
+        return F.conv2d(F.conv2d(rows, weight), weight.mT).view_as(images)
+    if kind == "patch":
+        images = images.clone()
+        height, width = (max(1, round(strength / 100 * side)) for side in images.shape[2:])
+        places = torch.rand(len(images), 2, generator=generator).tolist()
+        for image, (down, right) in zip(images, places):
+            top = int(down * (image.shape[1] - height + 1))
+            left = int(right * (image.shape[2] - width + 1))
+            image[:, top : top + height, left : left + width] = image.max()
+        return images
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return images + strength * images.std() * noise
+
+
+def as_foreign(images, like) -> torch.Tensor:
+    """Images (M, C', H', W') in size, channels, mean and std of `like` (N, C, H, W).
+
+    So that what they show is foreign, not their scale: (M, C, H, W).
+    """
+    grey = images.mean(1, keepdim=True).expand(-1, like.shape[1], -1, -1)
+    same = images if images.shape[1] == like.shape[1] else grey
+    same = F.interpolate(same, like.shape[2:], mode="bilinear", antialias=True)
+    return (same - same.mean()) / same.std().clamp(min=1e-6) * like.std() + like.mean()
+
+
+def warning_scores(probs) -> dict:
+    """How much an image's samples differ, in one number: probs (n, B, K, H, W) -> two of (B,).
+
+    The mean of a map over the predicted foreground, where the class of highest mean probability is
+    not 0, and MARGIN pixels round it in every direction; over the whole image where nothing is
+    predicted. variance: over the samples, added over the classes. It is not divided by its maximum,
+    as in metrics.uncertainty_map, or the worst pixel of every image would count the same. gamma:
+    PHiSeg's map, which also sees what is uncertain within each sample.
+    """
+    foreground = (labels_of(probs.mean(0), 1) > 0).float().unsqueeze(1)
+    near = F.max_pool2d(foreground, 2 * MARGIN + 1, 1, MARGIN).flatten(1)  # (B, H*W)
+    near = torch.where(near.any(1, keepdim=True), near, torch.ones_like(near))
+    maps = {"variance": probs.var(0, correction=0).sum(1), "gamma": metrics.gamma_map(probs)}
+    return {name: (m.flatten(1) * near).sum(1) / near.sum(1) for name, m in maps.items()}
+
+
+@torch.no_grad()
+def ood(folder, *, split="test", path=None, foreign=None, device=None) -> dict:
+    """Do the samples of corrupted and foreign images differ more than those of the split's own?
+
+    (Bai and Bai 2023, Sec. 4.2.) For every corruption and strength the AUROC of both warning scores
+    against the same cases left as they are. foreign: (data set, its path or None) of the foreign
+    images; None takes a made set. Writes ood.json, which is returned, ood.csv with every score,
+    ood.png and ood_curve.png. Raises UserError for data that are not 2D.
+    """
+    folder = Path(folder)
+    settings = read_config(folder)["settings"]
+    device = device or pick_device()
+    part = data.load(settings["data"], split, path or settings["path"], **settings["data_args"])
+    name, place = foreign or ("organs" if settings["data"] == "shapes" else "shapes", None)
+    others = data.load(name, "test", place)
+    for owner, images in ((settings["data"], part.images), (name, others.images)):
+        if images.dim() != 4:
+            raise UserError(f"--ood is for 2D images; those of {owner} have "
+                            f"{images.dim() - 2} axes")
+    if settings["image_size"] is not None:
+        part = data.center(part, settings["image_size"])
+    model = models.load(folder / "best.pt", device)
+    part = part.subset(spread(len(part), OOD_CASES)).to(device)
+    others = as_foreign(others.images[spread(len(others), len(part))].to(device), part.images)
+
+    strengths = [(kind, strength) for kind in CORRUPTIONS for strength in CORRUPTIONS[kind]]
+    conditions = [("clean", ""), *strengths, ("foreign", name)]
+    marked = ((part.labels > 0) & (part.labels != IGNORE)).flatten(1).sum(1)
+    scores, shown = {}, {}  # by condition: {score: (cases,)}, and images for the picture
+    progress = Progress(len(conditions))
+    for kind, strength in conditions:
+        images = {"clean": part.images, "foreign": others}.get(kind)
+        images = corrupt(part.images, kind, strength) if images is None else images
+        cases = replace(part.subset(range(len(images))), images=images)
+        batches = [warning_scores(logits.softmax(2))
+                   for _, logits in sample_batches(model, cases, OOD_SAMPLES)]
+        scores[kind, strength] = {key: torch.cat([b[key] for b in batches]).double().cpu().numpy()
+                                  for key in batches[0]}
+        rows = range(min(3, len(images))) if kind == "foreign" else [int(marked.argmax())]
+        shown[kind, strength] = images[rows]
+        progress.update(len(scores), f"{kind} {strength}")
+
+    out = folder if split == "test" else folder / f"{split}-all"
+    out.mkdir(exist_ok=True)
+    summary = ood_summary(scores)
+    write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    lines = ["kind,strength,case,variance,gamma"]
+    lines += [f"{kind},{strength},{i},{variance:.6g},{gamma:.6g}"
+              for (kind, strength), both in scores.items()
+              for i, (variance, gamma) in enumerate(zip(both["variance"], both["gamma"]))]
+    write_text(out / "ood.csv", "\n".join(lines) + "\n")
+    plot_ood(out / "ood.png", model, shown)
+    plot_ood_curve(out / "ood_curve.png", summary)
+    return summary
+
+
+def ood_summary(scores: dict) -> dict:
+    """{"<score>_<kind>_<strength>": {"mean", "stderr", "n"}}, and under "auroc_..." the AUROC.
+
+    scores {(kind, strength): {score: (cases,)}} with ("clean", "") among them. Standard errors are
+    those of resampled cases, each with its clean image.
+    """
+    clean, summary = scores["clean", ""], {}
+    for (kind, strength), both in scores.items():
+        for score, values in both.items():
+            name = f"{score}_{kind}_{strength}".rstrip("_")
+            summary[name] = {k: v for k, v in metrics.bootstrap(values).items()
+                             if k in ("mean", "stderr", "n")}
+            if kind == "clean":
+                continue
+            rng, again = np.random.default_rng(0), []
+            for _ in range(200):
+                cases = rng.integers(len(clean[score]), size=len(clean[score]))
+                mine = rng.integers(len(values), size=len(values)) if kind == "foreign" else cases
+                again.append(metrics.auroc(values[mine], clean[score][cases]))
+            summary[f"auroc_{name}"] = {"mean": metrics.auroc(values, clean[score]),
+                                        "stderr": float(np.std(again)), "n": len(values)}
+    return summary
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices, evenly spread over 0 .. count - 1."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
+def plot_ood(path, model, shown: dict) -> None:
+    """Bai and Bai's Figs. 3, 8 and 9: image, prediction and uncertainty of one case, by strength.
+
+    shown {(kind, strength): images (1, C, H, W)}, the first "clean", the last "foreign" and up to
+    three images. Every map of uncertainty is divided by its own maximum.
+    """
+    images = torch.cat(list(shown.values()))
+    probs = model.sample(images, OOD_SAMPLES, torch.Generator(images.device).manual_seed(0))
+    probs = probs.float().softmax(2)
+    labels, maps = labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
+    cells = [[paint_image(image), paint_label(label, image), paint_map(m, 1)]
+             for image, label, m in zip(images, labels, maps)]
+    of, foreign = dict(zip(shown, cells)), list(shown)[-1]
+    rows, notes = {"as it is": of["clean", ""]}, {}
+    for step, strengths in enumerate(zip(*CORRUPTIONS.values()), 1):
+        keys = list(zip(CORRUPTIONS, strengths))
+        rows[f"strength {step}"] = sum((of[key] for key in keys), [])
+        notes |= {(f"strength {step}", 3 * i): f"{kind} {s}" for i, (kind, s) in enumerate(keys)}
+    rows[f"foreign:\n{foreign[1]}"] = sum(cells[len(shown) - 1 :], [])
+    save_grid(path, rows, ["image", "prediction", "uncertainty"] * len(CORRUPTIONS), notes)
+
+
+def plot_ood_curve(path, summary: dict) -> None:
+    """AUROC against strength, a panel a corruption, and that of foreign images in the title."""
+    figure, axes = new_plot(1, len(CORRUPTIONS), size=(8, 2.8))
+    for ax, (kind, strengths) in zip(axes[0], CORRUPTIONS.items()):
+        for score, color in (("variance", COLORS[5]), ("gamma", COLORS[0])):
+            points = [summary[f"auroc_{score}_{kind}_{s}"] for s in strengths]
+            ax.errorbar(range(len(points)), [p["mean"] for p in points],
+                        [p["stderr"] for p in points], label=score, color=color, marker="o",
+                        markersize=3, capsize=2)
+        ax.axhline(0.5, color=COLORS[7], linestyle="--", linewidth=1)
+        ax.set(ylim=(-0.02, 1.02), xticks=range(len(strengths)), xticklabels=strengths,
+               xlabel=UNITS[kind])
+    axes[0, 0].set_ylabel("AUROC against clean")
+    axes[0, 0].legend(fontsize=7, loc="lower right")
+    foreign = [f"{values['mean']:.2f} by {score}" for score in ("variance", "gamma")
+               for name, values in summary.items() if name.startswith(f"auroc_{score}_foreign_")]
+    figure.suptitle(f"can the samples tell? (foreign images: {', '.join(foreign)})", fontsize=9)
+    save_figure(figure, path)

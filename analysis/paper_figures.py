@@ -1,0 +1,265 @@
+"""Figures of the papers, drawn for trained models."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+from analysis.pictures import (COLORS, new_figure, paint_image, paint_label, paint_map,
+                               save_figure, save_grid, show_image, show_label, show_map)
+from common import IGNORE, center_crop, pad_to_multiple
+from phiseg import pyramid
+
+
+@torch.no_grad()
+def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
+    """Fig. 2: a row a model with mean, covariance and 14 samples; the two label maps at the end."""
+    figure, axes = new_figure(len(models), 4, panel=2.0, title="SSN on 21 pixels, two label maps")
+    for row, (name, model) in zip(axes, models.items()):
+        normal = model.distribution(image[:1])
+        on = lambda logits: logits[..., 1, :] - logits[..., 0, :]  # one logit a pixel: K = 2
+        factor = on(normal.factor[0])  # (R, S)
+        covariance = factor.T @ factor + normal.diagonal[0].sum(0).diag()
+        samples = model.sample(image[:1], 14, torch.Generator().manual_seed(0))
+        show_map(row[0], on(normal.mean).T.expand(-1, 7), f"{name}\nmean logit")
+        picture = show_map(row[1], covariance, "covariance")
+        figure.colorbar(picture, ax=row[1], shrink=0.7)
+        show_map(row[2], samples[:, 0].softmax(1)[:, 1].T, "14 samples, p(on)", vmin=0, vmax=1)
+        show_map(row[3], label.T.repeat_interleave(3, 1), "the label maps", vmin=0, vmax=1)
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
+    """Fig. 6: one sample of an image (C, H, W), changed after the fact.
+
+    A row for every foreground class, whose part of (sample - mean) is scaled by -3 ... 3 with the
+    other classes left alone, and one for the temperature, at which everything is scaled.
+    """
+    scales = (-3, -2, -1, 0, 1, 2, 3)
+    normal = model.distribution(image[None])
+    sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))
+    rows = {}
+    for k in range(1, model.config.num_classes):
+        changes = torch.ones(len(scales), model.config.num_classes)
+        changes[:, k] = torch.tensor(scales)
+        rows[f"class {k} scaled"] = [normal.scale_classes(sample, c) for c in changes]
+    rows["temperature 0 to 9"] = [normal.mean + s * (sample - normal.mean) if s >= 0 else None
+                                  for s in scales]
+    pictures = {name: [None if x is None else paint_label(x.reshape(x.shape[-3:]).argmax(0), image)
+                       for x in row] for name, row in rows.items()}
+    save_grid(path, pictures, [f"x {s}" for s in scales])
+
+
+@torch.no_grad()
+def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
+                    axes: Sequence[int] = (0, 1)) -> None:
+    """Figs. 6 and 7: the label maps that lie across the latent space, and the readers in it.
+
+    image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are counted
+    in the prior's std from the prior's mean, so the prior is the unit normal in the picture: the
+    rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples, if the latent space
+    is 2D; if it is not, the picture is its slice along `axes` through the prior's mean. A dot is
+    the posterior's mean for a reader's map; one that lies outside is drawn at the border.
+    Raises ValueError for other axes than the model has, and for 1D and 3D models.
+    """
+    from matplotlib.figure import Figure
+
+    latents = model.config.latent_dim
+    if model.config.dims != 2 or len(set(axes)) != 2 or not set(axes) <= set(range(latents)):
+        raise ValueError(f"axes={tuple(axes)}, dims={model.config.dims}: give two different axes "
+                         f"from 0 to {latents - 1}, and a model with dims=2")
+    side, edge = 19, 4.75  # tiles a side, half a std wide each
+    at = torch.linspace(-4.5, 4.5, side, device=image.device)
+    whitened = torch.zeros(side, side, latents, device=image.device)
+    whitened[..., axes[0]] = at
+    whitened[..., axes[1]] = -at[:, None]  # upwards
+    prior = model.prior(image[None])
+    z = prior.mean + prior.std * whitened.view(-1, 1, latents)
+    tiles = model.decode(image[None], z).argmax(2).unflatten(0, (side, side))[:, :, 0]
+    mosaic = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (side * H, side * W)
+    posterior = model.posterior(image.expand(len(labels), -1, -1, -1), labels.long())
+    readers = ((posterior.mean - prior.mean) / prior.std)[:, list(axes)].cpu()
+
+    rows = 1 + len(labels)
+    figure = Figure(figsize=(7.2 + 6.6 / rows, 7), layout="constrained")
+    panels = figure.subplot_mosaic([[row, "map"] for row in range(rows)], width_ratios=(1, rows))
+    show_image(panels[0], image, "image")
+    for a, label in enumerate(labels):
+        show_label(panels[1 + a], label)
+        panels[1 + a].set_title(f"reader {a}", color=COLORS[a % len(COLORS)], fontsize=9,
+                                fontweight="bold")
+    for row in range(rows):
+        panels[row].set_axis_off()
+
+    ax = panels["map"]
+    show_label(ax, mosaic)
+    ax.images[0].set(extent=(-edge, edge, -edge, edge), interpolation="antialiased")
+    lines = torch.linspace(-edge, edge, side + 1)
+    ax.hlines(lines, -edge, edge, color="#555555", linewidth=0.4)
+    ax.vlines(lines, -edge, edge, color="#555555", linewidth=0.4)
+    angle = torch.linspace(0, 2 * math.pi, 200)
+    for ring in range(1, 5):
+        ax.plot(ring * angle.cos(), ring * angle.sin(), color="white", linewidth=1.2)
+        ax.text(0, ring, f"{ring} std", color="black", fontsize=7, ha="center", va="center",
+                bbox=dict(boxstyle="round,pad=0.15", facecolor="white", linewidth=0))
+    for a, (x, y) in enumerate(readers.clamp(-edge, edge).tolist()):
+        color, turn = COLORS[a % len(COLORS)], 2 * math.pi * a / len(labels)
+        ax.annotate(str(a), (x, y), (22 * math.sin(turn), 22 * math.cos(turn)),
+                    textcoords="offset points", fontsize=10, fontweight="bold",
+                    ha="center", va="center", arrowprops=dict(color=color, arrowstyle="-", lw=2),
+                    bbox=dict(boxstyle="circle,pad=0.2", facecolor=color, edgecolor="white"))
+        ax.plot(x, y, "o", color=color, markersize=6, markeredgecolor="white")
+    ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal",
+           xlabel=f"$z_{axes[0]}$, in std of the prior from its mean", ylabel=f"$z_{axes[1]}$")
+    ax.set_title("the label map that each latent position stands for\n"
+                 "rings: the prior; numbers: where the posterior puts each reader", fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_prob_unet_samples(model, cases, path: str) -> None:
+    """Image, its four likeliest label maps with their odds, eight samples; cases: a data.Split."""
+    odds, order = cases.weights.sort(1, descending=True)
+    samples = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).argmax(2)
+    rows, notes = {}, {}
+    for i, (name, image) in enumerate(zip(cases.names, cases.images)):
+        labels = [*cases.labels[i, order[i, :4]], *samples[:, i]]
+        rows[name] = [paint_image(image), *(paint_label(label, image) for label in labels)]
+        notes |= {(name, 1 + a): f"p = {odds[i, a]:.2f}" for a in range(4)}
+    columns = ["image", *(f"reader {a}" for a in range(4)), *(f"sample {m}" for m in range(1, 9))]
+    save_grid(path, rows, columns, notes)
+
+
+@torch.no_grad()
+def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
+    """Fig. 1: n samples growing level by level, the coarsest first, and under each what the level
+    changed: logits of the sample's largest object less the mean over all classes (blue adds).
+
+    image (C, H, W) on the model's device.
+    """
+    noise = model.noise(image[None], n, torch.Generator().manual_seed(0))
+    latents, _ = model.descend((model.prior,), (model.encode(image[None]),), noise)
+    size, rows = image.shape[1:], {}
+
+    def full(maps):  # every level at full size, (n, K, H, W)
+        return [center_crop(F.interpolate(m, scale_factor=2**level) if level else m, size)
+                for level, m in enumerate(maps)]
+
+    residuals = model.likelihood(latents)
+    masks = [m.argmax(1) for m in full(pyramid(residuals))]
+    changes = [r - r.mean(1, keepdim=True) for r in full(residuals)]
+    for i in range(n):
+        k = masks[0][i].flatten().bincount(minlength=2)[1:].argmax() + 1
+        bound = max(change[i, k].abs().max().item() for change in changes)
+        rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks[::-1])]
+        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes[::-1])]
+    levels = len(masks)
+    save_grid(path, rows, ["image", *(f"level {level}" for level in range(levels, 0, -1))],
+              cell=1.2)
+
+
+def paint_signed(values: Tensor, bound: float) -> Tensor:
+    """Map of numbers (H, W) in +-bound -> RGB (H, W, 3): red below 0, white, blue above."""
+    from matplotlib import colormaps
+
+    values = (values.detach().float().cpu() / max(bound, 1e-12) + 1) / 2
+    return torch.from_numpy(colormaps["RdBu"](values.clamp(0, 1).numpy())[..., :3]).float()
+
+
+def plot_maps(path: str, cases: list[dict]) -> None:
+    """Fig. 3: does the model vary where the readers contradict it? A row a case.
+
+    A case is a dict of arrays: name, image (C, H, W), labels (A, H, W), samples (n, H, W),
+    error and gamma (H, W) (metrics.error_map, gamma_map), and their correlation ncc. Both maps of a
+    case share one scale.
+    """
+    readers = min(4, max(len(case["labels"]) for case in cases))
+    rows, notes = {}, {}
+    for case in cases:
+        image, high = case["image"], max(case["error"].max().item(), case["gamma"].max().item())
+        labels = [paint_label(label, image) for label in case["labels"][:readers]]
+        rows[case["name"]] = [paint_image(image), *labels, *[None] * (readers - len(labels)),
+                              paint_map(case["error"], high), paint_map(case["gamma"], high),
+                              *(paint_label(s, image) for s in case["samples"][:4])]
+        notes[case["name"], readers + 2] = f"NCC {case['ncc']:.2f}"
+    columns = ["image", *(f"reader {a + 1}" for a in range(readers)), "E[CE(y, s)]", "gamma map",
+               *(f"sample {i}" for i in range(1, 5))]
+    save_grid(path, rows, columns, notes)
+
+
+@torch.no_grad()
+def plot_scales(model, image: Tensor, path: str, n: int = 5) -> None:
+    """Fig. 3: samples of an image (C, H, W), and how they vary, if all scales are drawn, only the
+    most local one, only the most global one."""
+    rows, scales = {}, [i for i, width in enumerate(model.config.latents) if width]
+    for name, chosen in (("all scales", None), ("local only", scales[-1:]),
+                         ("global only", scales[:1])):
+        generator = torch.Generator(image.device).manual_seed(0)
+        samples = model.sample(image[None], 16, generator, scales=chosen)[:, 0].argmax(1)
+        rows[name] = [paint_image(image), *(paint_label(s, image) for s in samples[:n]),
+                      paint_map(deviation(samples, model.config.num_classes), 0.7)]
+    save_grid(path, rows, ["image", *(f"sample {i}" for i in range(1, n + 1)), "std of 16"])
+
+
+def deviation(samples: Tensor, num_classes: int) -> Tensor:
+    """Standard deviation of label maps (n, *S) -> (*S), sqrt((1 - sum_k p_k^2) / 2) for shares p_k
+    of the samples: of two classes, that of their number 0 or 1."""
+    square = sum((samples == k).float().mean(0).square() for k in range(num_classes))
+    return ((1 - square) / 2).clamp(min=0).sqrt()
+
+
+def plot_instances(path: str, cases: list[dict]) -> None:
+    """Fig. 4, a row a case: a dict of arrays name, image (C, H, W), truth and found (H, W) instance
+    ids, again (H, W) the reconstruction of a label map, samples (n, H, W)."""
+    rows = {case["name"]: [paint_image(case["image"]), *map(paint_label, (
+        case["truth"], case["found"], case["again"], *case["samples"][:6]))] for case in cases}
+    save_grid(path, rows, ["image", "truth", "clustered", "reconstruction",
+                           *(f"sample {i}" for i in range(1, 7))])
+
+
+@torch.no_grad()
+def plot_extrapolation(model, seen: Tensor, label: Tensor, path: str) -> None:
+    """Fig. 5, a row a case: what a model trained with data.hide makes of its inputs seen
+    (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
+    samples = model.sample(seen, 6, torch.Generator(seen.device).manual_seed(0)).argmax(2)
+    again, hidden = model.reconstruct(seen, label.long()).argmax(1), seen[:, -1] == 1
+    shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
+    rows = {f"case {i}": [paint_image(image[:1]), *map(paint_label, (*maps, *guesses))]
+            for i, (image, *maps, guesses) in enumerate(shown, 1)}
+    save_grid(path, rows, ["image", "known", "truth", "reconstruction",
+                           *(f"sample {i}" for i in range(1, 7))])
+
+
+@torch.no_grad()
+def plot_latents(model, image: Tensor, path: str) -> None:
+    """Fig. 11: mean and log variance of the (first) latent of every level; image (C, H, W)."""
+    latents = model.encode(image[None])[1]
+    size = pad_to_multiple(image[None], model.backbone.multiple).shape[2:]
+    figure, axes = new_figure(2, 1 + len(latents), panel=1.9)
+    show_image(axes[0, 0], image, "image")
+    for level, (q, column) in enumerate(zip(latents, axes[:, 1:].T)):
+        maps = {f"mean, level {level}": q.mean, "log variance": 2 * q.log_std}
+        for ax, (title, values) in zip(column, maps.items()):
+            values = F.interpolate(values[:, :1], size)[0, 0]  # nearest
+            picture = show_map(ax, center_crop(values, image.shape[1:]), title)
+            figure.colorbar(picture, ax=ax, shrink=0.7).ax.tick_params(labelsize=6)
+    save_figure(figure, path)
+
+
+def plot_vae_samples(model, images: dict[str, Tensor], path: str) -> None:
+    """Fig. 2: image, prediction, uncertainty map, samples; images {name: (C, H, W)} of one size."""
+    import metrics
+
+    batch = torch.stack(list(images.values()))
+    probs = model.sample(batch, 16, torch.Generator().manual_seed(0)).softmax(2)
+    predictions, maps = model.predict(batch).argmax(1), metrics.uncertainty_map(probs)
+    rows = {}
+    for i, (name, image) in enumerate(images.items()):
+        labels = [paint_label(label, image) for label in probs[:6, i].argmax(1)]
+        rows[name] = [paint_image(image), paint_label(predictions[i], image),
+                      paint_map(maps[i], 1), *labels]
+    columns = ["image", "prediction", "uncertainty", *(f"sample {m}" for m in range(1, 7))]
+    save_grid(path, rows, columns)

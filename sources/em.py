@@ -1,0 +1,44 @@
+"""Electron microscopy with instances."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+
+from sources.base import Case, Listing
+from sources.files import DataError, read_npz_arrays, read_pages, size_text
+
+
+def read_em(path: Path, wanted: Sequence[str], tile: int) -> Listing:
+    """Sections of electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
+
+    An .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
+    train-labels.tif in a folder. Cases are the tiles of `tile` pixels a side that fit into a
+    section, whole sections with tile=0. The last tenth of the sections (rounded up) is test, the
+    tenth before it validation: the paper's 80 / 10 / 10 of 100 sections, 1280 / 160 / 160 tiles.
+    """
+    if path.is_dir():
+        images, ids = (read_pages(path / f"train-{kind}.tif") for kind in ("input", "labels"))
+    else:
+        images, ids = read_npz_arrays(path, ("images", "instances")).values()
+    if images.shape != ids.shape or images.ndim != 3 or min(images.shape[1:]) < tile:
+        raise DataError(f"{path}: images are {size_text(images.shape)} and instances "
+                        f"{size_text(ids.shape)}; both must be (N, H, W), H and W from {tile} up (or "
+                        "give another tile)")
+
+    def read(i: int, y: int, x: int):
+        cut = (i, slice(y, y + tile), slice(x, x + tile)) if tile else i
+        return images[cut][None], {0: ids[cut]}
+
+    count, *size = images.shape
+    steps = [range(0, side - tile + 1, tile) if tile else (0,) for side in size]
+    corners = list(itertools.product(range(count), *steps))
+    cases = [Case(f"section-{i:04d}" + (f"/y{y:04d}-x{x:04d}" if tile else ""),
+                   f"section-{i:04d}", read, (i, y, x)) for i, y, x in corners]
+    tenth = math.ceil(count / 10)
+    ends = {"train": (0, count - 2 * tenth), "val": (count - 2 * tenth, count - tenth),
+            "test": (count - tenth, count)}
+    parts = {part: [k for k, (i, *_) in enumerate(corners) if low <= i < high]
+             for part, (low, high) in ends.items()}
+    return Listing(cases, parts, 16, fixed=1)

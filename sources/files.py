@@ -1,0 +1,241 @@
+"""What is in one file: pictures, arrays, NIfTI, pickles of arrays; and writing whole or not at all."""
+
+import contextlib
+import gzip
+import importlib.util
+import os
+import pickle
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from common import UserError
+
+
+FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")
+
+
+class DataError(UserError):
+    """A mistake in a data file or in what was asked of it, told in one line."""
+
+
+def size_text(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "one value"
+
+
+@contextlib.contextmanager
+def readable(file, what: str, errors=Exception):
+    """Tells whatever goes wrong inside, where damaged bytes can raise nearly anything."""
+    try:
+        yield
+    except DataError:
+        raise
+    except errors as error:
+        raise DataError(f"{file}: not a readable {what}: {error_line(error)}") from error
+
+
+def error_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def optional_package(module: str, file):
+    """The optional package that reads `file`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(f"{file}: {module} reads it: pip install {module}") from error
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats."""
+    with readable(file, _kind(file)), Image.open(file) as picture:
+        if picture.mode not in ("L", "F", "RGB") and not picture.mode.startswith("I"):
+            picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+        array = np.asarray(picture)
+    if array.dtype == np.int32 and 0 <= array.min() and array.max() < 2**16:
+        array = array.astype(np.uint16)  # what some versions of Pillow make of 16 bits
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def read_label(file: Path) -> np.ndarray:
+    """A label map (H, W): grey levels or palette indices as they are."""
+    with readable(file, _kind(file)), Image.open(file) as picture:
+        array = np.asarray(picture)
+        if picture.format == "JPEG" or array.ndim != 2:
+            raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
+                            " TIFF of grey levels or palette indices (JPEG changes labels)")
+    return array
+
+
+def _kind(file: Path) -> str:
+    return file.suffix[1:].upper()
+
+
+def read_pages(file: Path) -> np.ndarray:
+    """A TIFF of several pages, (N, H, W)."""
+    with readable(file, "TIFF"), Image.open(file) as picture:
+        return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
+
+
+def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
+            np.load(raw, allow_pickle=False) as archive:
+        given = set(archive.files)
+        arrays = {key: archive[key] for key in (*needed, *optional) if key in given}
+    if not set(needed) <= given <= {*needed, *optional}:
+        allowed = f", {', '.join(optional)} allowed" if optional else ""
+        raise DataError(f"{file}: has the keys {', '.join(sorted(given)) or '(none)'}; "
+                        f"{' and '.join(needed)} are needed{allowed}")
+    return arrays
+
+
+def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
+    """A NIfTI file: (voxels (C, D, H, W), or (C, H, W) of a single slice unless dims=3; the nibabel
+    image).
+
+    Axes are turned, in steps of 90 degrees, so that W runs to the patient's left, H to the back and
+    D to the head, as in DICOM: files stored in different orders agree. Raises DataError for a
+    broken file and for voxels that are not finite real numbers.
+    """
+    nibabel = optional_package("nibabel", file)
+    with readable(file, "NIfTI file"):
+        source = nibabel.load(file)
+        array = np.asarray(source.dataobj)
+        array = array.reshape(*(array.shape + (1, 1, 1))[:3], -1)  # x, y, z, channel
+        array = nibabel.apply_orientation(array, _turned(source)[0]).T
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{file}: voxels of {array.dtype}; one real number each is needed, several "
+                        "along the fourth axis")
+    if not np.isfinite(array).all():
+        raise DataError(f"{file}: some voxels are NaN or infinite; replace them first")
+    return array if dims == 3 else array.reshape(_volume_shape(array)), source
+
+
+def is_nifti(file: Path) -> bool:
+    """By its name."""
+    return file.name.lower().endswith(FOLDER[-2:])
+
+
+def _volume_shape(array: np.ndarray) -> tuple[int, ...]:
+    """(C, D, H, W), without the axis of a single slice."""
+    thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]
+    return tuple(np.delete(array.shape, thin)) if len(thin) == 1 else array.shape
+
+
+def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
+    """The turn that `read_nifti` gives, as nibabel notes it; size (x, y, z) and affine after it."""
+    from nibabel import orientations
+
+    turn = orientations.ornt_transform(orientations.io_orientation(source.affine),
+                                       orientations.axcodes2ornt("LPS"))
+    size = (source.shape + (1, 1, 1))[:3]
+    affine = source.affine @ orientations.inv_ornt_aff(turn, size)
+    return turn, tuple(size[axis] for axis in turn[:, 0].argsort()), affine
+
+
+def write_nifti(path, array: np.ndarray, source) -> None:
+    """Write (D, H, W) or (n, D, H, W), or of a single slice (H, W) or (n, H, W), voxel for voxel
+    over the nibabel image `source` from `read_nifti`: its shape, order of axes and affine. n is
+    the file's fourth axis."""
+    import nibabel
+
+    size = _turned(source)[1]
+    back = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("LPS"),
+                                               nibabel.io_orientation(source.affine))
+    array = nibabel.apply_orientation(array.reshape(-1, *size[::-1]).T, back)
+    image = nibabel.Nifti1Image(array[..., 0] if array.shape[3] == 1 else array, source.affine,
+                                source.header)
+    image.header.set_data_dtype(array.dtype)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the window of the original's values
+    content = gzip.compress(image.to_bytes())
+    write_atomically(path, lambda name: Path(name).write_bytes(content))
+
+
+def same_grid(source, other, file) -> None:
+    """Refuse a file that lies elsewhere than its image, `source`: turned, it could fit wrongly."""
+    (_, size, here), (_, _, there) = _turned(source), _turned(other)
+    voxel = np.linalg.norm(here[:3, :3], axis=0).min()
+    if (abs(here - there) @ [*size, 1]).max() > voxel / 2:
+        image = Path(source.get_filename()).name
+        raise DataError(f"{file}: its affine is not that of {image}; resample it onto that grid "
+                        "or, if only the header is wrong, save it with that affine")
+
+
+def standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Each channel of (C, *S) at mean 0 and standard deviation 1 inside (*S), and 0 outside."""
+    volume = volume.astype(np.float32)
+    for channel in volume:
+        values = channel[inside].astype(np.float64)
+        channel -= values.mean()
+        channel /= values.std() or 1
+    return volume * inside
+
+
+def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], file: Path):
+    """(C, H, W) bilinear over the area that a new pixel covers, and (H, W) nearest, to `size`."""
+    if image.shape[1:] != label.shape or min(size) < 1:
+        raise DataError(f"{file}: image is {size_text(image.shape[1:])} and its label "
+                        f"{size_text(label.shape)}; they must be of one size, and not be shrunk to 0")
+    planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
+        tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
+    middles = [((np.arange(want) + 0.5) * have / want).astype(int)
+               for want, have in zip(size, label.shape)]
+    return np.stack([np.asarray(plane) for plane in planes]), label[np.ix_(*middles)]
+
+
+def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
+    """The tightest box round what is true."""
+    return tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(inside))
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads NumPy arrays and plain containers; refuses any other global before it is imported.
+
+    The functions are taken from this NumPy, under the names old and new pickles know them by.
+    """
+
+    NUMPY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0],
+             "_frombuffer": np.empty(1).__reduce_ex__(5)[0]}
+    PLAIN = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
+             ("collections", "OrderedDict"): OrderedDict,
+             # How protocols 0 to 2 spell bytes; NumPy asks for no other codec.
+             ("_codecs", "encode"): lambda text, codec: text.encode("latin1")}
+
+    def find_class(self, module, name):
+        """What a pickle may build: arrays and plain containers; UnpicklingError for all else."""
+        internal = module.startswith(("numpy.core.", "numpy._core."))
+        found = self.NUMPY.get(name) if internal else self.PLAIN.get((module, name))
+        if found is None:
+            raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no array needs and "
+                                         "which could run anything; it was not run")
+        return found
+
+
+def write_atomically(path, write) -> None:
+    """Call write(temporary name), flush to disk and rename to `path`.
+
+    A kill or a full disk leaves what stood at `path` before, whole.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(".tmp", f".{os.path.basename(path)}.", folder)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)  # mkstemp makes private files; a result should have usual rights
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_text(path, text: str) -> None:
+    """Write `text`, whole or not at all."""
+    write_atomically(path, lambda name: Path(name).write_text(text))
