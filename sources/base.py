@@ -49,11 +49,20 @@ class Split:
         return len(self.images)
 
     @property
+    def present(self) -> Tensor:
+        """(N, A) bool: whether the annotator labelled the case, that is, is not 255 everywhere."""
+        return (self.labels != IGNORE).flatten(2).any(2)
+
+    @property
+    def marked(self) -> Tensor:
+        """(N, A) bool: whether the annotator marked any foreground."""
+        return ((self.labels > 0) & (self.labels != IGNORE)).flatten(2).any(2)
+
+    @property
     def probabilities(self) -> Tensor:
-        """(N, A) float32, rows sum to 1: `weights`, or uniform over the readers that are there."""
-        there = (self.labels != IGNORE).flatten(2).any(2)
-        odds = there * (1.0 if self.weights is None else self.weights)
-        return odds / odds.sum(1, keepdim=True)
+        """(N, A) float32, rows sum to 1: `weights`, or uniform over the annotators present."""
+        share = self.present * (1.0 if self.weights is None else self.weights)
+        return share / share.sum(1, keepdim=True)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         return {key: change(value) for key, value in vars(self).items() if torch.is_tensor(value)}
