@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from common import center_crop, pad_to_multiple
-from helpers import DEEPMEDIC, SSN_TOY, SWIN, batch, generator, seeded, tiny
+from helpers import DEEPMEDIC, SWIN, batch, generator, seeded, tiny
 
 NOT_RANDOM = "unet", "ensemble", "m_heads"
 SIZES = {1: (13,), 2: (13, 18), 3: (5, 6, 7)}  # multiples of nothing
 CASES = {f"{name}-{dims}d": (name, dict(dims=dims)) for name in models.MODELS for dims in SIZES}
-CASES["ssn-1d"][1].update(SSN_TOY)
 CASES["ssn-3d"][1].update(DEEPMEDIC)
 CASES["ssn-unet-3d"] = "ssn", dict(dims=3, backbone="unet")
 CASES["vae_unet-swin"] = "vae_unet", SWIN | dict(dims=2)
@@ -215,7 +214,7 @@ def test_nothing_is_float64(name, fields):
 @every_case
 def test_a_training_step_never_waits_for_the_device(name, fields):
     """Fake tensors have no values: whatever asks for one (.item(), nonzero, bool) fails."""
-    if fields["dims"] == 3 and name == "ssn" and "pathway" in fields:
+    if fields["dims"] == 3 and name == "ssn" and "deepmedic" in fields:
         pytest.xfail("DeepMedic's patches are still chosen by value")
     model, (image, label) = tiny(name, **fields), case_of(fields)
     with FakeTensorMode(allow_non_fake_inputs=True):
