@@ -52,7 +52,8 @@ def bounded_log_std(x: Tensor) -> Tensor:
     return LOG_STD_BOUND * torch.tanh(x.float() / LOG_STD_BOUND)
 
 
-def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None, *,
+                    draw=torch.randn) -> Tensor:
     """Float32 noise of `shape`, whose first axis is the batch, on the device of `like`.
 
     With a generator, on the generator's device first, so one seed gives one result everywhere.
@@ -60,12 +61,24 @@ def standard_normal(shape, like: Tensor, generator: torch.Generator | None = Non
     the whole global batch and keeps its own rows: W processes see exactly the noise one would.
     """
     if generator is not None:
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        return noise.to(like.device)
+        return draw(shape, generator=generator, device=generator.device).to(like.device)
     shared = dist.is_initialized() and torch.is_grad_enabled()
     world, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
-    noise = torch.randn((world * shape[0], *shape[1:]), device=like.device)
+    noise = draw((world * shape[0], *shape[1:]), device=like.device)
     return noise[rank * shape[0] : (rank + 1) * shape[0]]
+
+
+def uniform(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """As `standard_normal`, but uniform on [0, 1)."""
+    return standard_normal(shape, like, generator, draw=torch.rand)
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """x (B, ...) with a share p of zeros and the rest scaled by 1/(1 - p).
+
+    F.dropout takes no generator, and would give every process of a run the same masks.
+    """
+    return x.masked_fill(uniform(x.shape, x, generator) < p, 0) / (1 - p)
 
 
 class DiagonalNormal:
@@ -114,7 +127,7 @@ class LowRankNormal:
         self.factor = None if factor is None else factor.float()
 
     def sample(self, n: int, generator: torch.Generator | None = None, *,
-               antithetic: bool = False, temperature: float | Tensor = 1.0) -> Tensor:
+               antithetic: bool = False, temperature: float = 1.0) -> Tensor:
         """n reparameterised draws, (n, B, K, *S) float32.
 
         antithetic: draws n/2 .. n-1 mirror draws 0 .. n/2-1 about the mean. An average over
@@ -132,7 +145,7 @@ class LowRankNormal:
                 noise = standard_normal((batch, drawn, rank), self.mean, generator)
                 deviation = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
                 deviation = deviation.view(batch, drawn, *self.mean.shape[1:])
-            if not isinstance(temperature, float) or temperature != 1:
+            if temperature != 1:
                 deviation = deviation * temperature**0.5
             mean = self.mean.unsqueeze(1)
             samples = mean + deviation
@@ -192,6 +205,11 @@ POOL = {"average": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
         "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}}
 
 
+def batch_norm(dims: int, channels: int) -> nn.Module:
+    """As in PHiSeg's and SSN's code: TensorFlow's epsilon, averages that move by 1 % a step."""
+    return BATCH_NORM[dims](channels, eps=1e-3, momentum=0.01)
+
+
 def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1,
                kernel: int = 3, norm: str = "batch") -> nn.Sequential:
     """`convs` times: size-keeping convolution, normalisation ("batch" or "none"), ReLU."""
@@ -201,7 +219,7 @@ def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1
         layers.append(CONV[dims](in_channels if i == 0 else out_channels, out_channels, kernel,
                                  padding=kernel // 2, bias=norm != "batch"))
         if norm == "batch":
-            layers.append(BATCH_NORM[dims](out_channels))
+            layers.append(batch_norm(dims, out_channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
@@ -229,16 +247,17 @@ def double(x: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """U-Net body: image (B, in_channels, *S) -> features (B, channels[0], *S), any size.
+    """U-Net body: image (B, in_channels, *S) -> features (B, out_channels, *S), any size.
 
     channels: one entry a resolution level, fine to coarse; each level is `convs` 3-wide
         convolutions, half the size of the one before.
     dims: spatial axes, 1 to 3.
     norm: "batch" (PHiSeg, SSN) or "none" (Probabilistic U-Net).
+    wide: a level of the decoder has the width of the coarser level (SSN), not of its own.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
-                 convs: int = 3, norm: str = "batch"):
+                 convs: int = 3, norm: str = "batch", wide: bool = False):
         super().__init__()
         check_choice("norm", norm, ("batch", "none"))
         if not channels:
@@ -247,9 +266,13 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList(
             conv_block(dims, before, after, convs=convs, norm=norm)
             for before, after in zip((in_channels, *channels), channels))
-        self.decoder = nn.ModuleList(  # coarse to fine
-            conv_block(dims, coarser + skip, skip, convs=convs, norm=norm)
-            for coarser, skip in zip(channels[:0:-1], channels[-2::-1]))
+        self.decoder = nn.ModuleList()  # coarse to fine
+        width = channels[-1]
+        for coarser, skip in zip(channels[:0:-1], channels[-2::-1]):
+            after = coarser if wide else skip
+            self.decoder.append(conv_block(dims, width + skip, after, convs=convs, norm=norm))
+            width = after
+        self.out_channels = width
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every level, fine to coarse; sizes must be multiples of `multiple`."""
@@ -318,6 +341,18 @@ def init_orthogonal(module: nn.Module) -> None:
             nn.init.orthogonal_(m.weight)
             if m.bias is not None:
                 nn.init.trunc_normal_(m.bias, std=1e-3, a=-2e-3, b=2e-3)
+
+
+def init_he(module: nn.Module) -> None:
+    """Normal weights that keep the variance through a ReLU, biases zero (He et al. 2015).
+
+    The initialisation of PHiSeg's code, and of the U-Net that SSN takes from it.
+    """
+    for m in module.modules():
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
 def check_choice(name: str, value, allowed) -> None:

@@ -56,7 +56,6 @@ class SSNConfig:
     rank: int = 10  # columns of the covariance factor P; 0 is the paper's diagonal model
     mc_samples: int = 20  # M of Eq. 7
     diagonal_min: float = 1e-5  # added to every variance
-    mean_steps: int = 1000  # training steps in which the mean learns alone: difference 3
     backbone: str = "auto"  # "unet", "deepmedic"; auto: deepmedic for dims=3, else unet
     channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # U-Net: a level each
     convs: int = 3  # U-Net: 3-wide convolutions a level, and 1-wide ones after it
@@ -73,7 +72,7 @@ class SSN(nn.Module):
 
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, mean_steps=100,
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10,
                         deepmedic=dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32,),
                                        patch=18))
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((450, 0.2),), batch_size=8, steps=600)
@@ -83,15 +82,15 @@ class SSN(nn.Module):
         self.config = c = config
         check_choice("dims", c.dims, (1, 2, 3))
         check_choice("backbone", c.backbone, ("auto", "unet", "deepmedic"))
-        if c.rank < 0 or c.mc_samples < 1:
-            raise ValueError(f"rank={c.rank}, mc_samples={c.mc_samples}: rank is at least 0, "
-                             "mc_samples at least 1")
+        if c.rank < 0 or c.mc_samples < 1 or c.diagonal_min <= 0:
+            raise ValueError(f"rank={c.rank}, mc_samples={c.mc_samples}, diagonal_min="
+                             f"{c.diagonal_min}: rank is at least 0, mc_samples at least 1, "
+                             "diagonal_min above 0")
         self.backbone = backbone or build_backbone(c)
         features = self.backbone.out_channels
         self.mean = CONV[c.dims](features, c.num_classes, 1)
         self.log_diagonal = CONV[c.dims](features, c.num_classes, 1)
         self.factor = CONV[c.dims](features, c.rank * c.num_classes, 1) if c.rank else None
-        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
         with torch.no_grad():  # a quiet start: see difference 3
             self.log_diagonal.bias -= 4
             if self.factor:
@@ -112,10 +111,12 @@ class SSN(nn.Module):
     def _maps(self, features):
         """features (B, F, *S) -> mean, log diagonal (B, K, *S) and, if any, factor (B, R*K, *S)."""
         heads = [self.mean, self.log_diagonal] + ([self.factor] if self.factor else [])
-        return [head(features) for head in heads]
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round the maps
+            return [head(features.float()) for head in heads]
 
     def _normal(self, mean, log_diagonal, factor=None, mask=None):
-        diagonal = bounded_log_std(log_diagonal).exp()
+        # the diagonal holds variances: log variance = 2 log std
+        diagonal = torch.exp(2 * bounded_log_std(log_diagonal / 2))
         if factor is not None:
             factor = factor.unflatten(1, (self.config.rank, self.config.num_classes))
         if mask is not None:
@@ -130,16 +131,9 @@ class SSN(nn.Module):
         DeepMedic sees one patch of every volume, at random.
         """
         if isinstance(self.backbone, DeepMedic):
-            image, label, mask = self.backbone.random_patch(image, label, mask,
-                                                            self.backbone.config.patch)
+            image, label, mask = self.backbone.random_patches(image, label, mask)
         normal = self._normal(*self._maps(self.backbone(image)), mask=mask)
-        if self.training:
-            # Temperature 0 leaves the mean's cross-entropy, and the other heads without gradient.
-            temperature = (self.steps_seen >= self.config.mean_steps).float()
-            self.steps_seen += 1
-        else:
-            temperature = 1.0
-        samples = normal.sample(self.config.mc_samples, antithetic=True, temperature=temperature)
+        samples = normal.sample(self.config.mc_samples, antithetic=True)
         log_prob = -cross_entropy(samples, valid_label(label, mask))  # (M, B)
         loss = (math.log(len(log_prob)) - log_prob.logsumexp(0)).mean()
         return loss, {"negative_log_likelihood": loss.detach()}
@@ -193,14 +187,20 @@ class FreeMaps(nn.Module):
         return self.units.expand(len(image), -1, -1)
 
 
-def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500) -> SSN:
-    """Fit the three free maps to equally likely labels of one image.
+def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500,
+              mean_steps: int = 200) -> SSN:
+    """Fit the three free maps to equally likely labels of one image; first the mean alone.
 
     image (B, 1, S) the same B times, label (B, S).
     """
     torch.manual_seed(0)
-    model = SSN(SSNConfig(dims=1, rank=rank, mc_samples=200, mean_steps=200),
-                backbone=FreeMaps(label.shape[-1]))
+    model = SSN(SSNConfig(dims=1, rank=rank, mc_samples=200), backbone=FreeMaps(label.shape[-1]))
+    optimizer = torch.optim.Adam(model.mean.parameters(), lr=0.4)
+    for _ in range(mean_steps):
+        optimizer.zero_grad()
+        cross_entropy(model.distribution(image).mean, label).mean().backward()
+        optimizer.step()
+    # A new optimiser, as the authors do: moments of the first phase would distort the first steps.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.4, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):

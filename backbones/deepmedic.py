@@ -15,18 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import BATCH_NORM, IGNORE, center_crop, reflect_index, reflect_pad, valid_label
+from common import (IGNORE, batch_norm, center_crop, dropout, reflect_index, reflect_pad, uniform,
+                    valid_label)
 
 TILE = 60  # voxels a side computed at once at test time; bounds memory and changes nothing else
 
 
 @dataclass(frozen=True)
 class DeepMedicConfig:
-    """Defaults are the SSN paper's BraTS model."""
+    """Defaults are the SSN paper's BraTS model, as its published code has it."""
 
     pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # widths of a pathway's layers
     scales: tuple[int, ...] = (1, 3, 5)  # a pathway takes the volume at 1/scale
-    hidden: tuple[int, ...] = (250, 250)  # widths of the 1^3 layers that join the pathways
+    hidden: tuple[int, ...] = (250, 250, 50)  # widths of the 1^3 layers that join the pathways
+    dropout: tuple[float, ...] = (0.0, 0.5, 0.5)  # before each of these layers
     patch: int = 30  # side of the label patch in training, a multiple of every scale
 
 
@@ -44,14 +46,17 @@ class DeepMedic(nn.Module):
         if c.patch < 1 or c.patch % self.multiple:
             raise ValueError(f"deepmedic: patch={c.patch} is no multiple of {self.multiple}, the "
                              "least common multiple of the scales")
-        self.pathways = nn.ModuleList(build_pathway(in_channels, c.pathway) for _ in c.scales)
-        self.join = nn.Sequential()
-        width = len(c.scales) * c.pathway[-1]
-        for after in c.hidden:
-            self.join.extend([*activation(width), nn.Dropout(0.5), nn.Conv3d(width, after, 1)])
-            width = after
-        self.join.extend(activation(width))
-        self.out_channels = width
+        if len(c.dropout) != len(c.hidden):
+            raise ValueError(f"deepmedic: dropout={c.dropout}, hidden={c.hidden}: give as many")
+        self.pathways = nn.ModuleList()
+        for _ in c.scales:
+            layers = [nn.Conv3d(in_channels, c.pathway[0], 3)]
+            layers += [Layer(a, b, 3) for a, b in zip(c.pathway, c.pathway[1:])]
+            self.pathways.append(nn.Sequential(*layers))
+        widths = (len(c.scales) * c.pathway[-1], *c.hidden)
+        self.join = nn.Sequential(*[Layer(a, b, 1, p)
+                                    for a, b, p in zip(widths, c.hidden, c.dropout)])
+        self.out_channels = c.hidden[-1]
 
     def forward(self, volume: Tensor) -> Tensor:
         c = self.config
@@ -61,7 +66,7 @@ class DeepMedic(nn.Module):
             view = center_crop(volume, [side + 2 * scale * len(c.pathway) for side in size])
             view = pathway(F.avg_pool3d(view, scale) if scale > 1 else view)
             views.append(F.interpolate(view, scale_factor=scale) if scale > 1 else view)
-        return self.join(torch.cat(views, 1))
+        return F.relu(self.join(torch.cat(views, 1)))
 
     def stitch(self, volume: Tensor, head, tile: int = TILE) -> list[Tensor]:
         """`head` (features -> list of maps) of a whole volume (B, C, *S), computed tile by tile.
@@ -86,41 +91,62 @@ class DeepMedic(nn.Module):
                 target[:, :, d, h, w] = m
         return [w[:, :, : size[0], : size[1], : size[2]] for w in whole]
 
-    def random_patch(self, image, label, mask, side):
-        """One window of side^3 labels a case, its image wider by the margin the network eats.
+    def random_patches(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
+        """(images, labels, masks) of one training patch a case, around its `random_voxel`.
 
-        Centred on a labelled voxel half of the time, anywhere otherwise. What lies beyond the
-        volume: image by reflection, label 255, mask false.
+        Labels (B, patch, patch, patch), images wider by the margin that the network loses. Beyond
+        the volume the image is reflected, the label 255 and the mask false.
         """
-        label = valid_label(label, mask)
-        images, labels, masks = [], [], []
-        for case, (x, y) in enumerate(zip(image, label)):
-            center = torch.stack([torch.randint(s, ()) for s in y.shape])
-            labelled = torch.nonzero((y > 0) & (y != IGNORE))
-            if len(labelled) and torch.rand(()) < 0.5:
-                center = labelled[torch.randint(len(labelled), ())]
-            start = [min(max(middle - side // 2, 0), max(size - side, 0))
-                     for middle, size in zip(center.tolist(), y.shape)]
-            for axis, a in enumerate(start, 1):
-                index = torch.arange(a - self.margin, a + side + self.margin, device=x.device)
-                x = x.index_select(axis, reflect_index(index, x.shape[axis]))
-            images.append(x)
-            window = tuple(slice(a, a + side) for a in start)
-            missing = [p for s in y.shape[::-1] for p in (0, max(side - s, 0))]
-            labels.append(F.pad(y[window], missing, value=IGNORE))
-            if mask is not None:
-                masks.append(F.pad(mask[case][window], missing, value=False))
-        return torch.stack(images), torch.stack(labels), torch.stack(masks) if masks else None
+        side, label = self.config.patch, valid_label(label, mask)
+        inside = torch.ones_like(label, dtype=torch.bool) if mask is None else mask
+        missing = [p for size in label.shape[:0:-1] for p in (0, max(side - size, 0))]
+        label = F.pad(label, missing, value=IGNORE)
+        inside = F.pad(inside, missing, value=False)
+        inner = torch.arange(side, device=label.device)
+        outer = torch.arange(-self.margin, side + self.margin, device=label.device)
+        patches = []
+        for x, y, m, random in zip(image, label, inside, uniform((len(label), 2), image)):
+            corner = [(center - side // 2).clamp(0, size - side)
+                      for center, size in zip(random_voxel(y, random), y.shape)]
+            patches.append((cut(x, corner, outer), cut(y, corner, inner), cut(m, corner, inner)))
+        return [torch.stack(tensors) for tensors in zip(*patches)]
 
 
-def build_pathway(in_channels: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """Unpadded 3^3 convolutions, each but the first after batch norm and ReLU."""
-    layers = [nn.Conv3d(in_channels, widths[0], 3)]
-    for before, after in zip(widths, widths[1:]):
-        layers += [*activation(before), nn.Conv3d(before, after, 3)]
-    return nn.Sequential(*layers)
+def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:
+    """Position of a voxel of label (D, H, W): half of the time of a lesion, else not ignored.
+
+    random (2,) in [0, 1): which of the two, and which voxel. Nothing waits for the device.
+    """
+    valid = label != IGNORE
+    lesion = valid & (label > 0)
+    wanted = torch.where((random[0] < 0.5) & lesion.any(), lesion, valid).flatten()
+    number = wanted.cumsum(0)  # 1 at the first wanted voxel, 2 from the second on, ...
+    target = (random[1] * number[-1]).long() + 1
+    index = torch.searchsorted(number, target.minimum(number[-1]))
+    _, height, width = label.shape
+    return [index // (height * width), index // width % height, index % width]
 
 
-def activation(width: int) -> list[nn.Module]:
-    """What stands before a convolution."""
-    return [BATCH_NORM[3](width), nn.ReLU(inplace=True)]
+def cut(volume: Tensor, corner: list[Tensor], offsets: Tensor) -> Tensor:
+    """volume (..., D, H, W) at corner + offsets (L,) along each axis, reflected beyond its faces."""
+    for axis, first in zip((-3, -2, -1), corner):
+        index = reflect_index(first + offsets, volume.shape[axis])
+        volume = volume.index_select(axis, index)
+    return volume
+
+
+class Layer(nn.Module):
+    """Batch norm, PReLU, dropout, unpadded convolution; a shortcut around it if widths agree."""
+
+    def __init__(self, before: int, after: int, kernel: int, p: float = 0.0):
+        super().__init__()
+        self.norm, self.activation = batch_norm(3, before), nn.PReLU(before)
+        self.conv = nn.Conv3d(before, after, kernel)
+        self.p, self.shortcut = p, before == after
+
+    def forward(self, x):
+        inner = self.activation(self.norm(x))
+        if self.training and self.p:
+            inner = dropout(inner, self.p)
+        out = self.conv(inner)
+        return out + center_crop(x, out.shape[2:]) if self.shortcut else out

@@ -6,7 +6,7 @@ import models
 
 LEVELS = dict(channels=(4, 6, 8), convs=1)  # three resolution levels: sizes are padded to 4
 TINY = {
-    "ssn": LEVELS | dict(rank=2, mc_samples=4, mean_steps=0),
+    "ssn": LEVELS | dict(rank=2, mc_samples=4),
     "prob_unet": LEVELS | dict(latent_dim=3),
     "phiseg": LEVELS | dict(latent_levels=2),
     "hpunet": LEVELS | dict(blocks=1, latents=(2, 1), objective="elbo", top_k=1),
@@ -17,7 +17,8 @@ TINY = {
     "ensemble": LEVELS | dict(members=3),
     "m_heads": LEVELS | dict(heads=3),
 }
-DEEPMEDIC = dict(deepmedic=dict(pathway=(4, 4), scales=(1, 3), hidden=(6,), patch=6))
+DEEPMEDIC = dict(deepmedic=dict(pathway=(4, 4), scales=(1, 3), hidden=(6, 5), dropout=(0, 0.5),
+                                patch=6))
 SWIN = dict(backbone="swin", width=4, depths=(2, 2, 1), heads=(1, 2, 4), patch=2, window=3)
 
 

@@ -214,8 +214,6 @@ def test_nothing_is_float64(name, fields):
 @every_case
 def test_a_training_step_never_waits_for_the_device(name, fields):
     """Fake tensors have no values: whatever asks for one (.item(), nonzero, bool) fails."""
-    if fields["dims"] == 3 and name == "ssn" and "deepmedic" in fields:
-        pytest.xfail("DeepMedic's patches are still chosen by value")
     model, (image, label) = tiny(name, **fields), case_of(fields)
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss = model(image, label, image[:, 0] > 0)[0]
