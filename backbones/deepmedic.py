@@ -1,11 +1,8 @@
 """DeepMedic (Kamnitsas et al. 2017), the SSN paper's network for volumes.
 
-    pathway at 1/1   \\
-    pathway at 1/3    >  upsampled, concatenated -> 1^3 layers -> features
-    pathway at 1/5   /
-
-Each pathway is eight unpadded 3^3 convolutions, so at scale s it loses 8 s voxels on each side. An
-input of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
+Pathways at 1/1, 1/3 and 1/5 of the resolution, upsampled and concatenated, then 1^3 layers. Each
+pathway is eight unpadded 3^3 convolutions, so at scale s it loses 8 s voxels on each side. An input
+of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
 """
 
 import math
@@ -44,18 +41,18 @@ class DeepMedic(nn.Module):
         self.multiple = math.lcm(*c.scales)
         self.margin = len(c.pathway) * max(c.scales)
         if c.patch < 1 or c.patch % self.multiple:
-            raise ValueError(f"deepmedic: patch={c.patch} is no multiple of {self.multiple}, the "
-                             "least common multiple of the scales")
+            raise ValueError(f"deepmedic: patch={c.patch} is no multiple of {self.multiple}, that "
+                             "is, of every scale")
         if len(c.dropout) != len(c.hidden):
             raise ValueError(f"deepmedic: dropout={c.dropout}, hidden={c.hidden}: give as many")
-        self.pathways = nn.ModuleList()
+        self.pathways, self.join = nn.ModuleList(), nn.Sequential()
         for _ in c.scales:
-            layers = [nn.Conv3d(in_channels, c.pathway[0], 3)]
-            layers += [Layer(a, b, 3) for a, b in zip(c.pathway, c.pathway[1:])]
-            self.pathways.append(nn.Sequential(*layers))
+            first = nn.Conv3d(in_channels, c.pathway[0], 3)
+            others = [Layer(a, b, 3) for a, b in zip(c.pathway, c.pathway[1:])]
+            self.pathways.append(nn.Sequential(first, *others))
         widths = (len(c.scales) * c.pathway[-1], *c.hidden)
-        self.join = nn.Sequential(*[Layer(a, b, 1, p)
-                                    for a, b, p in zip(widths, c.hidden, c.dropout)])
+        for before, after, p in zip(widths, c.hidden, c.dropout):
+            self.join.append(Layer(before, after, 1, p))
         self.out_channels = c.hidden[-1]
 
     def forward(self, volume: Tensor) -> Tensor:
@@ -128,7 +125,7 @@ def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:
 
 
 def cut(volume: Tensor, corner: list[Tensor], offsets: Tensor) -> Tensor:
-    """volume (..., D, H, W) at corner + offsets (L,) along each axis, reflected beyond its faces."""
+    """volume (..., D, H, W) at corner + offsets (L,) on each axis, reflected beyond its faces."""
     for axis, first in zip((-3, -2, -1), corner):
         index = reflect_index(first + offsets, volume.shape[axis])
         volume = volume.index_select(axis, index)

@@ -1,6 +1,7 @@
 """What several test files share: seeded tensors, small batches, a tiny model of every kind."""
 
 import torch
+import torch.distributed as dist
 
 import models
 
@@ -50,3 +51,21 @@ def generator(seed=0):
 def count_parameters(model):
     """How many numbers an optimiser changes."""
     return sum(p.numel() for p in model.parameters())
+
+
+def run_two(function, folder):
+    """Call function(rank, folder) in two processes that form a group on the CPU."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_member, args=(function, rank, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def _member(function, rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    function(rank, folder)
+    dist.destroy_process_group()

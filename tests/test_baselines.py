@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 import helpers
+from backbones.det_unet import DetUNet
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads, UNetConfig
+from ssn import SSN, SSNConfig
 
 NARROW = dict(channels=(4, 6, 8), convs=1)
 SMALL = {  # three outputs where there are several
@@ -81,6 +83,21 @@ def test_weights_are_orthogonal_and_biases_small(Model):
             assert 0 < module.bias.abs().max() <= 2e-3
 
 
+@pytest.mark.parametrize("Model", MIXTURES)
+def test_batch_norm_is_ssns_unet(Model):
+    """Table 1's U-Net: SSN without the heads of its covariance."""
+    fields = dict(channels=(32, 64, 128, 192, 192, 192, 192), norm="batch")
+    fields |= {EnsembleUNet: dict(members=2), MHeads: dict(heads=2)}.get(Model, {})
+    with torch.device("meta"):
+        model = Model(Model.Config(**fields)).eval()
+    unet = model.members[1].unet if Model is EnsembleUNet else model.unet
+    assert isinstance(unet, DetUNet) and unet.out_channels == 32
+    expected = SSN(SSNConfig()).backbone.state_dict()
+    assert {k: v.shape for k, v in unet.state_dict().items()} \
+        == {k: v.shape for k, v in expected.items()}
+    assert model.predict(torch.zeros(1, 1, 64, 64, device="meta")).shape == (1, 2, 64, 64)
+
+
 # -------------------------------------------------------------------------------------- losses
 
 
@@ -127,8 +144,8 @@ def test_ensemble_members_train_as_if_each_were_alone():
     for lone, member in zip(alone, ensemble.members):
         lone.load_state_dict(member.state_dict())
     assert len({member.head.weight.data.sum().item() for member in ensemble.members}) == 3
-    adam = lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
-    together, apart = adam(ensemble), [adam(lone) for lone in alone]
+    together, *apart = [torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
+                        for model in (ensemble, *alone)]
     for step in range(3):
         image, label = case(8, 8, seed=step)
         together.zero_grad()
@@ -141,7 +158,7 @@ def test_ensemble_members_train_as_if_each_were_alone():
             losses.append(lone(image, label)[0])
             losses[-1].backward()
             optimizer.step()
-        assert loss.item() == pytest.approx(sum(l.item() for l in losses), rel=1e-6)
+        assert loss.item() == pytest.approx(sum(one.item() for one in losses), rel=1e-6)
         assert terms["cross_entropy"].item() == pytest.approx(loss.item() / 3, rel=1e-6)
     for lone, member in zip(alone, ensemble.members):
         for mine, theirs in zip(lone.parameters(), member.parameters()):
@@ -218,16 +235,6 @@ def test_dropout_likelihood_against_a_float64_loop():
 # ------------------------------------------------------------------------------------- dropout
 
 
-def test_dropout_zeroes_a_share_p_and_keeps_the_mean():
-    model = small(DropoutUNet, p=0.3)
-    dropped = model.dropout(torch.full((2, 50_000), 7.0), torch.Generator().manual_seed(0))
-    kept = dropped[dropped != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, 10.0))  # 7 / (1 - 0.3)
-    share = (dropped == 0).double().mean(1)
-    assert (share - 0.3).abs().max() < 4 * math.sqrt(0.3 * 0.7 / 50_000)  # four standard errors
-    assert not torch.equal(dropped[0], dropped[1])  # each case has its own mask
-
-
 @pytest.mark.parametrize("blocks, expected", [
     # (channels, side) of what enters: the coarsest encoder blocks, then the coarsest decoder blocks
     (3, [(3, 4), (4, 2), (5, 1), (6 + 5, 2), (5 + 4, 4), (4 + 3, 8)]),
@@ -235,7 +242,8 @@ def test_dropout_zeroes_a_share_p_and_keeps_the_mean():
 def test_dropout_acts_on_the_input_of_the_innermost_blocks(monkeypatch, blocks, expected):
     model = small(DropoutUNet, channels=(2, 3, 4, 5, 6), dropout_blocks=blocks)
     seen = []
-    monkeypatch.setattr(model, "dropout", lambda x, g: seen.append(tuple(x.shape[1:3])) or x)
+    monkeypatch.setattr("baselines.dropout",
+                        lambda x, p, g: seen.append(tuple(x.shape[1:3])) or x)
     image, label = case(16, 16)
     model.loss(image, label)
     assert seen == expected
@@ -244,7 +252,7 @@ def test_dropout_acts_on_the_input_of_the_innermost_blocks(monkeypatch, blocks, 
 def test_without_masks_the_two_halves_are_the_unet(monkeypatch):
     model = small(DropoutUNet)
     image, _ = case(7, 9)
-    monkeypatch.setattr(model, "dropout", lambda x, g: x)
+    monkeypatch.setattr("baselines.dropout", lambda x, p, g: x)
     logits = model.sample(image, 1)[0]
     assert torch.equal(logits.softmax(1), model.predict(image))
 
@@ -294,6 +302,8 @@ def test_m_heads_share_out_two_readers():
     (MHeads, dict(heads=1), "heads=1"),
     (MHeads, dict(epsilon=1.0), "epsilon=1.0"),
     (DropoutUNet, dict(p=0.0), "p=0.0"),
+    (DropoutUNet, dict(norm="batch"), "norm='batch'"),
+    (DeterministicUNet, dict(norm="layer"), "norm='layer': choose one of 'none', 'batch'"),
     (DropoutUNet, dict(dropout_blocks=3, channels=(4, 6, 8)), "dropout_blocks 1 to 2"),
 ])
 def test_refused_settings_are_named(Model, fields, message):

@@ -39,14 +39,23 @@ def test_kl_survives_any_log_std(extreme):
 
 def test_bounded_log_std_is_the_identity_where_networks_live():
     x = torch.linspace(-1, 1, 9)
-    torch.testing.assert_close(common.bounded_log_std(x), x, atol=4e-3, rtol=0)
-    assert common.bounded_log_std(torch.tensor([1e9, -1e9])).tolist() == [10, -10]
+    torch.testing.assert_close(common.bounded_log_std(x), x, atol=0.025, rtol=0)
+    assert common.bounded_log_std(torch.tensor([1e9, -1e9])).tolist() == [4, -4]
 
 
 def test_diagonal_normal_samples_have_its_moments():
     q = DiagonalNormal(torch.full((20000, 1), 3.0), torch.full((20000, 1), math.log(0.5)))
     z = q.sample(torch.Generator().manual_seed(0))
     assert abs(z.mean() - 3) < 4 * 0.5 / 20000**0.5 and abs(z.std() - 0.5) < 0.01
+
+
+def test_dropout_zeroes_a_share_p_and_keeps_the_mean():
+    dropped = common.dropout(torch.full((2, 50_000), 7.0), 0.3, torch.Generator().manual_seed(0))
+    kept = dropped[dropped != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 10.0))  # 7 / (1 - 0.3)
+    share = (dropped == 0).double().mean(1)
+    assert (share - 0.3).abs().max() < 4 * math.sqrt(0.3 * 0.7 / 50_000)  # four standard errors
+    assert not torch.equal(dropped[0], dropped[1])  # each case has its own mask
 
 
 # ----------------------------------------------------------------------------- low-rank normal
@@ -163,6 +172,12 @@ def test_every_unet_option_changes_the_result(option):
 def test_unknown_choice_lists_the_valid_ones():
     with pytest.raises(ValueError, match="norm='layer': choose one of 'batch', 'none'"):
         UNet(1, (4, 6), norm="layer")
+
+
+def test_a_wide_decoder_has_the_coarser_levels_widths():
+    net = UNet(1, (4, 6, 8), wide=True, convs=1)
+    assert [block[0].weight.shape[:2] for block in net.decoder] == [(8, 8 + 6), (6, 8 + 4)]
+    assert net.out_channels == 6 and net(seeded(2, 1, 8, 8)).shape == (2, 6, 8, 8)
 
 
 def test_a_unet_has_levels():
