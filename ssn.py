@@ -73,7 +73,7 @@ class SSN(nn.Module):
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
     QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10,
-                        deepmedic=dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32,),
+                        deepmedic=dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32, 16),
                                        patch=18))
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((450, 0.2),), batch_size=8, steps=600)
 

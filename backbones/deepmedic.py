@@ -25,7 +25,7 @@ class DeepMedicConfig:
     pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # widths of a pathway's layers
     scales: tuple[int, ...] = (1, 3, 5)  # a pathway takes the volume at 1/scale
     hidden: tuple[int, ...] = (250, 250, 50)  # widths of the 1^3 layers that join the pathways
-    dropout: tuple[float, ...] = (0.0, 0.5, 0.5)  # before each of these layers
+    dropout: float = 0.5  # probability, before these layers but the first
     patch: int = 30  # side of the label patch in training, a multiple of every scale
 
 
@@ -43,16 +43,14 @@ class DeepMedic(nn.Module):
         if c.patch < 1 or c.patch % self.multiple:
             raise ValueError(f"deepmedic: patch={c.patch} is no multiple of {self.multiple}, that "
                              "is, of every scale")
-        if len(c.dropout) != len(c.hidden):
-            raise ValueError(f"deepmedic: dropout={c.dropout}, hidden={c.hidden}: give as many")
         self.pathways, self.join = nn.ModuleList(), nn.Sequential()
         for _ in c.scales:
             first = nn.Conv3d(in_channels, c.pathway[0], 3)
             others = [Layer(a, b, 3) for a, b in zip(c.pathway, c.pathway[1:])]
             self.pathways.append(nn.Sequential(first, *others))
         widths = (len(c.scales) * c.pathway[-1], *c.hidden)
-        for before, after, p in zip(widths, c.hidden, c.dropout):
-            self.join.append(Layer(before, after, 1, p))
+        for before, after in zip(widths, c.hidden):
+            self.join.append(Layer(before, after, 1, c.dropout if len(self.join) else 0.0))
         self.out_channels = c.hidden[-1]
 
     def forward(self, volume: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ TINY = {
     "ensemble": LEVELS | dict(members=3),
     "m_heads": LEVELS | dict(heads=3),
 }
-DEEPMEDIC = dict(deepmedic=dict(pathway=(4, 4), scales=(1, 3), hidden=(6, 5), dropout=(0, 0.5),
-                                patch=6))
+DEEPMEDIC = dict(deepmedic=dict(pathway=(4, 4), scales=(1, 3), hidden=(6, 5), patch=6))
 SWIN = dict(backbone="swin", width=4, depths=(2, 2, 1), heads=(1, 2, 4), patch=2, window=3)
 
 

@@ -242,4 +242,5 @@ def test_signatures(name):
     assert arguments["predict"] == ["self", "image"]
     assert arguments["log_likelihood"] == ["self", "image", "label", "n", "mask"]
     assert {"optimizer", "lr", "weight_decay", "batch_size", "steps"} <= Model.TRAINING.keys()
-    Model.Config(**Model.QUICK_CONFIG)
+    for dims in (2, 3) if name == "ssn" else (2,):  # 3: on another network
+        models.build(name, Model.QUICK_CONFIG | dict(dims=dims))

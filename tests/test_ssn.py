@@ -276,7 +276,6 @@ def first_loss_of_two(rank, folder):
     (dict(rank=-1), "rank=-1"), (dict(dims=4), "dims=4"), (dict(backbone="vit"), "'deepmedic'"),
     (dict(backbone="deepmedic"), "dims=2"),
     (dict(dims=3, deepmedic=dict(patch=20)), "patch=20 is no multiple of 15"),
-    (dict(dims=3, deepmedic=dict(hidden=(9,))), "give as many"),
     (dict(diagonal_min=0.0), "diagonal_min above 0")])
 def test_bad_configs_are_named(config, message):
     with pytest.raises(ValueError, match=message):
