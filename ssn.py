@@ -67,7 +67,7 @@ class SSN(nn.Module):
 
     backbone: a network of your own, image (B, in_channels, *S) -> features (B, F, *S), with F
         in its attribute `out_channels`; None builds the one `config` names.
-    Default: 2D U-Net, 9.24 M parameters.
+    Default: 2D U-Net, 10.32 M parameters.
     """
 
     Config = SSNConfig
