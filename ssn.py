@@ -75,7 +75,7 @@ class SSN(nn.Module):
     QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10,
                         deepmedic=dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32, 16),
                                        patch=18))
-    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((450, 0.2),), batch_size=8, steps=600)
+    QUICK_TRAINING = dict(lr=5e-3, lr_drops=((300, 0.4), (480, 0.08)), batch_size=8, steps=600)
 
     def __init__(self, config: SSNConfig = SSNConfig(), backbone: nn.Module | None = None):
         super().__init__()
