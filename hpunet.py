@@ -68,9 +68,8 @@ class HPUNetConfig:
     blocks: int = 3  # residual blocks a level, in encoder and decoder
     convs: int = 3  # 3-wide convolutions a block, at half its width
     latents: tuple[int, ...] = (1, 1, 1, 1)  # channels of z_0, z_1 .., coarse to fine; 0: no z_i
-    objective: str = "geco"  # Eq. 6; or "elbo", Eq. 5 if top_k=1: reconstruction + beta KL
-    kappa: float = 0.05  # GECO's target: nats a kept pixel
-    lambda_rate: float = 1e-4  # of rho, a step: the learning rate, so give it with --lr
+    objective: str = "geco"  # Eq. 6; or "elbo", Eq. 5, with top_k=1: reconstruction + beta KL
+    kappa: float = 0.05  # GECO's target, nats a kept pixel; belongs to the data (here LIDC)
     beta: float = 1.0  # for "elbo"
     top_k: float = 0.02  # share of the batch's pixels that the loss keeps; 1: all
 
@@ -87,7 +86,7 @@ class HPUNet(nn.Module):
     # 2 % of a small image would be few pixels. The target is one that a small net reaches early, so
     # that lambda stays near 1 and has time to fall: while it is high, z carries what x could tell.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
-                        kappa=0.35, lambda_rate=1e-3)
+                        kappa=0.35)
     QUICK_TRAINING = dict(lr=1.5e-3, lr_drops=((900, 0.3),), batch_size=8, steps=1200)
 
     def __init__(self, config: HPUNetConfig = HPUNetConfig()):
@@ -100,15 +99,19 @@ class HPUNet(nn.Module):
                              "channels) from 0 up, the last one at least 1")
         if not 0 < c.top_k <= 1:
             raise ValueError(f"top_k={c.top_k}: above 0 and at most 1")
+        if c.objective == "elbo" and c.top_k != 1:
+            raise ValueError(f"objective='elbo' with top_k={c.top_k}: Eq. 5 is a bound only if all "
+                             "pixels count; give top_k=1 as well")
         self.multiple = 2 ** (len(c.channels) - 1)
         self.unet = LatentUNet(c, c.in_channels, len(c.channels))
         self.out = CONV[c.dims](c.channels[0], c.num_classes, 1)
         self.posterior = LatentUNet(c, c.in_channels + c.num_classes, len(c.latents))
         init_orthogonal(self)
-        # GECO: lambda = softplus(rho)^2 is 1 at first
-        self.register_buffer("rho", torch.tensor(math.log(math.e - 1)))
-        self.register_buffer("constraint", torch.zeros(()))  # its moving average
-        self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
+        if c.objective == "geco":
+            # lambda = softplus(rho)^2 is 1 at first
+            self.rho = nn.Parameter(torch.tensor(math.log(math.e - 1)))
+            self.register_buffer("constraint", torch.zeros(()))  # its moving average
+            self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> list:
         """What all samples share: LatentUNet.encode of the U-Net or, given a label, the posterior.
@@ -145,35 +148,35 @@ class HPUNet(nn.Module):
 
         logits = center_crop(self.out(x), label.shape[1:]).float()
         error = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, *S)
-        kept = hard_pixels(error.detach(), c.top_k) & (label != IGNORE)
+        kept = hard_pixels(error.detach(), c.top_k, together=self.training) & (label != IGNORE)
         reconstruction, count = (error * kept).sum() / len(label), kept.sum() / len(label)
         terms = dict(reconstruction=reconstruction, kl=kl, **kls,
                      reconstruction_per_pixel=reconstruction / count.clamp(min=1e-6))
         if c.objective == "elbo":
             loss = reconstruction + c.beta * kl
         else:
-            constraint, weight = self._constrain(reconstruction - c.kappa * count)
-            loss = weight * constraint + kl
+            constraint = self._averaged(reconstruction - c.kappa * count)
+            weight = F.softplus(self.rho).square()
+            loss = weight.detach() * constraint + kl
+            # is 0, but its gradient lets the optimiser ascend in lambda where it descends in all else
+            loss = loss + (weight.detach() - weight) * constraint.detach()
             terms |= {"constraint": constraint, "lambda": weight}
         return loss, {name: term.detach() for name, term in terms.items()}
 
     forward = loss
 
-    def _constrain(self, constraint):
-        """(the constraint, in training with its moving average's value and its own gradient;
-        lambda). Training moves the average, and then lambda for the next step."""
-        weight = F.softplus(self.rho).square()
-        if self.training:
-            now = constraint.detach().clone()
-            if dist.is_initialized():
-                dist.all_reduce(now)
-                now /= dist.get_world_size()
-            average = torch.where(self.steps_seen == 0, now, now.lerp(self.constraint, DECAY))
-            self.constraint.copy_(average)
-            self.rho += self.config.lambda_rate * average.sign()
-            self.steps_seen += 1
-            constraint = constraint + (average - constraint).detach()
-        return constraint, weight
+    def _averaged(self, constraint):
+        """In training: the value of the constraint's moving average, the batch's own gradient."""
+        if not self.training:
+            return constraint
+        now = constraint.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(now)
+            now /= dist.get_world_size()
+        average = torch.where(self.steps_seen == 0, now, now.lerp(self.constraint, DECAY))
+        self.constraint.copy_(average)
+        self.steps_seen += 1
+        return constraint + (average - constraint).detach()
 
     def _parts(self, noise, image):
         """Yields (first sample, number of samples, their noise): so few samples at once that memory
@@ -224,21 +227,31 @@ class HPUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling over the hierarchy, (B,):
+        """Lower bound of log p(y | x) in nats by importance sampling, (B,):
 
-            log (1/n) sum_k P_c(y | S(x, z^k)) prod_i p(z_i^k | z_<i^k, x) / q(z_i^k | z_<i^k, x, y)
+            log (1/n) sum_k P_c(y | S(x, z^k)) p(z^k | x) / mix(z^k)
 
-        with z^k from q, over all pixels. On average n = 1 gives the ELBO; more tighten the bound.
+        over all pixels, with half of the z^k from q, half from p, and mix = (q + p) / 2: draws from
+        p bound it for masks that q was never taught. On average n = 1, from q, gives the ELBO;
+        more samples tighten the bound.
         """
-        label = valid_label(label, mask)
+        label, log_weights = valid_label(label, mask), []
         shared, posterior_shared = self.encode(image), self.encode(image, label)
-        log_weights = []
-        for _, count, part in self._parts(self.noise(image, n), image):
-            latents, q, _ = self.posterior(posterior_shared, count, noise=part)
-            _, p, x = self.unet(shared, count, latents=latents)
-            log_ratio = sum(p[i].log_prob(z) - q[i].log_prob(z) for i, z in latents.items())
-            error = cross_entropy(self._logits(x, image), label)
-            log_weights.append(log_ratio.view(count, -1) - error)
+        counts = {"q": n - n // 2, "p": n // 2}
+        log_share = {net: math.log(m / n) if m else -math.inf for net, m in counts.items()}
+        for net, m in counts.items():
+            for _, count, part in self._parts(self.noise(image, m), image):
+                if net == "q":
+                    latents, q, _ = self.posterior(posterior_shared, count, noise=part)
+                    _, p, x = self.unet(shared, count, latents=latents)
+                else:
+                    latents, p, x = self.unet(shared, count, noise=part)
+                    _, q, _ = self.posterior(posterior_shared, count, latents=latents)
+                log_q = sum(q[i].log_prob(z) for i, z in latents.items())
+                log_p = sum(p[i].log_prob(z) for i, z in latents.items())
+                log_mix = torch.logaddexp(log_q + log_share["q"], log_p + log_share["p"])
+                error = cross_entropy(self._logits(x, image), label)
+                log_weights.append((log_p - log_mix).view(count, -1) - error)
         return torch.cat(log_weights).logsumexp(0) - math.log(n)
 
 
@@ -356,25 +369,61 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2)
 
 
-def hard_pixels(error: Tensor, share: float) -> Tensor:
-    """Stochastic top-k: where the loss looks, a `share` of all pixels of the batch, (B, *S) bool.
+def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
+    """Stochastic top-k: the pixels that the loss keeps, a `share` of the batch's, (B, *S) bool.
 
-    error (B, *S) >= 0. Pixels are drawn one after the other without replacement, with odds
-    proportional to `error`: the largest log error + Gumbel noise. Its exponential is taken here,
-    error / E with E ~ Exp(1). With several processes, the batch is the global one.
+    error (B, *S) >= 0. Pixels are drawn one after the other without replacement, with
+    probabilities proportional to `error`. That is, the largest log error + Gumbel noise are kept,
+    or the largest error / E with E ~ Exp(1). together: the batch is that of all processes.
     """
     if share == 1:
         return torch.ones_like(error, dtype=torch.bool)
     whole, rank = error.contiguous(), 0
-    if dist.is_initialized():
+    if together and dist.is_initialized():
         parts = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, whole)
         whole, rank = torch.cat(parts), dist.get_rank()
     # E = 0 would make 0 / 0, which counts as the largest
     score = (whole / torch.empty_like(whole).exponential_().clamp_(min=1e-20)).flatten()
-    top = score.topk(max(1, round(share * len(score))), sorted=False).indices
+    top = score.topk(max(1, int(share * len(score))), sorted=False).indices
     kept = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, top, True).view(whole.shape)
     return kept[rank * len(error) : (rank + 1) * len(error)]
 
 
-# ------------------------------------------------------------------------------------- instances
+if __name__ == "__main__":
+    import data
+    import metrics
+    from analysis.instances import clean_instances, cluster_instances
+    from analysis.paper_figures import plot_instances, plot_scales
+    from common import Progress
+
+    train, test = data.load("cells", ("train", "test"), size=32)
+    torch.manual_seed(0)
+    model = HPUNet(HPUNetConfig(num_classes=16, channels=(16, 32, 32), blocks=1, convs=1,
+                                latents=(2, 1), kappa=1.3, top_k=0.2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [900], 0.25)
+    batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["cells"].augmentation)
+    progress = Progress(1300)
+    for step in range(1, 1301):
+        loss, terms = model(*next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        note = ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
+        progress.update(step, note, line=step % 200 == 0)
+
+    model.eval()
+    test = test.subset(range(20))
+    samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
+    # smaller boxes than the paper's: these cells are only 6 to 8 pixels wide
+    found = torch.stack([clean_instances(cluster_instances(s), 3, 7) for s in samples.unbind(1)])
+    error = metrics.rand_error(found, test.instances.long())
+    print(f"instances clustered from 16 samples: Rand error {error.mean():.3f}")
+    again = model.reconstruct(test.images, test.labels[:, 0].long()).argmax(1)
+    plot_instances("hpunet_instances.png", [
+        dict(name=test.names[i], image=test.images[i], truth=test.instances[i], found=found[i],
+             again=again[i], samples=samples[:, i]) for i in range(4)])
+    plot_scales(model, test.images[0], "hpunet_scales.png")
+    print("samples, scale by scale: hpunet_scales.png; instances: hpunet_instances.png")

@@ -65,7 +65,7 @@ class PHiSegConfig:
     latent_levels: int = 5  # L, at most R; 1 is the paper's ablation
     latent_channels: int = 2  # D, channels of every latent map
     convs: int = 3  # 3-wide convolutions a level of the encoders
-    kl_base: float = 2.0  # alpha_l = kl_base^(l-1), 1 the finest; 4: the authors' code; 1: none
+    kl_base: float = 4.0  # alpha_l = kl_base^(l-1), as in the authors' code; the text has 2
 
 
 class PHiSeg(nn.Module):
@@ -102,15 +102,19 @@ class PHiSeg(nn.Module):
         hot = one_hot(label, self.config.num_classes, image.shape[2:])
         return self.posterior.encode(torch.cat([image, hot - 0.5], 1))
 
-    def noise(self, image: Tensor, n: int, generator=None) -> dict[int, Tensor]:
-        """Standard normal noise for n draws of every latent map, {l: (n, B, D, *S_l)}."""
-        noise, levels = {}, self.config.latent_levels
+    def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
+        """Yields standard normal noise for n draws of all latents, m at a time so that memory does
+        not grow with n: {l: (m * B, D, *S_l)}, the cases of a draw together."""
+        c, noise = self.config, {}
         coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]  # size of z_L
-        for l in range(levels, 0, -1):
-            size = [s * 2 ** (levels - l) for s in coarsest]
-            shape = (len(image), n, self.config.latent_channels, *size)
+        for l in range(c.latent_levels, 0, -1):
+            size = [s * 2 ** (c.latent_levels - l) for s in coarsest]
+            shape = (len(image), n, c.latent_channels, *size)
             noise[l] = standard_normal(shape, image, generator).transpose(0, 1)
-        return noise
+        width = 3 * c.channels[-c.latent_levels]  # the likelihood's finest level has the most features
+        m = max(1, CHUNK // (image[:, 0].numel() * width))
+        for start in range(0, n, m):
+            yield {l: e[start : start + m].flatten(0, 1) for l, e in noise.items()}
 
     def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
         """Logits (B, K, *size) of every level's mask: the sum of its and all coarser residuals."""
@@ -132,46 +136,35 @@ class PHiSeg(nn.Module):
         ones'; kl_<l>, the KL of z_l without its weight, and `kl`, their sum.
         """
         label = valid_label(label, mask)
-        prior_features, posterior_features = self.encode(image), self.encode(image, label)
-        noise = {l: e[0] for l, e in self.noise(image, 1).items()}
-        latents, q = self.posterior(posterior_features, noise=noise)
-        _, p = self.prior(prior_features, latents=latents)
+        features = self.encode(image)
+        (noise,) = self.noise(image, 1)
+        latents, q = self.posterior(self.encode(image, label), noise=noise)
+        _, p = self.prior(features, latents=latents)
         kls = {l: q[l].kl(p[l]).mean() for l in latents}
         errors = {l: cross_entropy(logits, label).mean()
                   for l, logits in self.masks(latents, label.shape[1:]).items()}
-        reconstruction = errors.pop(1)
-        loss = reconstruction + sum(errors.values())
+        if self.training:
+            (noise,) = self.noise(image, 1)
+            with torch.no_grad():  # so that batch norm's running statistics see prior draws too
+                self.likelihood(self.prior(features, noise=noise)[0])
+        loss = sum(errors.values())
         loss = loss + sum(self.config.kl_base ** (l - 1) * kl for l, kl in kls.items())
-        terms = dict(reconstruction=reconstruction, kl=sum(kls.values()))
-        if errors:
-            terms["supervision"] = sum(errors.values())
+        terms = dict(reconstruction=errors[1], supervision=sum(errors.values()) - errors[1],
+                     kl=sum(kls.values()))
         terms |= {f"kl_{l}": kl for l, kl in kls.items()}
         return loss, {name: term.detach() for name, term in terms.items()}
 
     forward = loss
 
-    def _parts(self, noise, image):
-        """Yields (first sample, number of samples, their noise {l: (rows, D, *S_l)}): so few
-        samples at once that memory does not grow with n."""
-        # the likelihood's finest level has the most features
-        width = 3 * self.config.channels[len(self.config.channels) - self.config.latent_levels]
-        chunk = max(1, CHUNK // (image[:, 0].numel() * width))
-        n = len(noise[1])
-        for start in range(0, n, chunk):
-            part = {l: e[start : start + chunk].flatten(0, 1) for l, e in noise.items()}
-            yield start, min(chunk, n - start), part
-
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S); the prior's encoder runs once for all of them."""
-        features, noise = self.encode(image), self.noise(image, n, generator)
-        size = image.shape[2:]
-        logits = image.new_empty(n, len(image), self.config.num_classes, *size)
-        for start, count, part in self._parts(noise, image):
-            latents, _ = self.prior(repeat(features, count), noise=part)
-            finest = self.masks(latents, size)[1]
-            logits[start : start + count] = finest.unflatten(0, (count, -1))
-        return logits
+        features, logits = self.encode(image), []
+        for noise in self.noise(image, n, generator):
+            latents, _ = self.prior(features, noise=noise)
+            finest = self.masks(latents, image.shape[2:])[1]
+            logits.append(finest.unflatten(0, (-1, len(image))))
+        return torch.cat(logits)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -190,19 +183,28 @@ class PHiSeg(nn.Module):
                        mask: Tensor | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling, (B,):
 
-            log (1/n) sum_i p(y | z^i) prod_l p(z_l^i | z_l+1^i, x) / q(z_l^i | z_l+1^i, y, x)
+            log (1/n) sum_i p(y | z^i) p(z^i | x) / mix(z^i),
 
-        with z^i from q. On average n = 1 gives the ELBO; more samples tighten the bound.
+        with half of the z^i from q, half from p, and mix = (q + p) / 2: draws from p bound it for
+        masks that q was never taught. On average n = 1, from q, gives the ELBO; more samples
+        tighten the bound.
         """
-        label, size = valid_label(label, mask), image.shape[2:]
-        prior_features, posterior_features = self.encode(image), self.encode(image, label)
-        log_weights = []
-        for _, count, part in self._parts(self.noise(image, n), image):
-            latents, q = self.posterior(repeat(posterior_features, count), noise=part)
-            _, p = self.prior(repeat(prior_features, count), latents=latents)
-            log_ratio = sum(p[l].log_prob(z) - q[l].log_prob(z) for l, z in latents.items())
-            finest = self.masks(latents, size)[1].unflatten(0, (count, -1))
-            log_weights.append(log_ratio.view(count, -1) - cross_entropy(finest, label))
+        label, log_weights = valid_label(label, mask), []
+        given_p, given_q = self.encode(image), self.encode(image, label)
+        n_q, n_p = n - n // 2, n // 2
+        log_share_q, log_share_p = torch.tensor([n_q / n, n_p / n]).log().tolist()
+        for net, given, count in ((self.posterior, given_q, n_q), (self.prior, given_p, n_p)):
+            for noise in self.noise(image, count):
+                latents, _ = net(given, noise=noise)
+                _, q = self.posterior(given_q, latents=latents)
+                _, p = self.prior(given_p, latents=latents)
+                log_q = sum(q[l].log_prob(z) for l, z in latents.items())
+                log_p = sum(p[l].log_prob(z) for l, z in latents.items())
+                log_mix = torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
+                log_ratio = (log_p - log_mix).view(-1, len(image))
+                finest = self.masks(latents, image.shape[2:])[1]
+                error = cross_entropy(finest.unflatten(0, (-1, len(image))), label)
+                log_weights.append(log_ratio - error)
         return torch.cat(log_weights).logsumexp(0) - math.log(n)
 
 
@@ -229,29 +231,30 @@ class LatentNet(nn.Module):
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
         """Image (B, C, *S), sizes multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
-        features, finest = {}, len(self.config.channels) - self.config.latent_levels
-        for level, block in enumerate(self.encoder):
-            if level > 0:
+        features = []
+        for block in self.encoder:
+            if features:
                 x = POOL["average"][self.config.dims](x, 2)
             x = block(x)
-            if level >= finest:
-                features[level - finest + 1] = x
-        return dict(reversed(features.items()))
+            features.append(x)
+        return dict(zip(range(self.config.latent_levels, 0, -1), reversed(features)))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
         """Down the hierarchy: the normal of z_L, its z_L, the normal of z_L-1 given it, ...
 
-        z_l is `latents[l]` if latents of the other net are given; else drawn with noise[l]; with
-        neither it is the mean. All are (B, D, *S_l). Returns ({l: z_l}, {l: its normal}).
+        z_l is `latents[l]` if the other net's latents are given; else drawn with noise[l]; with
+        neither it is the mean. Both are (n * B, D, *S_l). Returns ({l: z_l}, {l: its normal}).
         """
         chosen, normals, z = {}, {}, None
         for l, x in features.items():
+            if given := latents or noise:
+                x = torch.cat([x] * (len(given[l]) // len(x)))
             if z is not None:
                 x = torch.cat([x, self.up[str(l)](z)], 1)
             normals[l] = DiagonalNormal(*self.moments[str(l)](x).chunk(2, 1))
-            if latents is not None:
+            if latents:
                 z = latents[l]
-            elif noise is not None:
+            elif noise:
                 z = normals[l].mean + normals[l].std * noise[l]
             else:
                 z = normals[l].mean
@@ -298,11 +301,6 @@ class Double(nn.Upsample):
 
     def __init__(self, dims: int):
         super().__init__(scale_factor=2, mode=LINEAR[dims], align_corners=False)
-
-
-def repeat(features: dict[int, Tensor], n: int) -> dict[int, Tensor]:
-    """{l: (B, ...)} -> {l: (n * B, ...)}, n copies one after the other."""
-    return {l: torch.cat([x] * n) for l, x in features.items()}
 
 
 if __name__ == "__main__":

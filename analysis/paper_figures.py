@@ -140,8 +140,8 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
     image (C, H, W) on the model's device.
     """
     images = image.expand(n, *image.shape)
-    noise = model.noise(images, 1, torch.Generator().manual_seed(0))
-    latents, _ = model.prior(model.encode(images), noise={l: e[0] for l, e in noise.items()})
+    (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))
+    latents, _ = model.prior(model.encode(images), noise=noise)
     logits = list(model.masks(latents, image.shape[1:]).values())  # coarse to fine, (n, K, H, W)
     masks = [m.argmax(1) for m in logits]
     changes = [logits[0]] + [fine - coarse for coarse, fine in zip(logits, logits[1:])]
