@@ -34,12 +34,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (CONV, UNet, center_crop, check_choice, cross_entropy, init_orthogonal,
-                    pad_to_multiple, standard_normal, valid_label)
+from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, encode, halve,
+                    init_orthogonal, pad_to_multiple, standard_normal, valid_label)
 
 TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                 lr_drops=tuple((40_000 * i, 10 ** (-0.4 * i)) for i in range(1, 6)))  # to 1e-6
@@ -245,11 +244,8 @@ class DropoutUNet(nn.Module):
 
     def outer(self, image: Tensor) -> list[Tensor]:
         """Features of the encoder's levels before the first dropout, fine to coarse."""
-        features, x = [], pad_to_multiple(image, self.unet.multiple)
-        for block in self.unet.encoder[: -self.config.dropout_blocks]:
-            x = block(self.unet.pool(x, 2) if features else x)
-            features.append(x)
-        return features
+        blocks = self.unet.encoder[: -self.config.dropout_blocks]
+        return encode(blocks, pad_to_multiple(image, self.unet.multiple))
 
     def inner(self, features: list[Tensor], size,
               generator: torch.Generator | None = None) -> Tensor:
@@ -257,10 +253,9 @@ class DropoutUNet(nn.Module):
         *skips, x = features
         for block in self.unet.encoder[-self.config.dropout_blocks :]:
             skips.append(x)
-            x = block(self.dropout(self.unet.pool(x, 2), generator))
+            x = block(self.dropout(halve(x), generator))
         for depth, block in enumerate(self.unet.decoder):
-            x = F.interpolate(x, scale_factor=2, **self.unet.up)
-            x = torch.cat([skips.pop(), x], 1)
+            x = torch.cat([skips.pop(), double(x)], 1)
             x = block(self.dropout(x, generator) if depth < self.config.dropout_blocks else x)
         return self.head(center_crop(x, size))
 

@@ -4,7 +4,7 @@ Alphabet of shapes, used in every file:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
 
-Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / pictures.
+Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / progress.
 """
 
 import ast
@@ -104,18 +104,14 @@ class DiagonalNormal:
 class LowRankNormal:
     """N(mean, F F^T + diag(D)) over whole logit maps (SSN Eq. 5).
 
-    mean (B, K, *S), factor F (B, R, K, *S) with R >= 0, diagonal D (B, K, *S) of variances > 0.
-    A draw is mean + F e1 + sqrt(D) e2: nothing is factored or inverted, so no covariance is
-    too ill-conditioned to sample from. R = 0 leaves independent normals.
+    mean (B, K, *S), factor F (B, R, K, *S) or None for independent normals, diagonal D
+    (B, K, *S) of variances > 0. A draw is mean + F e1 + sqrt(D) e2: nothing is factored or
+    inverted, so no covariance is too ill-conditioned to sample from.
     """
 
-    def __init__(self, mean: Tensor, factor: Tensor, diagonal: Tensor):
-        self.mean, self.factor, self.diagonal = mean.float(), factor.float(), diagonal.float()
-
-    @property
-    def variance(self) -> Tensor:
-        """Marginal variance of every logit, (B, K, *S)."""
-        return self.factor.square().sum(1) + self.diagonal
+    def __init__(self, mean: Tensor, factor: Tensor | None, diagonal: Tensor):
+        self.mean, self.diagonal = mean.float(), diagonal.float()
+        self.factor = None if factor is None else factor.float()
 
     def sample(self, n: int, generator: torch.Generator | None = None, *,
                antithetic: bool = False, temperature: float | Tensor = 1.0) -> Tensor:
@@ -125,13 +121,14 @@ class LowRankNormal:
             them varies less, but they are not independent: for a loss, not for a picture.
         temperature: T scales the covariance, N(mean, T Sigma); 0 returns the mean n times.
         """
-        batch, rank = self.factor.shape[:2]
+        batch = len(self.mean)
         drawn = (n + 1) // 2 if antithetic else n
         # autocast would run the product in bfloat16 and round every sample
         with torch.autocast(self.mean.device.type, enabled=False):
             noise = standard_normal((batch, drawn, *self.mean.shape[1:]), self.mean, generator)
             deviation = noise * self.diagonal.sqrt().unsqueeze(1)  # (B, n, K, *S)
-            if rank:
+            if self.factor is not None:
+                rank = self.factor.shape[1]
                 noise = standard_normal((batch, drawn, rank), self.mean, generator)
                 deviation = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
                 deviation = deviation.view(batch, drawn, *self.mean.shape[1:])
@@ -162,7 +159,7 @@ def valid_label(label: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def one_hot(label: Tensor, num_classes: int, size) -> Tensor:
-    """Label map (B, *S) -> float32 (B, K, *size), what the posterior nets see of a reader.
+    """Label map (B, *S) -> float32 (B, K, *size), as the posterior nets take it.
 
     Centred in `size` as `pad_to_multiple` centres an image; the padding and ignored pixels (255)
     are zero in every class.
@@ -179,15 +176,11 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     logits (..., B, K, *S), label int64 (B, *S), 255 ignored -> (..., B) float32. Leading axes
     (samples) share the label.
     """
-    lead = logits.shape[: logits.dim() - label.dim() - 1]  # () or (n,)
-    label = label.expand(*lead, *label.shape)
-    logits = logits.float()
-    if lead:
-        logits, flat = logits.flatten(0, 1), label.flatten(0, 1)
-    else:
-        flat = label
-    pixels = F.cross_entropy(logits, flat, ignore_index=IGNORE, reduction="none")
-    return pixels.flatten(1).sum(1).view(*lead, -1)
+    lead = logits.dim() - label.dim() - 1  # number of leading axes
+    label = label.expand(*logits.shape[:lead], *label.shape)
+    pixels = F.cross_entropy(logits.float().flatten(0, lead), label.flatten(0, lead),
+                             ignore_index=IGNORE, reduction="none")
+    return pixels.flatten(1).sum(1).view(label.shape[: lead + 1])
 
 
 # -------------------------------------------------------------------------------------- U-Net
@@ -213,6 +206,28 @@ def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1
     return nn.Sequential(*layers)
 
 
+def encode(blocks, x: Tensor) -> list[Tensor]:
+    """Features of every level of an encoder, fine to coarse: `blocks` with average pooling between.
+
+    Average pooling is what all five papers use; for even sizes it equals bilinear halving.
+    """
+    features = []
+    for block in blocks:
+        x = block(halve(x) if features else x)
+        features.append(x)
+    return features
+
+
+def halve(x: Tensor) -> Tensor:
+    """(B, C, *S) averaged over windows of 2 pixels a side."""
+    return POOL["average"][x.dim() - 2](x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """(B, C, *S) at twice the size, linearly interpolated."""
+    return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=False)
+
+
 class UNet(nn.Module):
     """U-Net body: image (B, in_channels, *S) -> features (B, channels[0], *S), any size.
 
@@ -220,42 +235,31 @@ class UNet(nn.Module):
         convolutions, half the size of the one before.
     dims: spatial axes, 1 to 3.
     norm: "batch" (PHiSeg, SSN) or "none" (Probabilistic U-Net).
-    down: "average" (all five papers; for even sizes the same as bilinear halving) or "max"
-        (the first U-Net).
-    up: "linear" or "nearest", then concatenation with the skip connection.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
-                 convs: int = 3, norm: str = "batch", down: str = "average", up: str = "linear"):
+                 convs: int = 3, norm: str = "batch"):
         super().__init__()
         check_choice("norm", norm, ("batch", "none"))
-        check_choice("down", down, tuple(POOL))
-        check_choice("up", up, ("linear", "nearest"))
-        self.pool = POOL[down][dims]
-        self.up = {"linear": dict(mode=LINEAR[dims], align_corners=False),
-                   "nearest": dict(mode="nearest")}[up]
+        if not channels:
+            raise ValueError("channels is empty: give one number for each resolution level")
         self.multiple = 2 ** (len(channels) - 1)
         self.encoder = nn.ModuleList(
             conv_block(dims, before, after, convs=convs, norm=norm)
             for before, after in zip((in_channels, *channels), channels))
         self.decoder = nn.ModuleList(  # coarse to fine
-            conv_block(dims, below + skip, skip, convs=convs, norm=norm)
-            for below, skip in zip(channels[:0:-1], channels[-2::-1]))
+            conv_block(dims, coarser + skip, skip, convs=convs, norm=norm)
+            for coarser, skip in zip(channels[:0:-1], channels[-2::-1]))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every level, fine to coarse; sizes must be multiples of `multiple`."""
-        features = []
-        for level, block in enumerate(self.encoder):
-            x = block(self.pool(x, 2) if level else x)
-            features.append(x)
-        return features
+        return encode(self.encoder, x)
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """From the coarsest features up, each level joined by its skip connection."""
+        """From the coarsest features to the finest, each level joined by its skip connection."""
         *skips, x = features
         for block in self.decoder:
-            x = F.interpolate(x, scale_factor=2, **self.up)
-            x = block(torch.cat([skips.pop(), x], 1))
+            x = block(torch.cat([skips.pop(), double(x)], 1))
         return x
 
     def forward(self, x: Tensor) -> Tensor:

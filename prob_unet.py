@@ -39,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import (CONV, POOL, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy,
+from common import (CONV, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy, encode,
                     init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
 
 CHUNK = 2**20  # feature values computed at once when sampling: 4 MB, what a CPU's cache holds
@@ -136,10 +136,10 @@ class ProbUNet(nn.Module):
         """`_shared` and latents z (n, B, N) -> (n, B, K, *S): what each sample costs."""
         if self.from_z:
             bias = self.from_z(z)  # (n, B, width)
-            x = (shared + bias.view(*bias.shape, *[1] * self.config.dims)).flatten(0, 1)
+            x = (shared.flatten(2) + bias[..., None]).unflatten(3, shared.shape[2:]).flatten(0, 1)
         else:
             size = shared.shape[2:]
-            z_map = z.view(*z.shape, *[1] * len(size)).expand(*z.shape, *size)
+            z_map = z[..., None].expand(*z.shape, size.numel()).unflatten(3, size)
             x = torch.cat([shared.expand(len(z), *shared.shape), z_map], 2).flatten(0, 1)
             x = self.from_features(self.unet(x))
         return self.comb(x).unflatten(0, z.shape[:2])
@@ -219,16 +219,14 @@ class GaussianNet(nn.Module):
 
     def __init__(self, c: ProbUNetConfig, in_channels: int):
         super().__init__()
-        self.pool = POOL["average"][c.dims]
         self.levels = nn.ModuleList(
             conv_block(c.dims, before, after, convs=c.convs, norm="none")
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.head = nn.Linear(c.channels[-1], 2 * c.latent_dim)
 
     def forward(self, x):
-        for i, block in enumerate(self.levels):
-            x = block(self.pool(x, 2) if i else x)
-        mean, log_std = self.head(x.flatten(2).mean(2)).chunk(2, 1)
+        coarsest = encode(self.levels, x)[-1]
+        mean, log_std = self.head(coarsest.flatten(2).mean(2)).chunk(2, 1)
         return DiagonalNormal(mean, log_std)
 
 

@@ -8,11 +8,11 @@ matrix-vector product each. Trained by maximising the Monte-Carlo likelihood
         log p(y | x) ~ logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) - log M.        (Eq. 7)
 What varies between samples is aleatoric uncertainty: what the image leaves open.
 
-The paper's three experiments, chosen by the number of spatial axes of the data:
-    dims=1  the 21-pixel toy of Fig. 2: no network, the three maps are free parameters
-    dims=2  LIDC: a deterministic U-Net (the default configuration)
-    dims=3  BraTS: DeepMedic, trained on patches; at test time the maps are stitched first and one
-            sample is drawn for the whole volume, so no patch border shows in it
+The paper's three experiments:
+    LIDC   a deterministic U-Net (the default configuration)
+    BraTS  DeepMedic (dims=3), trained on patches; at test time the maps are stitched first and one
+           sample is drawn for the whole volume, so no patch border shows in it
+    Fig. 2 a toy of 21 pixels without a network: the three maps are free parameters (`train_toy`)
 and `SSN(config, backbone=net)` puts the method on any network of your own.
 
 Differences from the paper
@@ -36,19 +36,19 @@ Differences from the paper
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from backbones.deepmedic import TILE, DeepMedic
-from common import (CONV, LowRankNormal, UNet, bounded_log_std, check_choice, conv_block,
-                    cross_entropy, valid_label)
+from backbones.deepmedic import DeepMedic, DeepMedicConfig
+from backbones.det_unet import DetUNet
+from common import (CONV, LowRankNormal, bounded_log_std, check_choice, cross_entropy, valid_label)
 
 
 @dataclass(frozen=True)
 class SSNConfig:
-    """Defaults are the paper's LIDC model; the last five fields only serve dims=3 and dims=1."""
+    """Defaults are the paper's LIDC model."""
 
     in_channels: int = 1
     num_classes: int = 2
@@ -57,14 +57,10 @@ class SSNConfig:
     mc_samples: int = 20  # M of Eq. 7
     diagonal_min: float = 1e-5  # added to every variance
     mean_steps: int = 1000  # training steps in which the mean learns alone: difference 3
-    backbone: str = "auto"  # "unet", "deepmedic", "none"; auto: by dims as above
-    channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # U-Net, a level each
-    convs: int = 3  # 3-wide convolutions a level; and 1-wide ones before the three heads
-    pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # DeepMedic: a pathway's layers
-    scales: tuple[int, ...] = (1, 3, 5)  # DeepMedic: a pathway sees the volume at 1/scale
-    hidden: tuple[int, ...] = (250, 250)  # DeepMedic: 1-wide layers that join the pathways
-    patch: int = 30  # DeepMedic: side of the label patch in training, a multiple of the scales
-    pixels: int = 21  # length of the toy's line
+    backbone: str = "auto"  # "unet", "deepmedic"; auto: deepmedic for dims=3, else unet
+    channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # U-Net: a level each
+    convs: int = 3  # U-Net: 3-wide convolutions a level, and 1-wide ones after it
+    deepmedic: dict = field(default_factory=dict)  # fields of DeepMedicConfig other than default
 
 
 class SSN(nn.Module):
@@ -77,15 +73,16 @@ class SSN(nn.Module):
 
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, mean_steps=100, patch=18,
-                        pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32,))
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, mean_steps=100,
+                        deepmedic=dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32,),
+                                       patch=18))
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((450, 0.2),), batch_size=8, steps=600)
 
     def __init__(self, config: SSNConfig = SSNConfig(), backbone: nn.Module | None = None):
         super().__init__()
         self.config = c = config
         check_choice("dims", c.dims, (1, 2, 3))
-        check_choice("backbone", c.backbone, ("auto", "unet", "deepmedic", "none"))
+        check_choice("backbone", c.backbone, ("auto", "unet", "deepmedic"))
         if c.rank < 0 or c.mc_samples < 1:
             raise ValueError(f"rank={c.rank}, mc_samples={c.mc_samples}: rank is at least 0, "
                              "mc_samples at least 1")
@@ -97,8 +94,9 @@ class SSN(nn.Module):
         self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
         with torch.no_grad():  # a quiet start: see difference 3
             self.log_diagonal.bias -= 4
-            for parameter in self.factor.parameters() if c.rank else ():
-                parameter *= 0.1
+            if self.factor:
+                self.factor.weight *= 0.1
+                self.factor.bias *= 0.1
 
     def distribution(self, image: Tensor, mask: Tensor | None = None) -> LowRankNormal:
         """The normal over logit maps, (B, K, *S): all there is to know about an image.
@@ -106,23 +104,23 @@ class SSN(nn.Module):
         mask (B, *S), true inside the region of interest: outside, logits stay at their mean.
         """
         if isinstance(self.backbone, DeepMedic):
-            maps = self.backbone.stitch(image, TILE, self._maps)
+            maps = self.backbone.stitch(image, self._maps)
         else:
             maps = self._maps(self.backbone(image))
-        return self._normal(*maps, mask)
+        return self._normal(*maps, mask=mask)
 
     def _maps(self, features):
-        """features (B, F, *S) -> mean (B, K, *S), factor (B, R*K, *S), log diagonal (B, K, *S)."""
-        mean = self.mean(features)
-        factor = self.factor(features) if self.factor else mean[:, :0]
-        return mean, factor, self.log_diagonal(features)
+        """features (B, F, *S) -> mean, log diagonal (B, K, *S) and, if any, factor (B, R*K, *S)."""
+        heads = [self.mean, self.log_diagonal] + ([self.factor] if self.factor else [])
+        return [head(features) for head in heads]
 
-    def _normal(self, mean, factor, log_diagonal, mask):
-        factor = factor.unflatten(1, (self.config.rank, self.config.num_classes))
+    def _normal(self, mean, log_diagonal, factor=None, mask=None):
         diagonal = bounded_log_std(log_diagonal).exp()
+        if factor is not None:
+            factor = factor.unflatten(1, (self.config.rank, self.config.num_classes))
         if mask is not None:
             diagonal = diagonal * mask.unsqueeze(1)
-            factor = factor * mask[:, None, None]
+            factor = None if factor is None else factor * mask[:, None, None]
         return LowRankNormal(mean, factor, diagonal + self.config.diagonal_min)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -132,8 +130,9 @@ class SSN(nn.Module):
         DeepMedic sees one patch of every volume, at random.
         """
         if isinstance(self.backbone, DeepMedic):
-            image, label, mask = self.backbone.random_patch(image, label, mask, self.config.patch)
-        normal = self._normal(*self._maps(self.backbone(image)), mask)
+            image, label, mask = self.backbone.random_patch(image, label, mask,
+                                                            self.backbone.config.patch)
+        normal = self._normal(*self._maps(self.backbone(image)), mask=mask)
         if self.training:
             # Temperature 0 leaves the mean's cross-entropy, and the other heads without gradient.
             temperature = (self.steps_seen >= self.config.mean_steps).float()
@@ -172,17 +171,14 @@ class SSN(nn.Module):
 
 def build_backbone(c: SSNConfig) -> nn.Module:
     """The network that `config.backbone` names."""
-    name = {1: "none", 2: "unet", 3: "deepmedic"}[c.dims] if c.backbone == "auto" else c.backbone
-    if name == "deepmedic":
-        return DeepMedic(c)
-    if name == "none":
-        return FreeMaps(c.pixels)
-    width = c.channels[0]
-    backbone = nn.Sequential(
-        UNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs),
-        conv_block(c.dims, width, width, convs=c.convs, kernel=1))
-    backbone.out_channels = width
-    return backbone
+    if c.backbone == "unet" or (c.backbone == "auto" and c.dims < 3):
+        return DetUNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs)
+    if c.dims != 3:
+        raise ValueError(f"backbone='deepmedic' with dims={c.dims}: it is for dims=3")
+    return DeepMedic(c.in_channels, DeepMedicConfig(**c.deepmedic))
+
+
+# ------------------------------------------------------------------------- the toy of Sec. 5.1
 
 
 class FreeMaps(nn.Module):
@@ -194,13 +190,7 @@ class FreeMaps(nn.Module):
         self.register_buffer("units", torch.eye(pixels), persistent=False)
 
     def forward(self, image):
-        if image.shape[2:] != self.units.shape[1:]:
-            raise ValueError(f'backbone="none" holds one line of {self.out_channels} pixels; the '
-                             f"image has {tuple(image.shape[2:])}: set pixels, or another backbone")
         return self.units.expand(len(image), -1, -1)
-
-
-# ------------------------------------------------------------------------- the toy of Sec. 5.1
 
 
 def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500) -> SSN:
@@ -209,8 +199,8 @@ def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500) -> SSN
     image (B, 1, S) the same B times, label (B, S).
     """
     torch.manual_seed(0)
-    model = SSN(SSNConfig(dims=1, rank=rank, mc_samples=200, pixels=label.shape[-1],
-                          mean_steps=200))
+    model = SSN(SSNConfig(dims=1, rank=rank, mc_samples=200, mean_steps=200),
+                backbone=FreeMaps(label.shape[-1]))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.4, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):

@@ -20,8 +20,10 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
     for row, (name, model) in zip(axes, models.items()):
         normal = model.distribution(image[:1])
         on = lambda logits: logits[..., 1, :] - logits[..., 0, :]  # one logit a pixel: K = 2
-        factor = on(normal.factor[0])  # (R, S)
-        covariance = factor.T @ factor + normal.diagonal[0].sum(0).diag()
+        covariance = normal.diagonal[0].sum(0).diag()
+        if normal.factor is not None:
+            factor = on(normal.factor[0])  # (R, S)
+            covariance = covariance + factor.T @ factor
         samples = model.sample(image[:1], 14, torch.Generator().manual_seed(0))
         show_map(row[0], on(normal.mean).T.expand(-1, 7), f"{name}\nmean logit")
         picture = show_map(row[1], covariance, "covariance")

@@ -1,67 +1,77 @@
-"""DeepMedic."""
+"""DeepMedic (Kamnitsas et al. 2017), the SSN paper's network for volumes.
+
+    pathway at 1/1   \\
+    pathway at 1/3    >  upsampled, concatenated -> 1^3 layers -> features
+    pathway at 1/5   /
+
+Each pathway is eight unpadded 3^3 convolutions, so at scale s it loses 8 s voxels on each side. An
+input of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
+from torch import Tensor, nn
 
 from common import BATCH_NORM, IGNORE, center_crop, reflect_index, reflect_pad, valid_label
 
+TILE = 60  # voxels a side computed at once at test time; bounds memory and changes nothing else
+
+
+@dataclass(frozen=True)
+class DeepMedicConfig:
+    """Defaults are the SSN paper's BraTS model."""
+
+    pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # widths of a pathway's layers
+    scales: tuple[int, ...] = (1, 3, 5)  # a pathway takes the volume at 1/scale
+    hidden: tuple[int, ...] = (250, 250)  # widths of the 1^3 layers that join the pathways
+    patch: int = 30  # side of the label patch in training, a multiple of every scale
+
 
 class DeepMedic(nn.Module):
-    """Three views of a volume at 1/1, 1/3 and 1/5, side by side (Kamnitsas et al. 2017).
+    """Volume (B, C, D, H, W), sides o + 2 * margin -> features (B, out_channels, *o).
 
-    Each pathway is eight unpadded 3^3 convolutions, pre-activated: at scale s they eat 8 s voxels
-    on each side, so an input of side o + 2 * margin, margin = 8 * 5, gives features of side o:
-    110 -> 30, 140 -> 60. o is a multiple of every scale.
+    o must be a multiple of every scale.
     """
 
-    def __init__(self, c):
+    def __init__(self, in_channels: int, config: DeepMedicConfig = DeepMedicConfig()):
         super().__init__()
-        self.scales, self.multiple = c.scales, math.lcm(*c.scales)
-        self.layers = len(c.pathway)
-        self.margin = self.layers * max(c.scales)
-        if c.dims != 3 or c.patch % self.multiple:
-            raise ValueError(f"deepmedic with dims={c.dims}, patch={c.patch}: dims is 3 and patch "
-                             f"a multiple of {self.multiple}, the scales' common multiple")
-
-        def layer(i, before, after, kernel):
-            activate = [] if i == 0 else [BATCH_NORM[3](before), nn.ReLU(inplace=True)]
-            return activate + [nn.Conv3d(before, after, kernel)]
-
-        widths = list(zip((c.in_channels, *c.pathway), c.pathway))
-        self.pathways = nn.ModuleList(
-            nn.Sequential(*[m for i, w in enumerate(widths) for m in layer(i, *w, 3)])
-            for _ in c.scales)
-        joined = len(c.scales) * c.pathway[-1]
+        self.config = c = config
+        self.multiple = math.lcm(*c.scales)
+        self.margin = len(c.pathway) * max(c.scales)
+        if c.patch < 1 or c.patch % self.multiple:
+            raise ValueError(f"deepmedic: patch={c.patch} is no multiple of {self.multiple}, the "
+                             "least common multiple of the scales")
+        self.pathways = nn.ModuleList(build_pathway(in_channels, c.pathway) for _ in c.scales)
         self.join = nn.Sequential()
-        for before, after in zip((joined, *c.hidden), c.hidden):
-            self.join.extend([*layer(1, before, after, 1)[:2], nn.Dropout(0.5),
-                              nn.Conv3d(before, after, 1)])
-        self.join.extend([BATCH_NORM[3](c.hidden[-1]), nn.ReLU(inplace=True)])
-        self.out_channels = c.hidden[-1]
+        width = len(c.scales) * c.pathway[-1]
+        for after in c.hidden:
+            self.join.extend([*activation(width), nn.Dropout(0.5), nn.Conv3d(width, after, 1)])
+            width = after
+        self.join.extend(activation(width))
+        self.out_channels = width
 
-    def forward(self, volume):
-        """(B, C, D, H, W), every side o + 2 * margin -> features (B, F, *o)."""
+    def forward(self, volume: Tensor) -> Tensor:
+        c = self.config
         size = [side - 2 * self.margin for side in volume.shape[2:]]
         views = []
-        for scale, pathway in zip(self.scales, self.pathways):
-            view = center_crop(volume, [o + 2 * scale * self.layers for o in size])
+        for scale, pathway in zip(c.scales, self.pathways):
+            view = center_crop(volume, [side + 2 * scale * len(c.pathway) for side in size])
             view = pathway(F.avg_pool3d(view, scale) if scale > 1 else view)
             views.append(F.interpolate(view, scale_factor=scale) if scale > 1 else view)
         return self.join(torch.cat(views, 1))
 
-    def stitch(self, volume, tile, head):
-        """`head` of the features of a whole volume (B, C, *S), computed tile by tile.
+    def stitch(self, volume: Tensor, head, tile: int = TILE) -> list[Tensor]:
+        """`head` (features -> list of maps) of a whole volume (B, C, *S), computed tile by tile.
 
-        Tiles start at multiples of every scale, so the result is the same whatever side they have.
+        Tiles start at multiples of every scale, so their side does not change the result.
         """
         size, tile = volume.shape[2:], tile - tile % self.multiple
-        up = [-s % self.multiple for s in size]
-        volume = reflect_pad(volume, [(self.margin, self.margin + u) for u in up])
-        padded = [s + u for s, u in zip(size, up)]
+        extra = [-s % self.multiple for s in size]
+        volume = reflect_pad(volume, [(self.margin, self.margin + e) for e in extra])
+        padded = [s + e for s, e in zip(size, extra)]
         whole = None
         for corner in torch.cartesian_prod(*[torch.arange(0, s, tile) for s in padded]).tolist():
             part = volume
@@ -72,8 +82,8 @@ class DeepMedic(nn.Module):
             if whole is None:
                 whole = [m.new_empty(*m.shape[:2], *padded) for m in maps]
             for target, m in zip(whole, maps):
-                place = [slice(a, a + b) for a, b in zip(corner, m.shape[2:])]
-                target[:, :, place[0], place[1], place[2]] = m
+                d, h, w = (slice(a, a + side) for a, side in zip(corner, m.shape[2:]))
+                target[:, :, d, h, w] = m
         return [w[:, :, : size[0], : size[1], : size[2]] for w in whole]
 
     def random_patch(self, image, label, mask, side):
@@ -103,4 +113,14 @@ class DeepMedic(nn.Module):
         return torch.stack(images), torch.stack(labels), torch.stack(masks) if masks else None
 
 
-TILE = 60  # voxels a side that DeepMedic computes at once at test time: bounds memory, else nothing
+def build_pathway(in_channels: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """Unpadded 3^3 convolutions, each but the first after batch norm and ReLU."""
+    layers = [nn.Conv3d(in_channels, widths[0], 3)]
+    for before, after in zip(widths, widths[1:]):
+        layers += [*activation(before), nn.Conv3d(before, after, 3)]
+    return nn.Sequential(*layers)
+
+
+def activation(width: int) -> list[nn.Module]:
+    """What stands before a convolution."""
+    return [BATCH_NORM[3](width), nn.ReLU(inplace=True)]

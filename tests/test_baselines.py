@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import helpers
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads, UNetConfig
 
 NARROW = dict(channels=(4, 6, 8), convs=1)
@@ -28,9 +29,7 @@ def small(Model, seed=0, **fields):
 
 
 def case(*size, classes=2, batch=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    image = torch.randn(batch, 1, *size, generator=g)
-    return image, torch.randint(0, classes, (batch, *size), generator=g)
+    return helpers.batch(batch, size, classes, channels=1, seed=seed, ignored=0)
 
 
 def log_prob_by_loop(logits, label):
@@ -57,7 +56,7 @@ def with_constant_outputs(model, head, probabilities):
 def test_defaults_are_the_papers_lidc_models():
     with torch.device("meta"):
         models = DeterministicUNet(), DropoutUNet(), EnsembleUNet(), MHeads()
-    counts = [sum(p.numel() for p in m.parameters()) for m in models]
+    counts = [helpers.count_parameters(m) for m in models]
     assert counts == [11_773_602, 11_773_602, 16 * 11_773_602, 11_773_602 + 15 * 2 * 33]
     for unet in models[0].unet, models[1].unet, models[2].members[7].unet, models[3].unet:
         assert [block[0].out_channels for block in unet.encoder] == [32, 64, 128, 256, 512]
@@ -160,21 +159,6 @@ def test_dropout_loss_is_the_cross_entropy_of_one_random_mask():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert loss.item() != model(image, label)[0].item()
     assert torch.equal(terms["cross_entropy"], loss)
-
-
-@pytest.mark.parametrize("Model", SMALL)
-def test_mask_and_255_are_one(Model):
-    model = small(Model)
-    image, label = case(6, 6)
-    mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
-    values = []
-    for arguments in ((label, mask), (label.masked_fill(~mask, 1), mask),
-                      (label.masked_fill(~mask, 255),)):
-        torch.manual_seed(0)
-        likelihood = model.log_likelihood(image, arguments[0], 2, *arguments[1:])
-        values.append([model.loss(image, *arguments)[0], likelihood])
-    for loss, likelihood in values[1:]:
-        assert torch.equal(loss, values[0][0]) and torch.equal(likelihood, values[0][1])
 
 
 # ------------------------------------------------------------------- samples and probabilities
@@ -286,40 +270,7 @@ def test_what_the_samples_share_is_computed_once():
     assert calls == [1, 6]
 
 
-# ----------------------------------------------------------------------------- every model alike
-
-
-@pytest.mark.parametrize("size", [(9,), (5, 11), (3, 6, 5)])
-@pytest.mark.parametrize("Model", SMALL)
-def test_any_size_shapes_gradients_and_seeds(Model, size):
-    model = small(Model, dims=len(size), num_classes=3, in_channels=2)
-    image, label = case(*size, classes=3)
-    image = torch.cat([image, image.square()], 1)
-    model(image, label)[0].backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    draw = lambda seed: model.sample(image, 4, torch.Generator().manual_seed(seed))
-    assert draw(0).shape == (4, 2, 3, *size) and not draw(0).requires_grad
-    assert torch.equal(draw(0), draw(0))
-    assert torch.equal(draw(0), draw(1)) == (Model is not DropoutUNet)
-    probabilities = model.predict(image)
-    assert probabilities.shape == (2, 3, *size) and not probabilities.requires_grad
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(2, *size))
-    nats = model.log_likelihood(image, label, 3)
-    assert nats.shape == (2,) and not nats.requires_grad
-
-
-@pytest.mark.parametrize("Model", SMALL)
-def test_a_tiny_batch_overfits(Model):
-    # hardly any dropout: with p = 0.5 a net this narrow cannot learn a label by heart
-    few = {DropoutUNet: dict(dropout_blocks=1, p=0.05), EnsembleUNet: dict(members=2)}
-    model = small(Model, **dict(channels=(12, 16)) | few.get(Model, {}))
-    image, label = case(6, 6, batch=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(100):
-        optimizer.zero_grad()
-        model(image, label)[0].backward()
-        optimizer.step()
-    assert torch.equal(model.predict(image).argmax(1), label)  # 36 random labels
+# ------------------------------------------------------------------------- training, settings
 
 
 def test_m_heads_share_out_two_readers():
@@ -335,22 +286,6 @@ def test_m_heads_share_out_two_readers():
         optimizer.step()
     drawn = model.sample(image[:1], 2).argmax(2)[:, 0]
     assert torch.equal(drawn.sort(0).values, label)  # one head a reader, whichever it is
-
-
-@pytest.mark.parametrize("Model", SMALL)
-def test_bfloat16_and_compile_leave_the_loss_standing(Model):
-    model = small(Model)
-    image, label = case(8, 8)
-    torch.manual_seed(0)
-    loss = model(image, label)[0]
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(image, label)[0]
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, loss, rtol=0.05, atol=0)
-    torch.manual_seed(0)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)(image, label)[0]
-    torch.testing.assert_close(compiled, loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("Model, fields, message", [

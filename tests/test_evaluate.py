@@ -498,8 +498,8 @@ def volume_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "volumes"
     folder.mkdir()
     (folder / "config.json").write_text('{"settings": {"data": "folder"}}')
-    fields = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
-                  hidden=(5,), patch=6)
+    fields = dict(dims=3, in_channels=4, num_classes=4, rank=2,
+                  deepmedic=dict(pathway=(3, 4), scales=(1, 3), hidden=(5,), patch=6))
     torch.manual_seed(0)
     model = models.build("ssn", fields)
     models.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)

@@ -11,15 +11,11 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 import prob_unet
-from common import center_crop, pad_to_multiple
+from helpers import batch, count_parameters, seeded
 from prob_unet import Image2ImageVAE, ProbUNet, ProbUNetConfig
 
 GRID = [dict(prior=a, posterior=b, z_enters=c) for a, b, c in itertools.product(
     ("conditional", "fixed"), ("image_and_mask", "mask"), ("after", "input"))]
-
-
-def seeded(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def small(seed=0, **fields):
@@ -32,14 +28,6 @@ def small(seed=0, **fields):
             if isinstance(module, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)):
                 module.weight *= 1.5
     return model
-
-
-def batch(count=2, size=(8, 12), classes=3, channels=2, seed=0):
-    """Images, and labels with some ignored pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(classes, (count, *size), generator=generator)
-    label[torch.rand(label.shape, generator=generator) < 0.1] = 255
-    return seeded(count, channels, *size, seed=seed), label
 
 
 # ------------------------------------------------------------------------- the paper's model
@@ -93,7 +81,7 @@ def test_default_counts_are_those_stated():
         return (32 + latents) * 32 + 32 + 32 * 32 + 32 + 32 * 2 + 2
 
     def count(Model):
-        return sum(p.numel() for p in unbuilt(Model).parameters())
+        return count_parameters(unbuilt(Model))
 
     assert count(ProbUNet) == unet(1) + comb(6) + path(1) + head(6) + path(3) + head(6)
     assert f"{count(ProbUNet) / 1e6:.2f} M parameters" in ProbUNet.__doc__
@@ -233,16 +221,6 @@ def test_samples_are_eq_2_whatever_is_computed_at_once(z_enters, chunk, monkeypa
     assert samples.std(0).max() > 0.1 and not samples.requires_grad
 
 
-def test_same_seed_same_samples():
-    model, (image, _) = small(), batch()
-    draw = lambda seed: model.sample(image, 3, torch.Generator().manual_seed(seed))
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        again = draw(1)
-    assert torch.equal(again, draw(1))
-
-
 def test_predict_and_reconstruct_stand_at_the_means():
     model, (image, label) = small(), batch()
     prior, posterior = model.prior(image), model.posterior(image, label)
@@ -343,53 +321,6 @@ def test_bad_settings_are_refused(fields, message):
         ProbUNet(ProbUNetConfig(channels=(2, 2), **fields))
 
 
-# --------------------------------------------------------------- ignored pixels, sizes, axes
-
-
-def test_masked_pixels_have_no_influence():
-    model, (image, label) = small(), batch()
-    mask = seeded(*label.shape, seed=5) > 0
-
-    def results(label, mask):
-        torch.manual_seed(0)
-        return torch.stack([model(image, label, mask)[0],
-                            model.log_likelihood(image, label, 3, mask).sum()])
-
-    expected = results(label, mask)
-    assert torch.equal(results(torch.where(mask, label, (label + 1) % 3), mask), expected)
-    assert torch.equal(results(torch.where(mask, label, 255), None), expected)
-    assert not torch.isclose(results(label, None), expected).any()
-
-
-@pytest.mark.parametrize("z_enters", ["after", "input"])
-def test_any_size_and_whoever_pads(z_enters):
-    model, (image, label) = small(z_enters=z_enters), batch(size=(9, 14))
-    padded = pad_to_multiple(image, 4)  # 12 x 16
-    padded_label = torch.full((2, 12, 16), 255)
-    center_crop(padded_label, (9, 14)).copy_(label)
-    same = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    draw = lambda image: model.sample(image, 2, torch.Generator().manual_seed(0))
-    same(draw(image), center_crop(draw(padded), (9, 14)))
-    same(model.predict(image), center_crop(model.predict(padded), (9, 14)))
-    same(model.reconstruct(image, label),
-         center_crop(model.reconstruct(padded, padded_label), (9, 14)))
-    torch.manual_seed(0)
-    loss, bound = model(image, label)[0], model.log_likelihood(image, label, 2)
-    torch.manual_seed(0)
-    same(loss, model(padded, padded_label)[0])
-    same(bound, model.log_likelihood(padded, padded_label, 2))
-
-
-@pytest.mark.parametrize("size", [(13,), (5, 6, 7)])
-@pytest.mark.parametrize("z_enters", ["after", "input"])
-def test_one_and_three_axes(size, z_enters):
-    model, (image, label) = small(dims=len(size), z_enters=z_enters), batch(size=size)
-    assert model(image, label)[0].isfinite()
-    assert model.sample(image, 2).shape == (2, 2, 3, *size)
-    assert model.predict(image).shape == model.reconstruct(image, label).shape == (2, 3, *size)
-    assert model.log_likelihood(image, label, 2).shape == (2,)
-
-
 # ----------------------------------------------------------------------------------- training
 
 
@@ -428,15 +359,6 @@ def test_images_of_any_scale_give_no_nan():
         loss, terms = step(model, optimizer, 100 * image, label)
         assert math.isfinite(loss) and terms["kl"].isfinite()
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_kl_is_float32_under_autocast():
-    model, (image, label) = small(), batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, terms = model(image, label)
-        samples = model.sample(image, 2)
-    assert loss.dtype == terms["kl"].dtype == terms["reconstruction"].dtype == torch.float32
-    assert loss.isfinite() and samples.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------ picture

@@ -285,8 +285,8 @@ def test_bf16_trains_and_changes_the_loss(finished, tmp_path):
 
 @pytest.mark.parametrize("arguments", [
     ["--data", "toy1d", "--model-args", "mc_samples=4"],
-    ["--data", "lesions3d", "--data-args", "n=5", "size=32", "--model-args", "pathway=(2,2)",
-     "scales=(1,3)", "patch=12", "hidden=(4,)", "mc_samples=2"]])
+    ["--data", "lesions3d", "--data-args", "n=5", "size=32", "--model-args", "mc_samples=2",
+     "deepmedic={'pathway': (2, 2), 'scales': (1, 3), 'patch': 12, 'hidden': (4,)}"]])
 def test_lines_and_volumes_train(arguments, tmp_path):
     run(*arguments, "--device", "cpu", "--steps", 2, "--batch-size", 2, "--out", tmp_path)
     assert (tmp_path / "samples.png").exists()
