@@ -4,34 +4,31 @@ arXiv:1906.04045).
 One image, many plausible masks, made from coarse to fine. Every level l = L, ..., 1 (1 is the
 finest) has a latent map z_l, which is drawn given the image x and the coarser map z_l+1:
         p(s | x) = int p(s | z_1 .. z_L) p(z_1 | z_2, x) ... p(z_L | x) dz_1 .. dz_L        (Eq. 1)
-Each level adds a residual to the logits of the mask s that the coarser levels have made, as in a
-Laplacian pyramid. The image reaches the mask only through the latents.
+Each level adds a residual to the logits of the mask s that the coarser levels have made. The image
+reaches the mask only through the latents.
 
-Three networks. The prior p(z | x) is an encoder of the image with a normal distribution of z_l at
-each of its L coarsest levels (Eq. 3). The posterior q(z | s, x) has the same form, but is also given
-an annotator's mask (Eq. 4), and finds the latents that stand for this mask. The likelihood
-p(s | z) turns latents into masks. All three are trained together by minimising
+The prior net p(z | x) encodes the image and has a normal distribution of z_l at each of its L
+coarsest levels (Eq. 3). The posterior net q(z | s, x) has the same form, but is also given an
+annotator's mask, and finds latents that stand for it (Eq. 4). The likelihood net p(s | z) turns
+latents into masks. All three are trained together by minimising
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
         + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_l+1, s, x) || p(z_l | z_l+1, x) ) ]         (Eq. 2)
-plus the cross-entropies of the coarser levels' masks ("deep supervision", so that each level draws
-what it can draw). With all alpha_l = 1, Eq. 2 alone is the negative ELBO.
-
-To sample, draw z_L from the prior, z_L-1 given z_L, and so on, and apply the likelihood. What
-varies between samples is aleatoric uncertainty: what the image leaves open.
+plus the cross-entropies of the coarser levels' masks (deep supervision). With all alpha_l = 1,
+Eq. 2 alone is the negative ELBO. What varies between samples is aleatoric uncertainty: what the
+image leaves open.
 
 Differences from the paper
-  1. Resolution: in the text z_1 has that of the image, in the code (and so in the numbers)
-     2^-(R-L) of it for R resolution levels, a quarter by default, and the likelihood doubles it
-     R - L times more. Here as in the code; `latent_levels=7` is the text's layout.
-  2. alpha_l: 2^(l-1) in the text, 4^(l-1) in the code. Here kl_base^(l-1), by default the text's.
+  1. In the text z_1 has the resolution of the image; in the code, and so in the numbers, 2^-(R-L)
+     of it for R resolution levels, and the likelihood doubles it R - L times more. Here as in the
+     code; `latent_levels=7` is the text's layout.
+  2. alpha_l is 2^(l-1) in the text, 4^(l-1) in the code. Here as in the code (`kl_base`).
   3. The code also upsamples every z to all finer levels and never uses the results; left out. Its
-     mean of z_L comes from a 3-wide convolution; here all means and deviations from 1-wide ones.
-  4. The networks predict log sigma, bounded (common.bounded_log_std); in the code
-     sigma = softplus(...).
-  5. Any image size works: padded by reflection. In the posterior's one-hot mask (minus 0.5, as in
-     the code) padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work (`dims`).
-  6. Training lasts 500k steps (paper: 48 hours), and the checkpoint of lowest validation GED is
-     kept (paper: lowest validation loss). Weights start as PyTorch's (code: He's normal).
+     mean of z_L comes from a 3-wide convolution; here all moments come from 1-wide ones.
+  4. The nets predict log sigma, bounded (common.bounded_log_std); the code's softplus^-1(sigma).
+  5. Any size is padded by reflection. In the posterior's one-hot mask (minus 0.5, as in the code)
+     padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work as well (`dims`).
+  6. 500k steps and the checkpoint of lowest validation GED; the paper has 48 hours and the lowest
+     validation loss. Weights start as PyTorch's; the code's as He's normal.
   7. The paper's single prediction is the mean of samples (`dice_mean` of evaluate.py); `predict`
      puts every level at its prior mean.
 
@@ -48,8 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, LINEAR, POOL, DiagonalNormal, center_crop, check_choice, conv_block,
-                    cross_entropy, one_hot, pad_to_multiple, standard_normal, valid_label)
+from common import (CONV, DiagonalNormal, center_crop, check_choice, conv_block, cross_entropy,
+                    double, encode, one_hot, pad_to_multiple, standard_normal, valid_label)
 
 CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
 
@@ -92,10 +89,7 @@ class PHiSeg(nn.Module):
         self.likelihood = Likelihood(c)
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> dict[int, Tensor]:
-        """Features {l: (B, C_l, *S_l)} of the prior's encoder or, given a label, the posterior's.
-
-        They are shared by all samples.
-        """
+        """Features {l: (B, C_l, *S_l)} of the prior or, given a label, of the posterior."""
         image = pad_to_multiple(image, self.multiple)
         if label is None:
             return self.prior.encode(image)
@@ -111,7 +105,7 @@ class PHiSeg(nn.Module):
             size = [s * 2 ** (c.latent_levels - l) for s in coarsest]
             shape = (len(image), n, c.latent_channels, *size)
             noise[l] = standard_normal(shape, image, generator).transpose(0, 1)
-        width = 3 * c.channels[-c.latent_levels]  # the likelihood's finest level has the most features
+        width = 3 * c.channels[-c.latent_levels]  # of the likelihood's finest level
         m = max(1, CHUNK // (image[:, 0].numel() * width))
         for start in range(0, n, m):
             yield {l: e[start : start + m].flatten(0, 1) for l, e in noise.items()}
@@ -222,8 +216,7 @@ class LatentNet(nn.Module):
         given = latents * c.channels[0]  # channels made of z_l+1
         for l in range(1, c.latent_levels):
             width = c.channels[l - 1]
-            self.up[str(l)] = nn.Sequential(Double(c.dims),
-                                            conv_block(c.dims, latents, given, convs=2))
+            self.up[str(l)] = conv_block(c.dims, latents, given, convs=2)
             self.moments[str(l)] = nn.Sequential(
                 conv_block(c.dims, features[l - 1] + given, width, convs=2),
                 CONV[c.dims](width, 2 * latents, 1))
@@ -231,12 +224,7 @@ class LatentNet(nn.Module):
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
         """Image (B, C, *S), sizes multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
-        features = []
-        for block in self.encoder:
-            if features:
-                x = POOL["average"][self.config.dims](x, 2)
-            x = block(x)
-            features.append(x)
+        features = encode(self.encoder, x)
         return dict(zip(range(self.config.latent_levels, 0, -1), reversed(features)))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
@@ -250,7 +238,7 @@ class LatentNet(nn.Module):
             if given := latents or noise:
                 x = torch.cat([x] * (len(given[l]) // len(x)))
             if z is not None:
-                x = torch.cat([x, self.up[str(l)](z)], 1)
+                x = torch.cat([x, self.up[str(l)](double(z))], 1)
             normals[l] = DiagonalNormal(*self.moments[str(l)](x).chunk(2, 1))
             if latents:
                 z = latents[l]
@@ -263,44 +251,38 @@ class LatentNet(nn.Module):
 
 
 class Likelihood(nn.Module):
-    """Latents of all levels {l: (B, D, *S_l)} -> residual logits of all levels."""
+    """Latents {l: (B, D, *S_l)} -> residual logits of every level, 2^(R-L) times as large."""
 
     def __init__(self, c: PHiSegConfig):
         super().__init__()
-        doublings = len(c.channels) - c.latent_levels  # from z_l to the mask of level l
-        self.enter, self.up = nn.ModuleDict(), nn.ModuleDict()
+        doublings = len(c.channels) - c.latent_levels
+        self.enter, self.finer, self.up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.join, self.out = nn.ModuleDict(), nn.ModuleDict()
-        coarser = None  # channels of the level before
         for l in range(c.latent_levels, 0, -1):
-            width = c.channels[l - 1]
-            enter = [conv_block(c.dims, c.latent_channels, width, convs=2)]
-            for _ in range(doublings):
-                enter += [Double(c.dims), conv_block(c.dims, width, width)]
-            self.enter[str(l)] = nn.Sequential(*enter)
-            if coarser:
-                self.up[str(l)] = nn.Sequential(Double(c.dims), conv_block(c.dims, coarser, width))
-                wider = c.channels[l - 1 + doublings]
-                self.join[str(l)] = conv_block(c.dims, 2 * width, wider, convs=2)
-                width = wider
-            self.out[str(l)] = CONV[c.dims](width, c.num_classes, 1)
+            name, width = str(l), c.channels[l - 1]
+            self.enter[name] = conv_block(c.dims, c.latent_channels, width, convs=2)
+            self.finer[name] = nn.ModuleList(
+                conv_block(c.dims, width, width) for _ in range(doublings))
+            if l < c.latent_levels:
+                self.up[name] = conv_block(c.dims, coarser, width)
+                self.join[name] = conv_block(c.dims, 2 * width, c.channels[l - 1 + doublings],
+                                             convs=2)
+                width = c.channels[l - 1 + doublings]
+            self.out[name] = CONV[c.dims](width, c.num_classes, 1)
             coarser = width
 
     def forward(self, latents: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Residual logits {l: (B, K, *S_l)}, at 2^(R-L) times the size of z_l."""
         residuals, coarser = {}, None
         for l, z in latents.items():
             x = self.enter[str(l)](z)
+            for block in self.finer[str(l)]:
+                x = block(double(x))
             if coarser is not None:
-                x = self.join[str(l)](torch.cat([x, self.up[str(l)](coarser)], 1))
-            residuals[l], coarser = self.out[str(l)](x), x
+                coarser = self.up[str(l)](double(coarser))
+                x = self.join[str(l)](torch.cat([x, coarser], 1))
+            residuals[l] = self.out[str(l)](x)
+            coarser = x
         return residuals
-
-
-class Double(nn.Upsample):
-    """Twice the size by linear interpolation."""
-
-    def __init__(self, dims: int):
-        super().__init__(scale_factor=2, mode=LINEAR[dims], align_corners=False)
 
 
 if __name__ == "__main__":
@@ -331,12 +313,10 @@ if __name__ == "__main__":
     ncc = metrics.ncc(probs, test.labels, test.weights)
     print(f"GED {ged.mean():.3f}, NCC {ncc.mean():.3f} (16 samples, {len(test)} cases)")
     plot_levels(model, test.images[0], "phiseg_levels.png")
-    some, probs = test.subset(range(5)), probs[:, :5]
-    error = metrics.error_map(probs, some.labels, some.weights)
-    gamma = metrics.gamma_map(probs)
-    likeliest = some.weights.argsort(1, descending=True)[:, :4]
+    error, gamma = metrics.error_map(probs, test.labels, test.weights), metrics.gamma_map(probs)
+    likeliest = test.weights.argsort(1, descending=True)[:, :4]
     plot_maps("phiseg_maps.png", [
-        dict(name=some.names[i], image=some.images[i], labels=some.labels[i, likeliest[i]],
+        dict(name=test.names[i], image=test.images[i], labels=test.labels[i, likeliest[i]],
              samples=probs[:, i].argmax(1), error=error[i], gamma=gamma[i], ncc=ncc[i])
         for i in range(5)])
     print("drawn: phiseg_levels.png (samples, level by level), phiseg_maps.png (error and gamma)")
