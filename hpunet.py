@@ -1,37 +1,35 @@
 """Hierarchical Probabilistic U-Net, HPU-Net (Kohl et al. 2019, arXiv:1905.13077).
 
-One image, many plausible masks, made from coarse to fine. The decoder levels of a U-Net are counted
-from the coarsest, 0; each of the levels i = 0 .. L has a latent map z_i, drawn given the image X and
-the coarser draws z_<i,
-        z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X).                      (Eq. 1)
-It is concatenated to the features it was predicted from, and both go up to the next level. So one
-sample is one run of the decoder, S(X, z). Coarse latents come to decide about whole objects, fine
-ones about outlines. In training the draws come from a posterior q, a network of the same kind which
-is also given an annotator's mask Y (Eq. 3), and one minimises
+One image, many plausible masks, made from coarse to fine. The coarsest levels i = 0 .. L of a
+U-Net's decoder have a latent map each, drawn given the image X and the coarser draws z_<i,
+        z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X),                      (Eq. 1)
+and joined to the features it was predicted from before both go up a level. A sample S(X, z) costs a
+run of the decoder. Coarse latents come to decide on objects, fine ones on outlines. In training the
+draws come from a posterior net q of the same kind, which is also given an annotator's mask Y
+(Eq. 3), and one minimises (GECO)
         lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
             + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ].                    (Eq. 6)
-This is GECO: lambda rises until the reconstruction reaches its target kappa, then falls, and the
-pressure moves to the KL. The reconstruction is summed over 2 % of the batch's pixels, drawn with
-probabilities in proportion to their loss (stochastic top-k); kappa is in nats a pixel drawn. What
-varies between samples is aleatoric uncertainty: what the image leaves open.
+lambda rises until the reconstruction reaches its target kappa, then falls and leaves the pressure
+to the KL. The reconstruction is summed over 2 % of the batch's pixels, drawn with probabilities in
+proportion to their loss; kappa is in nats a pixel drawn. What varies between samples is aleatoric
+uncertainty: what the image leaves open.
 
 A model of masks whose objects carry random class numbers segments instances: pixels of one object
 change together from sample to sample (analysis/instances.py). One that is also given the labels
 around a hidden region extrapolates them into it (`--data-args hide=50`).
 
 Differences from the paper
-  1. lambda = softplus(rho)^2, as in the authors' code. There Adam moves rho, by about the learning
-     rate a step whatever the constraint (the gradient's factor 1e-2 is without effect); here rho is
-     a buffer and moves by exactly lambda_rate, up while the constraint is violated, else down: no
-     second optimiser, and a resumed run goes on exactly.
+  1. lambda = softplus(rho)^2, and rho is a weight of the one optimiser, as in the authors' code.
+     Left out is its gradient's factor 1e-2, which Adam cancels. kappa is a field: it belongs to the
+     data, and where `constraint` never falls below 0 it is too low.
   2. The moving average is that of the whole constraint, and begins at the first batch; in the code
-     it is that of the reconstruction, and kappa times the number of pixels is the batch's own. They
-     differ only where pixels are ignored.
+     it is that of the reconstruction. They differ only where pixels are ignored.
   3. The posterior stops at its last latents; the authors' goes up one level more, without use.
-  4. The networks predict log sigma, and it is bounded (common.bounded_log_std).
+  4. The nets predict log sigma, and it is bounded (common.bounded_log_std).
   5. Learning rate: the paper gives both ends and "in 4 steps"; here by equal factors, 48k apart.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, twice that.
+     Here it acts on rho too, whose own gradient is larger by orders of magnitude.
   8. The checkpoint kept is that of lowest validation GED; the paper names no choice.
   9. Any size is padded by reflection. In the posterior's one-hot mask, padding and ignored pixels
      (255) are zero in every class. 1D and 3D work as well (`dims`); the paper is 2D.
@@ -50,7 +48,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, IGNORE, POOL, DiagonalNormal, center_crop, check_choice, cross_entropy,
+from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, cross_entropy, encode,
                     init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
 
 CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
@@ -122,14 +120,19 @@ class HPUNet(nn.Module):
         hot = one_hot(label, self.config.num_classes, image.shape[2:])
         return self.posterior.encode(torch.cat([image, hot], 1))
 
-    def noise(self, image: Tensor, n: int, generator=None) -> dict[int, Tensor]:
-        """Standard normal noise for n draws of every latent map, {i: (n, B, D_i, *S_i)}."""
-        noise, coarsest = {}, [math.ceil(s / self.multiple) for s in image.shape[2:]]
-        for i, width in enumerate(self.config.latents):
+    def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
+        """Yields standard normal noise for n draws of all latents, m at a time so that memory does
+        not grow with n: {i: (m * B, D_i, *S_i)}, the cases of a draw together."""
+        c, noise = self.config, {}
+        coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]
+        for i, width in enumerate(c.latents):
             if width:
                 shape = (len(image), n, width, *(s * 2**i for s in coarsest))
                 noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
-        return noise
+        # the finest level's blocks hold four times its features
+        m = max(1, CHUNK // (image[:, 0].numel() * 4 * c.channels[0]))
+        for start in range(0, n, m):
+            yield {i: e[start : start + m].flatten(0, 1) for i, e in noise.items()}
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 6 or 5: (loss in nats, summed over pixels and averaged over the batch; its terms).
@@ -140,7 +143,7 @@ class HPUNet(nn.Module):
         `constraint`, reconstruction - kappa * kept pixels (in training, its moving average).
         """
         c, label = self.config, valid_label(label, mask)
-        noise = {i: e[0] for i, e in self.noise(image, 1).items()}
+        (noise,) = self.noise(image, 1)
         latents, q, _ = self.posterior(self.encode(image, label), noise=noise)
         _, p, x = self.unet(self.encode(image), latents=latents)
         kls = {f"kl_{i}": q[i].kl(p[i]).mean() for i in latents}
@@ -178,19 +181,10 @@ class HPUNet(nn.Module):
         self.steps_seen += 1
         return constraint + (average - constraint).detach()
 
-    def _parts(self, noise, image):
-        """Yields (first sample, number of samples, their noise): so few samples at once that memory
-        does not grow with n."""
-        width = 4 * self.config.channels[0]  # what the finest level's blocks hold at a time
-        chunk = max(1, CHUNK // (image[:, 0].numel() * width))
-        n = len(next(iter(noise.values())))
-        for start in range(0, n, chunk):
-            part = {i: e[start : start + chunk].flatten(0, 1) for i, e in noise.items()}
-            yield start, min(chunk, n - start), part
-
     def _logits(self, x, image):
-        """The U-Net's last features (n * B, C, *s) -> logits (n, B, K, *S) for an image."""
-        return center_crop(self.out(x), image.shape[2:]).unflatten(0, (-1, len(image)))
+        """The U-Net's finest features (m * B, C, *s) -> logits (m, B, K, *S)."""
+        logits = center_crop(self.out(x), image.shape[2:]).float()
+        return logits.unflatten(0, (-1, len(image)))
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None, *,
@@ -200,22 +194,23 @@ class HPUNet(nn.Module):
         scales: numbers of the latent maps that are drawn, 0 the most global; the others stand at
             their mean given the coarser ones (Fig. 3). By default all are drawn.
         """
-        shared, noise = self.encode(image), self.noise(image, n, generator)
-        if not set(scales or ()) <= noise.keys():
-            raise ValueError(f"scales={tuple(scales)}: choose from {', '.join(map(str, noise))}")
-        logits = image.new_empty(n, len(image), self.config.num_classes, *image.shape[2:])
-        for start, count, part in self._parts(noise, image):
-            if scales is not None:
-                part = {i: e for i, e in part.items() if i in scales}
-            _, _, x = self.unet(shared, count, noise=part)
-            logits[start : start + count] = self._logits(x, image)
-        return logits
+        there = [i for i, width in enumerate(self.config.latents) if width]
+        if not set(scales or ()) <= set(there):
+            raise ValueError(f"scales={tuple(scales)}: choose from {', '.join(map(str, there))}")
+        shared, logits = self.encode(image), []
+        for noise in self.noise(image, n, generator):
+            for i in there:
+                if scales is not None and i not in scales:
+                    noise[i] = torch.zeros_like(noise[i])
+            _, _, x = self.unet(shared, noise=noise)
+            logits.append(self._logits(x, image))
+        return torch.cat(logits)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
         """Probabilities (B, K, *S) with every level at its prior mean given the coarser ones."""
         _, _, x = self.unet(self.encode(image))
-        return self._logits(x, image)[0].float().softmax(1)
+        return self._logits(x, image)[0].softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
@@ -229,29 +224,29 @@ class HPUNet(nn.Module):
                        mask: Tensor | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling, (B,):
 
-            log (1/n) sum_k P_c(y | S(x, z^k)) p(z^k | x) / mix(z^k)
+            log (1/n) sum_k P_c(y | S(x, z^k)) p(z^k | x) / mix(z^k),
 
         over all pixels, with half of the z^k from q, half from p, and mix = (q + p) / 2: draws from
         p bound it for masks that q was never taught. On average n = 1, from q, gives the ELBO;
         more samples tighten the bound.
         """
         label, log_weights = valid_label(label, mask), []
-        shared, posterior_shared = self.encode(image), self.encode(image, label)
-        counts = {"q": n - n // 2, "p": n // 2}
-        log_share = {net: math.log(m / n) if m else -math.inf for net, m in counts.items()}
-        for net, m in counts.items():
-            for _, count, part in self._parts(self.noise(image, m), image):
-                if net == "q":
-                    latents, q, _ = self.posterior(posterior_shared, count, noise=part)
-                    _, p, x = self.unet(shared, count, latents=latents)
+        shared_p, shared_q = self.encode(image), self.encode(image, label)
+        n_q, n_p = n - n // 2, n // 2
+        log_share_q, log_share_p = torch.tensor([n_q / n, n_p / n]).log().tolist()
+        for from_q, count in ((True, n_q), (False, n_p)):
+            for noise in self.noise(image, count):
+                if from_q:
+                    latents, q, _ = self.posterior(shared_q, noise=noise)
+                    _, p, x = self.unet(shared_p, latents=latents)
                 else:
-                    latents, p, x = self.unet(shared, count, noise=part)
-                    _, q, _ = self.posterior(posterior_shared, count, latents=latents)
+                    latents, p, x = self.unet(shared_p, noise=noise)
+                    _, q, _ = self.posterior(shared_q, latents=latents)
                 log_q = sum(q[i].log_prob(z) for i, z in latents.items())
                 log_p = sum(p[i].log_prob(z) for i, z in latents.items())
-                log_mix = torch.logaddexp(log_q + log_share["q"], log_p + log_share["p"])
-                error = cross_entropy(self._logits(x, image), label)
-                log_weights.append((log_p - log_mix).view(count, -1) - error)
+                log_mix = torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
+                log_ratio = (log_p - log_mix).view(-1, len(image))
+                log_weights.append(log_ratio - cross_entropy(self._logits(x, image), label))
         return torch.cat(log_weights).logsumexp(0) - math.log(n)
 
 
@@ -262,47 +257,44 @@ class LatentUNet(nn.Module):
     def __init__(self, c: HPUNetConfig, in_channels: int, levels: int):
         """levels: of the decoder, the coarsest included."""
         super().__init__()
-        self.pool = POOL["average"][c.dims]
-        self.encoder = nn.ModuleList(res_blocks(c, before, after, c.blocks) for before, after
-                                     in zip((in_channels, *c.channels), c.channels))
+        self.encoder = nn.ModuleList(
+            res_blocks(c, before, after, c.blocks)
+            for before, after in zip((in_channels, *c.channels), c.channels))
         self.heads, self.joins, self.decoder = nn.ModuleDict(), nn.ModuleList(), nn.ModuleList()
-        below = 0  # channels that come from the coarser level
-        for i, width in enumerate(c.channels[::-1][:levels]):  # coarse to fine
+        coarser = 0  # channels that come from the level before
+        for i, width in enumerate(c.channels[::-1][:levels]):
             if i > 0:
-                self.joins.append(UpBlock(c, below + width, width))
+                self.joins.append(UpBlock(c, coarser + width, width))
                 self.decoder.append(res_blocks(c, width, width, c.blocks - 1))
-            latents = c.latents[i] if i < len(c.latents) else 0
-            if latents:
-                self.heads[str(i)] = CONV[c.dims](width, 2 * latents, 1)  # mean and log std
-            below = width + latents
+            coarser = width
+            if i < len(c.latents) and c.latents[i]:
+                self.heads[str(i)] = CONV[c.dims](width, 2 * c.latents[i], 1)  # mean and log std
+                coarser += c.latents[i]
 
     def encode(self, x: Tensor) -> list:
         """Image (B, C, *S), sizes multiples of 2^(levels - 1) -> all that samples share: the
-        coarsest features, then each finer level's share of its skip connection (UpBlock)."""
-        features = []
-        for level, blocks in enumerate(self.encoder):
-            x = blocks(self.pool(x, 2) if level else x)
-            features.append(x)
-        shares = [join.encode(skip) for join, skip in zip(self.joins, reversed(features[:-1]))]
-        return [x, *shares]
+        coarsest features, then every finer level's share of its skip connection."""
+        *skips, x = encode(self.encoder, x)
+        return [x, *(join.encode(skip) for join, skip in zip(self.joins, reversed(skips)))]
 
-    def forward(self, shared: list, n: int = 1, *, noise=None, latents=None):
-        """n runs of the decoder for B cases: ({i: z_i}, {i: its normal}, the finest features),
-        each of n * B rows, the cases of a sample together.
+    def forward(self, shared: list, *, noise=None, latents=None):
+        """A run of the decoder for every draw: ({i: z_i}, {i: its normal}, the finest features).
 
-        z_i is `latents[i]` if the other net's latents are given; else drawn with noise[i], if it is
-        there; else the mean of its normal.
+        z_i is `latents[i]` if the other net's latents are given; else drawn with noise[i]; with
+        neither it is the mean. Both are (m * B, D_i, *S_i) for m draws of B cases.
         """
-        chosen, normals = {}, {}
-        x = torch.cat([shared[0]] * n)
+        chosen, normals, x = {}, {}, shared[0]
+        if given := latents or noise:
+            rows = len(next(iter(given.values())))
+            x = torch.cat([x] * (rows // len(x)))
         for i in range(len(shared)):
             if i > 0:
                 x = self.decoder[i - 1](self.joins[i - 1](x, shared[i]))
             if str(i) in self.heads:
                 normals[i] = DiagonalNormal(*self.heads[str(i)](x).chunk(2, 1))
-                if latents is not None:
+                if latents:
                     z = latents[i]
-                elif noise is not None and i in noise:
+                elif noise:
                     z = normals[i].mean + normals[i].std * noise[i]
                 else:
                     z = normals[i].mean
@@ -349,13 +341,12 @@ class UpBlock(ResBlock):
         return (convolve(self.first, skip.relu(), skip_of, self.first.bias),
                 convolve(self.side, skip, skip_of, self.side.bias))
 
-    def forward(self, x, shares):  # n * B rows and B
+    def forward(self, x, shares):
+        """x (m * B, ...) of the coarser level, shares of B cases."""
         x_of = slice(x.shape[1])
-        first = convolve(self.first, double(x.relu()), x_of)
-        side = double(convolve(self.side, x, x_of))
-        first, side = [(own.unflatten(0, (-1, len(share))) + share).flatten(0, 1)
-                       for own, share in zip((first, side), shares)]
-        return side + self.rest(first)
+        first = convolve(self.first, F.interpolate(x.relu(), scale_factor=2), x_of)
+        side = F.interpolate(convolve(self.side, x, x_of), scale_factor=2)
+        return add(side, shares[1]) + self.rest(add(first, shares[0]))
 
 
 def convolve(conv: nn.Module, x: Tensor, channels: slice, bias: Tensor | None = None) -> Tensor:
@@ -364,9 +355,9 @@ def convolve(conv: nn.Module, x: Tensor, channels: slice, bias: Tensor | None = 
     return function(x, conv.weight[:, channels], bias, padding=conv.padding)
 
 
-def double(x: Tensor) -> Tensor:
-    """Twice the size by repetition."""
-    return F.interpolate(x, scale_factor=2)
+def add(x: Tensor, share: Tensor) -> Tensor:
+    """(m * B, ...) + (B, ...)."""
+    return (x.unflatten(0, (-1, len(share))) + share).flatten(0, 1)
 
 
 def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
