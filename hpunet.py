@@ -19,9 +19,7 @@ change together from sample to sample (analysis/instances.py). One that is also 
 around a hidden region extrapolates them into it (`--data-args hide=50`).
 
 Differences from the paper
-  1. lambda = softplus(rho)^2, and rho is a weight of the one optimiser, as in the authors' code.
-     Left out is its gradient's factor 1e-2, which Adam cancels. kappa is a field: it belongs to the
-     data, and where `constraint` never falls below 0 it is too low.
+  1. kappa is a field: it belongs to the data. Where `constraint` never falls below 0 it is too low.
   2. The moving average is that of the whole constraint, and begins at the first batch; in the code
      it is that of the reconstruction. They differ only where pixels are ignored.
   3. The posterior stops at its last latents; the authors' goes up one level more, without use.
@@ -29,7 +27,7 @@ Differences from the paper
   5. Learning rate: the paper gives both ends and "in 4 steps"; here by equal factors, 48k apart.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, twice that.
-     Here it acts on rho too, whose own gradient is larger by orders of magnitude.
+     Here rho decays too, without effect: its own gradient is larger by orders of magnitude.
   8. The checkpoint kept is that of lowest validation GED; the paper names no choice.
   9. Any size is padded by reflection. In the posterior's one-hot mask, padding and ignored pixels
      (255) are zero in every class. 1D and 3D work as well (`dims`); the paper is 2D.
@@ -98,22 +96,19 @@ class HPUNet(nn.Module):
         if not 0 < c.top_k <= 1:
             raise ValueError(f"top_k={c.top_k}: above 0 and at most 1")
         if c.objective == "elbo" and c.top_k != 1:
-            raise ValueError(f"objective='elbo' with top_k={c.top_k}: Eq. 5 is a bound only if all "
-                             "pixels count; give top_k=1 as well")
+            raise ValueError(f"objective='elbo' with top_k={c.top_k}: Eq. 5 needs top_k=1")
         self.multiple = 2 ** (len(c.channels) - 1)
         self.unet = LatentUNet(c, c.in_channels, len(c.channels))
         self.out = CONV[c.dims](c.channels[0], c.num_classes, 1)
         self.posterior = LatentUNet(c, c.in_channels + c.num_classes, len(c.latents))
         init_orthogonal(self)
-        if c.objective == "geco":
-            # lambda = softplus(rho)^2 is 1 at first
+        if c.objective == "geco":  # lambda = softplus(rho)^2 is 1 at first
             self.rho = nn.Parameter(torch.tensor(math.log(math.e - 1)))
             self.register_buffer("constraint", torch.zeros(()))  # its moving average
             self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> list:
-        """What all samples share: LatentUNet.encode of the U-Net or, given a label, the posterior.
-        """
+        """What all samples share of the U-Net or, given a label, of the posterior."""
         image = pad_to_multiple(image, self.multiple)
         if label is None:
             return self.unet.encode(image)
@@ -149,8 +144,8 @@ class HPUNet(nn.Module):
         kls = {f"kl_{i}": q[i].kl(p[i]).mean() for i in latents}
         kl = sum(kls.values())
 
-        logits = center_crop(self.out(x), label.shape[1:]).float()
-        error = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")  # (B, *S)
+        error = F.cross_entropy(self._logits(x, image)[0], label, ignore_index=IGNORE,
+                                reduction="none")  # (B, *S)
         kept = hard_pixels(error.detach(), c.top_k, together=self.training) & (label != IGNORE)
         reconstruction, count = (error * kept).sum() / len(label), kept.sum() / len(label)
         terms = dict(reconstruction=reconstruction, kl=kl, **kls,
@@ -161,7 +156,7 @@ class HPUNet(nn.Module):
             constraint = self._averaged(reconstruction - c.kappa * count)
             weight = F.softplus(self.rho).square()
             loss = weight.detach() * constraint + kl
-            # is 0, but its gradient lets the optimiser ascend in lambda where it descends in all else
+            # this is 0, and its gradient makes lambda rise while the constraint is above 0
             loss = loss + (weight.detach() - weight) * constraint.detach()
             terms |= {"constraint": constraint, "lambda": weight}
         return loss, {name: term.detach() for name, term in terms.items()}
@@ -183,8 +178,7 @@ class HPUNet(nn.Module):
 
     def _logits(self, x, image):
         """The U-Net's finest features (m * B, C, *s) -> logits (m, B, K, *S)."""
-        logits = center_crop(self.out(x), image.shape[2:]).float()
-        return logits.unflatten(0, (-1, len(image)))
+        return center_crop(self.out(x), image.shape[2:]).float().unflatten(0, (-1, len(image)))
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None, *,
@@ -194,14 +188,13 @@ class HPUNet(nn.Module):
         scales: numbers of the latent maps that are drawn, 0 the most global; the others stand at
             their mean given the coarser ones (Fig. 3). By default all are drawn.
         """
-        there = [i for i, width in enumerate(self.config.latents) if width]
-        if not set(scales or ()) <= set(there):
-            raise ValueError(f"scales={tuple(scales)}: choose from {', '.join(map(str, there))}")
+        for i in scales or ():
+            check_choice("scales", i, [i for i, width in enumerate(self.config.latents) if width])
         shared, logits = self.encode(image), []
         for noise in self.noise(image, n, generator):
-            for i in there:
+            for i, e in noise.items():
                 if scales is not None and i not in scales:
-                    noise[i] = torch.zeros_like(noise[i])
+                    noise[i] = torch.zeros_like(e)
             _, _, x = self.unet(shared, noise=noise)
             logits.append(self._logits(x, image))
         return torch.cat(logits)
@@ -224,11 +217,10 @@ class HPUNet(nn.Module):
                        mask: Tensor | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling, (B,):
 
-            log (1/n) sum_k P_c(y | S(x, z^k)) p(z^k | x) / mix(z^k),
+            log (1/n) sum_k P_c(y | S(x, z^k)) p(z^k | x) / mix(z^k),      mix = (q + p) / 2,
 
-        over all pixels, with half of the z^k from q, half from p, and mix = (q + p) / 2: draws from
-        p bound it for masks that q was never taught. On average n = 1, from q, gives the ELBO;
-        more samples tighten the bound.
+        over all pixels, half of the z^k from q and half from p, as q may be wrong about masks that
+        it was never taught. On average n = 1, from q, gives the ELBO; more samples tighten it.
         """
         label, log_weights = valid_label(label, mask), []
         shared_p, shared_q = self.encode(image), self.encode(image, label)
@@ -305,8 +297,7 @@ class LatentUNet(nn.Module):
 
 def res_blocks(c: HPUNetConfig, before: int, after: int, count: int) -> nn.Sequential:
     """`count` residual blocks, the first of which changes the width."""
-    widths = [before] + [after] * count
-    return nn.Sequential(*[ResBlock(c, *pair) for pair in zip(widths, widths[1:])])
+    return nn.Sequential(*(ResBlock(c, after if i else before, after) for i in range(count)))
 
 
 class ResBlock(nn.Module):
@@ -363,9 +354,8 @@ def add(x: Tensor, share: Tensor) -> Tensor:
 def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
     """Stochastic top-k: the pixels that the loss keeps, a `share` of the batch's, (B, *S) bool.
 
-    error (B, *S) >= 0. Pixels are drawn one after the other without replacement, with
-    probabilities proportional to `error`. That is, the largest log error + Gumbel noise are kept,
-    or the largest error / E with E ~ Exp(1). together: the batch is that of all processes.
+    Drawn without replacement, with probabilities in proportion to error (B, *S) >= 0: the largest
+    log error + Gumbel noise, or error / E with E ~ Exp(1). together: of all processes' batch.
     """
     if share == 1:
         return torch.ones_like(error, dtype=torch.bool)
