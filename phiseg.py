@@ -73,7 +73,8 @@ class PHiSeg(nn.Module):
 
     Config = PHiSegConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    QUICK_CONFIG = dict(channels=(16, 16, 32, 32, 32), latent_levels=4, convs=2)
+    # the text's KL weights: on small images the code's would silence the coarsest level
+    QUICK_CONFIG = dict(channels=(16, 16, 32, 32, 32), latent_levels=4, convs=2, kl_base=2.0)
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((600, 0.3),), batch_size=8, steps=800)
 
     def __init__(self, config: PHiSegConfig = PHiSegConfig()):
