@@ -116,16 +116,16 @@ class HPUNet(nn.Module):
         return self.posterior.encode(torch.cat([image, hot], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
-        """Yields standard normal noise for n draws of all latents, m at a time so that memory does
-        not grow with n: {i: (m * B, D_i, *S_i)}, the cases of a draw together."""
+        """Yields standard normal noise for n draws of all latents, m at a time so that memory stays
+        bounded: {i: (m * B, D_i, *S_i)}, the cases of a draw together."""
         c, noise = self.config, {}
         coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]
         for i, width in enumerate(c.latents):
             if width:
                 shape = (len(image), n, width, *(s * 2**i for s in coarsest))
                 noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
-        # the finest level's blocks hold four times its features
-        m = max(1, CHUNK // (image[:, 0].numel() * 4 * c.channels[0]))
+        width = 4 * c.channels[0]  # what the finest level's blocks hold at a time
+        m = max(1, CHUNK // (image[:, 0].numel() * width))
         for start in range(0, n, m):
             yield {i: e[start : start + m].flatten(0, 1) for i, e in noise.items()}
 
@@ -275,8 +275,8 @@ class LatentUNet(nn.Module):
         z_i is `latents[i]` if the other net's latents are given; else drawn with noise[i]; with
         neither it is the mean. Both are (m * B, D_i, *S_i) for m draws of B cases.
         """
-        chosen, normals, x = {}, {}, shared[0]
-        if given := latents or noise:
+        chosen, normals, x, given = {}, {}, shared[0], latents or noise
+        if given:
             rows = len(next(iter(given.values())))
             x = torch.cat([x] * (rows // len(x)))
         for i in range(len(shared)):
@@ -285,13 +285,12 @@ class LatentUNet(nn.Module):
             if str(i) in self.heads:
                 normals[i] = DiagonalNormal(*self.heads[str(i)](x).chunk(2, 1))
                 if latents:
-                    z = latents[i]
+                    chosen[i] = latents[i]
                 elif noise:
-                    z = normals[i].mean + normals[i].std * noise[i]
+                    chosen[i] = normals[i].mean + normals[i].std * noise[i]
                 else:
-                    z = normals[i].mean
-                chosen[i] = z
-                x = torch.cat([x, z.to(x.dtype)], 1)
+                    chosen[i] = normals[i].mean
+                x = torch.cat([x, chosen[i].to(x.dtype)], 1)
         return chosen, normals, x
 
 

@@ -18,10 +18,9 @@ Eq. 2 alone is the negative ELBO. What varies between samples is aleatoric uncer
 image leaves open.
 
 Differences from the paper
-  1. In the text z_1 has the resolution of the image; in the code, and so in the numbers, 2^-(R-L)
-     of it for R resolution levels, and the likelihood doubles it R - L times more. Here as in the
-     code; `latent_levels=7` is the text's layout.
-  2. alpha_l is 2^(l-1) in the text, 4^(l-1) in the code. Here as in the code (`kl_base`).
+  1. In the text z_1 has the resolution of the image; in the code, and so in the numbers and here,
+     2^-(R-L) of it for R resolution levels. `latent_levels=7` is the text's layout.
+  2. alpha_l is 2^(l-1) in the text; 4^(l-1) in the code, and here (`kl_base`).
   3. The code also upsamples every z to all finer levels and never uses the results; left out. Its
      mean of z_L comes from a 3-wide convolution; here all moments come from 1-wide ones.
   4. The nets predict log sigma, bounded (common.bounded_log_std); the code's softplus^-1(sigma).
@@ -68,7 +67,7 @@ class PHiSegConfig:
 class PHiSeg(nn.Module):
     """PHiSeg. Default: 17.81 M parameters, 11.83 M of them for sampling.
 
-    Dicts {l: ...} have the paper's numbers for keys and run from the coarsest level L to 1.
+    Dicts {l: ...} have the paper's level numbers for keys and run from the coarsest, L, to 1.
     """
 
     Config = PHiSegConfig
@@ -98,8 +97,8 @@ class PHiSeg(nn.Module):
         return self.posterior.encode(torch.cat([image, hot - 0.5], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
-        """Yields standard normal noise for n draws of all latents, m at a time so that memory does
-        not grow with n: {l: (m * B, D, *S_l)}, the cases of a draw together."""
+        """Yields standard normal noise for n draws of all latents, m at a time so that memory stays
+        bounded: {l: (m * B, D, *S_l)}, the cases of a draw together."""
         c, noise = self.config, {}
         coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]  # size of z_L
         for l in range(c.latent_levels, 0, -1):
@@ -178,11 +177,10 @@ class PHiSeg(nn.Module):
                        mask: Tensor | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling, (B,):
 
-            log (1/n) sum_i p(y | z^i) p(z^i | x) / mix(z^i),
+            log (1/n) sum_i p(y | z^i) p(z^i | x) / mix(z^i),      mix = (q + p) / 2,
 
-        with half of the z^i from q, half from p, and mix = (q + p) / 2: draws from p bound it for
-        masks that q was never taught. On average n = 1, from q, gives the ELBO; more samples
-        tighten the bound.
+        half of the z^i from q and half from p, as q may be wrong about masks that it was never
+        taught. On average n = 1, from q, gives the ELBO; more samples tighten the bound.
         """
         label, log_weights = valid_label(label, mask), []
         given_p, given_q = self.encode(image), self.encode(image, label)
@@ -208,7 +206,7 @@ class LatentNet(nn.Module):
 
     def __init__(self, c: PHiSegConfig, in_channels: int):
         super().__init__()
-        self.config, latents = c, c.latent_channels
+        self.latent_levels, latents = c.latent_levels, c.latent_channels
         self.encoder = nn.ModuleList(
             conv_block(c.dims, before, after, convs=c.convs)
             for before, after in zip((in_channels, *c.channels), c.channels))
@@ -225,8 +223,7 @@ class LatentNet(nn.Module):
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
         """Image (B, C, *S), sizes multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
-        features = encode(self.encoder, x)
-        return dict(zip(range(self.config.latent_levels, 0, -1), reversed(features)))
+        return dict(zip(range(self.latent_levels, 0, -1), reversed(encode(self.encoder, x))))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
         """Down the hierarchy: the normal of z_L, its z_L, the normal of z_L-1 given it, ...
@@ -234,20 +231,19 @@ class LatentNet(nn.Module):
         z_l is `latents[l]` if the other net's latents are given; else drawn with noise[l]; with
         neither it is the mean. Both are (n * B, D, *S_l). Returns ({l: z_l}, {l: its normal}).
         """
-        chosen, normals, z = {}, {}, None
+        chosen, normals, given = {}, {}, latents or noise
         for l, x in features.items():
-            if given := latents or noise:
+            if given:
                 x = torch.cat([x] * (len(given[l]) // len(x)))
-            if z is not None:
-                x = torch.cat([x, self.up[str(l)](double(z))], 1)
+            if chosen:
+                x = torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1)
             normals[l] = DiagonalNormal(*self.moments[str(l)](x).chunk(2, 1))
             if latents:
-                z = latents[l]
+                chosen[l] = latents[l]
             elif noise:
-                z = normals[l].mean + normals[l].std * noise[l]
+                chosen[l] = normals[l].mean + normals[l].std * noise[l]
             else:
-                z = normals[l].mean
-            chosen[l] = z
+                chosen[l] = normals[l].mean
         return chosen, normals
 
 
@@ -273,16 +269,14 @@ class Likelihood(nn.Module):
             coarser = width
 
     def forward(self, latents: dict[int, Tensor]) -> dict[int, Tensor]:
-        residuals, coarser = {}, None
+        residuals = {}
         for l, z in latents.items():
             x = self.enter[str(l)](z)
             for block in self.finer[str(l)]:
                 x = block(double(x))
-            if coarser is not None:
-                coarser = self.up[str(l)](double(coarser))
-                x = self.join[str(l)](torch.cat([x, coarser], 1))
-            residuals[l] = self.out[str(l)](x)
-            coarser = x
+            if residuals:
+                x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(coarser))], 1))
+            residuals[l], coarser = self.out[str(l)](x), x
         return residuals
 
 
@@ -294,7 +288,8 @@ if __name__ == "__main__":
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
-    model = PHiSeg(PHiSegConfig(num_classes=4, channels=(16, 32, 32, 32), latent_levels=3, convs=2))
+    model = PHiSeg(PHiSegConfig(num_classes=4, channels=(16, 32, 32, 32), latent_levels=3, convs=2,
+                                kl_base=2.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [210], 0.25)
     batches = data.batches(train, 12, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
