@@ -255,12 +255,13 @@ class Likelihood(nn.Module):
         doublings = len(c.channels) - c.latent_levels
         self.enter, self.finer, self.up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.join, self.out = nn.ModuleDict(), nn.ModuleDict()
+        coarser = 0  # channels that come from the level before
         for l in range(c.latent_levels, 0, -1):
             name, width = str(l), c.channels[l - 1]
             self.enter[name] = conv_block(c.dims, c.latent_channels, width, convs=2)
             self.finer[name] = nn.ModuleList(
                 conv_block(c.dims, width, width) for _ in range(doublings))
-            if l < c.latent_levels:
+            if coarser:
                 self.up[name] = conv_block(c.dims, coarser, width)
                 self.join[name] = conv_block(c.dims, 2 * width, c.channels[l - 1 + doublings],
                                              convs=2)
@@ -269,12 +270,12 @@ class Likelihood(nn.Module):
             coarser = width
 
     def forward(self, latents: dict[int, Tensor]) -> dict[int, Tensor]:
-        residuals = {}
+        residuals, coarser = {}, None
         for l, z in latents.items():
             x = self.enter[str(l)](z)
             for block in self.finer[str(l)]:
                 x = block(double(x))
-            if residuals:
+            if coarser is not None:
                 x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(coarser))], 1))
             residuals[l], coarser = self.out[str(l)](x), x
         return residuals
