@@ -99,12 +99,11 @@ class VAEUNet(nn.Module):
         if c.latent_dim < 1 or levels < 2:
             raise ValueError(f"latent_dim={c.latent_dim}, {levels} resolution levels: latent_dim "
                              "is at least 1, and there are at least 2 levels")
-        Backbone = {"unet": LatentUNet, "swin": SwinUNet}[c.backbone]
-        self.backbone = Backbone(c, c.in_channels)
+        self.backbone = build_backbone(c, c.in_channels)
         self.skips = latent_skips(c, self.backbone.channels)
         self.head = CONV[c.dims](self.backbone.out_channels, c.num_classes, 1)
-        self.mask_net = Backbone(c, c.num_classes)  # its features serve for p(z | Y) alone
-        self.mask_net.decoder = None
+        self.mask_net = build_backbone(c, c.num_classes)  # its features serve for p(z | Y) alone
+        self.mask_net.decoder = self.mask_net.to_pixels = None
         self.mask_skips = latent_skips(c, self.backbone.channels)
 
     def for_inference(self) -> "VAEUNet":
@@ -211,8 +210,9 @@ class LatentSkip(nn.Module):
 def latent_skips(c: VAEUNetConfig, channels) -> nn.ModuleList:
     """A LatentSkip a level; on Swin, see "Differences" 6, all normals start close to N(0, 1)."""
     skips = nn.ModuleList(LatentSkip(width, c.latent_dim, c.dims) for width in channels)
-    for parameter in skips.parameters() if c.backbone == "swin" else ():
-        nn.init.normal_(parameter, std=1e-3)
+    if c.backbone == "swin":
+        for parameter in skips.parameters():
+            nn.init.normal_(parameter, std=1e-3)
     return skips
 
 
@@ -232,6 +232,16 @@ def dice_loss(logits: Tensor, hot: Tensor, valid: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- backbones
 # encode: image (B, C, *S), sides multiples of `multiple` -> features of every level, of `channels`,
 # fine to coarse. decode: these, each with `latent_dim` channels more -> (B, out_channels, *S).
+
+
+def build_backbone(c: VAEUNetConfig, in_channels: int) -> nn.Module:
+    """The network of the config, which reads `latent_dim` more channels at every level."""
+    if c.backbone == "unet":
+        return LatentUNet(c, in_channels)
+    if c.dims != 2:
+        raise ValueError(f"backbone='swin' with dims={c.dims}: dims is 2")
+    return SwinUNet(in_channels, width=c.width, depths=c.depths, heads=c.heads, patch=c.patch,
+                    window=c.window, joined=c.latent_dim)
 
 
 class LatentUNet(UNet):

@@ -1,5 +1,7 @@
-"""Swin-Unet."""
+"""Swin-Unet (Cao et al. 2021, arXiv:2105.05537): a U-Net of windowed self-attention (Liu et al.
+2021, arXiv:2103.14030). Inside, maps are (B, H, W, C)."""
 
+import functools
 import math
 
 import torch
@@ -7,51 +9,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-
-
 class SwinUNet(nn.Module):
-    """Swin-Unet (Cao et al. 2021, arXiv:2105.05537) in short: a U-Net of windowed attention.
+    """Swin-Unet without stochastic depth and pre-trained weights.
 
-    Inside, maps are (B, H, W, C). No stochastic depth, no pre-trained weights.
+    width: channels of the finest level, doubled at every coarser one.
+    depths, heads: blocks and attention heads of each level, fine to coarse; the decoder has as
+        many blocks.
+    patch: pixels a side that become one token of the finest level.
+    window: tokens a side that attend to one another.
+    joined: channels that are concatenated to the features of every level before `decode`.
     """
 
-    def __init__(self, c, in_channels: int):
+    def __init__(self, in_channels: int, *, width: int = 96, depths: tuple[int, ...] = (2, 2, 2, 1),
+                 heads: tuple[int, ...] = (3, 6, 12, 24), patch: int = 4, window: int = 7,
+                 joined: int = 0):
         super().__init__()
-        levels = range(len(c.depths))
-        self.channels = width = tuple(c.width * 2**level for level in levels)
-        if c.dims != 2 or len(c.heads) != len(width) or any(w % h for w, h in zip(width, c.heads)):
-            raise ValueError(f"backbone='swin' with dims={c.dims}, depths={c.depths}, heads="
-                             f"{c.heads}, channels {width}: dims is 2, depths and heads are of one "
-                             "length, and heads divide channels")
-        self.out_channels = c.width
-        self.multiple = c.patch * 2 ** (len(c.depths) - 1)
-
-        def blocks(level):
-            return [SwinBlock(width[level], c.heads[level], c.window, c.window // 2 * (i % 2))
-                    for i in range(c.depths[level])]
-
-        self.encoder = nn.ModuleList()
-        for level in levels:
+        self.channels = channels = tuple(width * 2**level for level in range(len(depths)))
+        if len(heads) != len(depths) or any(c % h for c, h in zip(channels, heads)):
+            raise ValueError(f"Swin-Unet with depths={depths}, heads={heads}, channels {channels}: "
+                             "depths and heads are of one length, and heads divide channels")
+        self.out_channels = width
+        self.multiple = patch * 2 ** (len(depths) - 1)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for level, (depth, head) in enumerate(zip(depths, heads)):
             if level == 0:  # from pixels to tokens
-                enter = [Gather(c.patch), nn.Linear(c.patch**2 * in_channels, c.width),
-                         nn.LayerNorm(c.width)]
+                enter = nn.Sequential(Gather(patch), nn.Linear(patch**2 * in_channels, width),
+                                      nn.LayerNorm(width))
             else:
-                enter = [Gather(2), nn.LayerNorm(2 * width[level]),
-                         nn.Linear(2 * width[level], width[level], bias=False)]
-            self.encoder.append(nn.Sequential(*enter, *blocks(level)))
-        self.encoder[-1].append(nn.LayerNorm(width[-1]))
-        self.decoder = nn.ModuleList()
-        for level in reversed(levels[:-1]):
-            above, skip = width[level + 1], width[level]
-            above += c.latent_dim if level == levels[-2] else 0
-            self.decoder.append(nn.ModuleDict(dict(
-                up=nn.Sequential(nn.Linear(above, 4 * skip, bias=False), Scatter(2),
-                                 nn.LayerNorm(skip)),
-                join=nn.Linear(2 * skip + c.latent_dim, skip),
-                blocks=nn.Sequential(*blocks(level)))))
-        self.decoder.append(nn.Sequential(  # from tokens back to pixels
-            nn.LayerNorm(c.width), nn.Linear(c.width, c.patch**2 * c.width, bias=False),
-            Scatter(c.patch), nn.LayerNorm(c.width)))
+                enter = nn.Sequential(
+                    Gather(2), nn.LayerNorm(2 * channels[level]),
+                    nn.Linear(2 * channels[level], channels[level], bias=False))
+            blocks = swin_blocks(channels[level], depth, head, window)
+            self.encoder.append(nn.ModuleDict(dict(enter=enter, blocks=blocks)))
+        self.norm = nn.LayerNorm(channels[-1])
+        before = channels[-1] + joined
+        for level in reversed(range(len(depths) - 1)):
+            skip = channels[level]
+            up = nn.Sequential(nn.Linear(before, 4 * skip, bias=False), Scatter(2),
+                               nn.LayerNorm(skip))
+            join = nn.Linear(2 * skip + joined, skip)
+            blocks = swin_blocks(skip, depths[level], heads[level], window)
+            self.decoder.append(nn.ModuleDict(dict(up=up, join=join, blocks=blocks)))
+            before = skip
+        self.to_pixels = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False), Scatter(patch),
+            nn.LayerNorm(width))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -62,18 +64,18 @@ class SwinUNet(nn.Module):
         """(B, C, H, W) -> features (B, C_i, H_i, W_i) of every level, fine to coarse."""
         features, x = [], x.movedim(1, -1)
         for stage in self.encoder:
-            x = stage(x)
-            features.append(x.movedim(-1, 1))
-        return features
+            x = stage["blocks"](stage["enter"](x))
+            features.append(x)
+        features[-1] = self.norm(x)
+        return [f.movedim(-1, 1) for f in features]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """Features with latents of every level, as `encode` lists them -> (B, C, H, W)."""
+        """Features of every level with what is joined to them -> (B, width, H, W)."""
         *skips, x = [f.movedim(1, -1) for f in features]
-        *stages, last = self.decoder
-        for stage in stages:
-            x = stage["join"](torch.cat([stage["up"](x), skips.pop()], -1))
+        for stage, skip in zip(self.decoder, reversed(skips)):
+            x = stage["join"](torch.cat([stage["up"](x), skip], -1))
             x = stage["blocks"](x)
-        return last(x).movedim(-1, 1)
+        return self.to_pixels(x).movedim(-1, 1)
 
 
 class Gather(nn.Module):
@@ -96,8 +98,14 @@ class Scatter(Gather):
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def swin_blocks(channels: int, depth: int, heads: int, window: int) -> nn.Sequential:
+    """`depth` blocks; every second one has its windows shifted by half a window."""
+    return nn.Sequential(*[SwinBlock(channels, heads, window, window // 2 * (i % 2))
+                           for i in range(depth)])
+
+
 class SwinBlock(nn.Module):
-    """Self-attention within windows, then two layers on every token (Liu et al. 2021).
+    """Self-attention within windows, then two layers on every token.
 
     (B, H, W, C) -> the same. A token attends to those of its window of window^2 tokens, with a
     learned bias for each relative position. `shift` moves the windows' borders by so many tokens,
@@ -112,9 +120,6 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(),
                                  nn.Linear(4 * channels, channels))
         self.bias = nn.Parameter(0.02 * torch.randn(heads, (2 * window - 1) ** 2))
-        offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1  # query - key
-        index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
-        self.register_buffer("index", index.reshape(window**2, window**2), persistent=False)
 
     def forward(self, x):
         x = x + self.attend(self.norms[0](x))
@@ -130,8 +135,8 @@ class SwinBlock(nn.Module):
         q, k, v = (self.qkv(x).view(count, rows, w, columns, w, 3, self.heads, -1)
                    .permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, count, -1, w * w,
                                                             channels // self.heads))
-        bias = self.bias[:, self.index].to(q)  # (heads, w*w, w*w)
-        hidden = hidden_keys((height, width), w, shifts, x.device)  # (windows, w*w, w*w)
+        index, hidden = window_layout((height, width), w, shifts, x.device)
+        bias = self.bias.index_select(1, index).view(self.heads, w * w, w * w).to(q)
         bias = bias.masked_fill(hidden[:, None], -math.inf).flatten(0, 1)
         x = F.scaled_dot_product_attention(q, k, v, bias[None])
         x = x.view(count, rows, columns, self.heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
@@ -139,16 +144,23 @@ class SwinBlock(nn.Module):
         return self.out(x[:, :height, :width])
 
 
-def hidden_keys(size, window: int, shifts, device) -> Tensor:
-    """Which tokens of a window a token must not see: bool (windows, w*w queries, w*w keys).
+@functools.lru_cache(maxsize=64)  # a network has few map sizes
+@torch.inference_mode(False)  # what is kept may be needed by autograd later
+def window_layout(size, window: int, shifts, device) -> tuple[Tensor, Tensor]:
+    """Which bias belongs to a pair of tokens of a window, and which pairs are hidden.
 
-    The map of `size` was padded at its ends to whole windows and rolled by -shifts. Rolling puts
-    opposite edges into one window, and they see each other no more than they see padding.
+    index (w^4,): number of (query - key) in the table of biases, for w*w queries and w*w keys.
+    hidden bool (windows, w*w queries, w*w keys): the map of `size` was padded at its ends to whole
+    windows and rolled by -shifts. Rolling brings opposite edges into one window; they must not
+    attend to each other, nor to padding.
     """
-    region = torch.zeros((), dtype=torch.long, device=device)
+    offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1  # query - key
+    index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
+    region = torch.zeros((), dtype=torch.long)
     for side, shift in zip(size, shifts):
         padded = side + -side % window
-        origin = torch.arange(shift, padded + shift, device=device) % padded
+        origin = torch.arange(shift, padded + shift) % padded
         region = 4 * region[..., None] + 2 * (origin >= side) + (origin < shift)
     region = Gather(window)(region[None, ..., None]).flatten(0, 2)  # (windows, w*w)
-    return region[:, :, None] != region[:, None]
+    hidden = region[:, :, None] != region[:, None]
+    return index.flatten().to(device), hidden.to(device)
