@@ -1,59 +1,68 @@
 """Swin-Unet (Cao et al. 2021, arXiv:2105.05537): a U-Net of windowed self-attention (Liu et al.
-2021, arXiv:2103.14030). Inside, maps are (B, H, W, C)."""
+2021, arXiv:2103.14030). Inside, maps are (B, H, W, C). No pre-trained weights."""
 
-import functools
+import contextlib
 import math
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import standard_normal
+
 
 class SwinUNet(nn.Module):
-    """Swin-Unet without stochastic depth and pre-trained weights.
+    """Encoder and decoder; the 1-wide convolution to the classes is the caller's.
 
     width: channels of the finest level, doubled at every coarser one.
-    depths, heads: blocks and attention heads of each level, fine to coarse; the decoder has as
-        many blocks.
+    depths, heads: blocks and attention heads of each level, fine to coarse, in the decoder too.
     patch: pixels a side that become one token of the finest level.
-    window: tokens a side that attend to one another.
-    joined: channels that are concatenated to the features of every level before `decode`.
+    window: tokens a side that attend to one another, where the map is not smaller.
+    joined: channels that are concatenated to every skip connection before `decode`.
+    drop_path: probability that a training step skips one of the last level's layers for a case;
+        it grows linearly from 0 over the encoder's blocks.
+    decoder: False leaves the decoder out.
     """
 
     def __init__(self, in_channels: int, *, width: int = 96, depths: tuple[int, ...] = (2, 2, 2, 1),
                  heads: tuple[int, ...] = (3, 6, 12, 24), patch: int = 4, window: int = 7,
-                 joined: int = 0):
+                 joined: int = 0, drop_path: float = 0.0, decoder: bool = True):
         super().__init__()
         self.channels = channels = tuple(width * 2**level for level in range(len(depths)))
         if len(heads) != len(depths) or any(c % h for c, h in zip(channels, heads)):
             raise ValueError(f"Swin-Unet with depths={depths}, heads={heads}, channels {channels}: "
                              "depths and heads are of one length, and heads divide channels")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path={drop_path}: at least 0 and below 1")
         self.out_channels = width
         self.multiple = patch * 2 ** (len(depths) - 1)
-        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for level, (depth, head) in enumerate(zip(depths, heads)):
+        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)  # by level
+
+        self.enter, self.encoder = nn.ModuleList(), nn.ModuleList()
+        for level, channel in enumerate(channels):
             if level == 0:  # from pixels to tokens
-                enter = nn.Sequential(Gather(patch), nn.Linear(patch**2 * in_channels, width),
-                                      nn.LayerNorm(width))
+                self.enter.append(nn.Sequential(
+                    Gather(patch), nn.Linear(patch**2 * in_channels, width), nn.LayerNorm(width)))
             else:
-                enter = nn.Sequential(
-                    Gather(2), nn.LayerNorm(2 * channels[level]),
-                    nn.Linear(2 * channels[level], channels[level], bias=False))
-            blocks = swin_blocks(channels[level], depth, head, window)
-            self.encoder.append(nn.ModuleDict(dict(enter=enter, blocks=blocks)))
-        self.norm = nn.LayerNorm(channels[-1])
-        before = channels[-1] + joined
-        for level in reversed(range(len(depths) - 1)):
+                self.enter.append(nn.Sequential(
+                    Gather(2), nn.LayerNorm(2 * channel),
+                    nn.Linear(2 * channel, channel, bias=False)))
+            self.encoder.append(swin_blocks(channel, heads[level], window, rates[level]))
+        self.encoder[-1].append(nn.LayerNorm(channels[-1]))
+
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(len(depths) - 1)) if decoder else ():
             skip = channels[level]
-            up = nn.Sequential(nn.Linear(before, 4 * skip, bias=False), Scatter(2),
-                               nn.LayerNorm(skip))
-            join = nn.Linear(2 * skip + joined, skip)
-            blocks = swin_blocks(skip, depths[level], heads[level], window)
-            self.decoder.append(nn.ModuleDict(dict(up=up, join=join, blocks=blocks)))
-            before = skip
-        self.to_pixels = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False), Scatter(patch),
-            nn.LayerNorm(width))
+            self.decoder.append(nn.ModuleDict(dict(
+                up=nn.Sequential(nn.Linear(2 * skip, 4 * skip, bias=False), Scatter(2),
+                                 nn.LayerNorm(skip)),
+                join=nn.Linear(2 * skip + joined, skip),
+                blocks=swin_blocks(skip, heads[level], window, rates[level]))))
+        if decoder:
+            self.to_pixels = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False),
+                Scatter(patch), nn.LayerNorm(width))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -61,16 +70,18 @@ class SwinUNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> features (B, C_i, H_i, W_i) of every level, fine to coarse."""
+        """(B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, and the coarsest
+        features. As in Swin-Unet's code, a skip connection leaves before its level's blocks."""
         features, x = [], x.movedim(1, -1)
-        for stage in self.encoder:
-            x = stage["blocks"](stage["enter"](x))
+        for enter, blocks in zip(self.enter, self.encoder):
+            x = enter(x)
             features.append(x)
-        features[-1] = self.norm(x)
+            x = blocks(x)
+        features[-1] = x
         return [f.movedim(-1, 1) for f in features]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """Features of every level with what is joined to them -> (B, width, H, W)."""
+        """What `encode` returned, with what is joined to the skips -> (B, width, H, W)."""
         *skips, x = [f.movedim(1, -1) for f in features]
         for stage, skip in zip(self.decoder, reversed(skips)):
             x = stage["join"](torch.cat([stage["up"](x), skip], -1))
@@ -98,69 +109,103 @@ class Scatter(Gather):
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def swin_blocks(channels: int, depth: int, heads: int, window: int) -> nn.Sequential:
-    """`depth` blocks; every second one has its windows shifted by half a window."""
-    return nn.Sequential(*[SwinBlock(channels, heads, window, window // 2 * (i % 2))
-                           for i in range(depth)])
+def swin_blocks(channels: int, heads: int, window: int, rates: Tensor) -> nn.Sequential:
+    """A block for each rate of DropPath; every second one has its windows shifted by half."""
+    return nn.Sequential(*[SwinBlock(channels, heads, window, window // 2 * (i % 2), rate)
+                           for i, rate in enumerate(rates.tolist())])
 
 
 class SwinBlock(nn.Module):
     """Self-attention within windows, then two layers on every token.
 
-    (B, H, W, C) -> the same. A token attends to those of its window of window^2 tokens, with a
-    learned bias for each relative position. `shift` moves the windows' borders by so many tokens,
-    on axes longer than a window.
+    (B, H, W, C) -> the same. A token attends to those of its window, with a learned bias for each
+    relative position. `shift` moves the windows' borders by so many tokens, on axes longer than a
+    window; on shorter ones the window is the axis.
     """
 
-    def __init__(self, channels: int, heads: int, window: int, shift: int):
+    def __init__(self, channels: int, heads: int, window: int, shift: int, drop_path: float = 0.0):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(),
                                  nn.Linear(4 * channels, channels))
-        self.bias = nn.Parameter(0.02 * torch.randn(heads, (2 * window - 1) ** 2))
+        self.bias = nn.Parameter(torch.empty(heads, (2 * window - 1) ** 2))
+        nn.init.trunc_normal_(self.bias, std=0.02)
+        self.drop_path = DropPath(drop_path)
+        offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1  # query - key
+        index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
+        self.register_buffer("index", index, persistent=False)  # (w, w) queries, (w, w) keys
 
     def forward(self, x):
-        x = x + self.attend(self.norms[0](x))
-        return x + self.mlp(self.norms[1](x))
+        x = x + self.drop_path(self.attend(self.norms[0](x)))
+        return x + self.drop_path(self.mlp(self.norms[1](x)))
 
     def attend(self, x):
         """Attention within (shifted) windows, (B, H, W, C) -> the same shape."""
-        (count, height, width, channels), w = x.shape, self.window
-        shifts = tuple(self.shift if side > w else 0 for side in (height, width))
-        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w)).roll([-s for s in shifts], (1, 2))
-        rows, columns = x.shape[1] // w, x.shape[2] // w
+        count, height, width, channels = x.shape
+        h, w = min(self.window, height), min(self.window, width)  # of a window
+        shifts = [self.shift if side > self.window else 0 for side in (height, width)]
+        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % h)).roll([-s for s in shifts], (1, 2))
+        rows, columns = x.shape[1] // h, x.shape[2] // w
         # windows beside the heads, so that one mask serves the whole batch
-        q, k, v = (self.qkv(x).view(count, rows, w, columns, w, 3, self.heads, -1)
-                   .permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, count, -1, w * w,
-                                                            channels // self.heads))
-        index, hidden = window_layout((height, width), w, shifts, x.device)
-        bias = self.bias.index_select(1, index).view(self.heads, w * w, w * w).to(q)
-        bias = bias.masked_fill(hidden[:, None], -math.inf).flatten(0, 1)
-        x = F.scaled_dot_product_attention(q, k, v, bias[None])
-        x = x.view(count, rows, columns, self.heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(count, rows * w, columns * w, channels).roll(shifts, (1, 2))
+        q, k, v = (self.qkv(x).view(count, rows, h, columns, w, 3, self.heads, -1)
+                   .permute(5, 0, 1, 3, 6, 2, 4, 7)
+                   .reshape(3, count, -1, h * w, channels // self.heads))
+        index = self.index[:h, :w, :h, :w].flatten()
+        bias = self.bias.index_select(1, index).view(1, self.heads, h * w, h * w).to(q)
+        if any(shifts) or height % h or width % w:
+            hidden = hidden_keys((height, width), (h, w), shifts, x.device)
+            bias = bias.masked_fill(hidden[:, None], -math.inf)  # (windows, heads, ...)
+        else:
+            bias = bias.expand(rows * columns, -1, -1, -1)
+        x = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
+        x = x.view(count, rows, columns, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(count, rows * h, columns * w, channels).roll(shifts, (1, 2))
         return self.out(x[:, :height, :width])
 
 
-@functools.lru_cache(maxsize=64)  # a network has few map sizes
-@torch.inference_mode(False)  # what is kept may be needed by autograd later
-def window_layout(size, window: int, shifts, device) -> tuple[Tensor, Tensor]:
-    """Which bias belongs to a pair of tokens of a window, and which pairs are hidden.
+def hidden_keys(size, window, shifts, device) -> Tensor:
+    """Which tokens of a window a token must not attend to: bool (windows, h*w queries, h*w keys).
 
-    index (w^4,): number of (query - key) in the table of biases, for w*w queries and w*w keys.
-    hidden bool (windows, w*w queries, w*w keys): the map of `size` was padded at its ends to whole
-    windows and rolled by -shifts. Rolling brings opposite edges into one window; they must not
-    attend to each other, nor to padding.
+    The map of `size` was padded at its ends to whole windows (h, w) and rolled by -shifts. Rolling
+    brings opposite edges into one window; they are hidden from each other, and so is padding.
     """
-    offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1  # query - key
-    index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
-    region = torch.zeros((), dtype=torch.long)
-    for side, shift in zip(size, shifts):
-        padded = side + -side % window
-        origin = torch.arange(shift, padded + shift) % padded
+    region = torch.zeros((), dtype=torch.long, device=device)
+    for side, length, shift in zip(size, window, shifts):
+        padded = side + -side % length
+        origin = torch.arange(shift, padded + shift, device=device) % padded
         region = 4 * region[..., None] + 2 * (origin >= side) + (origin < shift)
-    region = Gather(window)(region[None, ..., None]).flatten(0, 2)  # (windows, w*w)
-    hidden = region[:, :, None] != region[:, None]
-    return index.flatten().to(device), hidden.to(device)
+    h, w = window
+    region = region.unflatten(1, (-1, w)).unflatten(0, (-1, h)).transpose(1, 2).reshape(-1, h * w)
+    return region[:, :, None] != region[:, None]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a residual layer is skipped at random for each case."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate, self.generator = rate, None
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        # normal noise falls below this with probability `rate`; it knows a run's other processes
+        threshold = NormalDist().inv_cdf(self.rate)
+        kept = standard_normal((len(x),), x, self.generator) >= threshold
+        return x * kept.to(x).view(-1, *[1] * (x.dim() - 1)) / (1 - self.rate)
+
+
+@contextlib.contextmanager
+def dropping_paths(model: nn.Module, generator: torch.Generator | None):
+    """Within this context every DropPath of `model` drops as in training, by `generator`."""
+    paths = [module for module in model.modules() if isinstance(module, DropPath)]
+    before = [path.training for path in paths]
+    for path in paths:
+        path.training, path.generator = True, generator
+    try:
+        yield
+    finally:
+        for path, training in zip(paths, before):
+            path.training, path.generator = training, None
