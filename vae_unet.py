@@ -27,6 +27,7 @@ class VAEUNetConfig:
     ce_weight: float = 0.6
     dice_weight: float = 0.4
     kl_weight: float = 1e-5
+    kl_scale: str = "mean"  # over each level's positions; or "pixel": in nats a pixel of the image
     backbone: str = "unet"  # or "swin" (2D)
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # U-Net: a resolution level each
     convs: int = 3  # U-Net: 3-wide convolutions a level
@@ -40,7 +41,7 @@ class VAEUNetConfig:
 
 
 class VAEUNet(nn.Module):
-    """VAE U-Net. Default: 11.79 M parameters."""
+    """VAE U-Net. Default: 11.78 M parameters."""
 
     Config = VAEUNetConfig
     TRAINING = dict(optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, batch_size=24,
@@ -54,11 +55,14 @@ class VAEUNet(nn.Module):
         self.config = c = config
         check_choice("dims", c.dims, (1, 2, 3))
         check_choice("latents", c.latents, ("mask", "image"))
+        check_choice("kl_scale", c.kl_scale, ("mean", "pixel"))
         check_choice("backbone", c.backbone, ("unet", "swin"))
         levels = len(c.channels if c.backbone == "unet" else c.depths)
         if c.latent_dim < 1 or levels < 2:
             raise ValueError(f"latent_dim={c.latent_dim}, {levels} resolution levels: latent_dim "
                              "is at least 1, and there are at least 2 levels")
+        if c.backbone == "unet" and c.sample_drop_path:
+            raise ValueError("sample_drop_path=True: only backbone='swin' has layers to skip")
         self.backbone = build_backbone(c, c.in_channels)
         self.skips = latent_skips(c, self.backbone.channels)
         self.head = CONV[c.dims](self.backbone.out_channels, c.num_classes, 1)
@@ -101,14 +105,17 @@ class VAEUNet(nn.Module):
         """
         c, label = self.config, valid_label(label, mask)
         features, of_image, of_mask = self.encode_both(image, label)
-        kls = torch.stack([p.kl(q).mean() / p.mean[0, 0].numel()  # a mean over positions and cases
-                           for p, q in zip(of_image, of_mask)])
+        pixels = (label != IGNORE).sum().clamp(min=1)  # of the whole batch
+        kls = []
+        for p, q in zip(of_image, of_mask):
+            positions = p.mean[0, 0].numel()
+            kls.append(p.kl(q).sum() / (len(label) * positions if c.kl_scale == "mean" else pixels))
         z = [normal.sample() for normal in (of_mask if c.latents == "mask" else of_image)]
         if not c.reparameterised:
             z = [level.detach() for level in z]
         logits = self._logits(features, z, image.shape[2:])
-        ce = cross_entropy(logits, label).sum() / (label != IGNORE).sum().clamp(min=1)
-        dice, kl = dice_loss(logits, label), kls.sum()
+        ce = cross_entropy(logits, label).sum() / pixels
+        dice, kl = dice_loss(logits, label), sum(kls)
         loss = c.ce_weight * ce + c.dice_weight * dice + c.kl_weight * kl
         terms = {"cross_entropy": ce, "dice": dice, "kl": kl}
         terms |= {f"kl_{i}": level for i, level in enumerate(kls)}

@@ -1,5 +1,5 @@
 """Swin-Unet (Cao et al. 2021, arXiv:2105.05537): a U-Net of windowed self-attention (Liu et al.
-2021, arXiv:2103.14030). Inside, maps are (B, H, W, C). No pre-trained weights."""
+2021, arXiv:2103.14030), without pre-trained weights. Inside, maps are (B, H, W, C)."""
 
 import contextlib
 import math
@@ -18,10 +18,9 @@ class SwinUNet(nn.Module):
     width: channels of the finest level, doubled at every coarser one.
     depths, heads: blocks and attention heads of each level, fine to coarse, in the decoder too.
     patch: pixels a side that become one token of the finest level.
-    window: tokens a side that attend to one another, where the map is not smaller.
-    joined: channels that are concatenated to every skip connection before `decode`.
-    drop_path: probability that a training step skips one of the last level's layers for a case;
-        it grows linearly from 0 over the encoder's blocks.
+    window: tokens a side that attend to one another; a smaller map is one window.
+    joined: channels that the caller concatenates to every skip connection before `decode`.
+    drop_path: DropPath's rate in the encoder's last block; it grows linearly from 0 in the first.
     decoder: False leaves the decoder out.
     """
 
@@ -33,33 +32,25 @@ class SwinUNet(nn.Module):
         if len(heads) != len(depths) or any(c % h for c, h in zip(channels, heads)):
             raise ValueError(f"Swin-Unet with depths={depths}, heads={heads}, channels {channels}: "
                              "depths and heads are of one length, and heads divide channels")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path}: at least 0 and below 1")
-        self.out_channels = width
-        self.multiple = patch * 2 ** (len(depths) - 1)
-        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)  # by level
-
-        self.enter, self.encoder = nn.ModuleList(), nn.ModuleList()
-        for level, channel in enumerate(channels):
-            if level == 0:  # from pixels to tokens
-                self.enter.append(nn.Sequential(
-                    Gather(patch), nn.Linear(patch**2 * in_channels, width), nn.LayerNorm(width)))
-            else:
-                self.enter.append(nn.Sequential(
-                    Gather(2), nn.LayerNorm(2 * channel),
-                    nn.Linear(2 * channel, channel, bias=False)))
-            self.encoder.append(swin_blocks(channel, heads[level], window, rates[level]))
+        self.out_channels, self.multiple = width, patch * 2 ** (len(depths) - 1)
+        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))  # by level
+        self.enter = nn.ModuleList([nn.Sequential(  # from pixels to tokens
+            Gather(patch), nn.Linear(patch**2 * in_channels, width), nn.LayerNorm(width))])
+        for c in channels[1:]:
+            self.enter.append(nn.Sequential(Gather(2), nn.LayerNorm(2 * c),
+                                            nn.Linear(2 * c, c, bias=False)))
+        self.encoder = nn.ModuleList(swin_blocks(*level, window)
+                                     for level in zip(channels, heads, rates))
         self.encoder[-1].append(nn.LayerNorm(channels[-1]))
-
         self.decoder = nn.ModuleList()
-        for level in reversed(range(len(depths) - 1)) if decoder else ():
-            skip = channels[level]
-            self.decoder.append(nn.ModuleDict(dict(
-                up=nn.Sequential(nn.Linear(2 * skip, 4 * skip, bias=False), Scatter(2),
-                                 nn.LayerNorm(skip)),
-                join=nn.Linear(2 * skip + joined, skip),
-                blocks=swin_blocks(skip, heads[level], window, rates[level]))))
         if decoder:
+            for level in reversed(range(len(depths) - 1)):
+                c = channels[level]
+                self.decoder.append(nn.ModuleDict(dict(
+                    up=nn.Sequential(nn.Linear(2 * c, 4 * c, bias=False), Scatter(2),
+                                     nn.LayerNorm(c)),
+                    join=nn.Linear(2 * c + joined, c),
+                    blocks=swin_blocks(c, heads[level], rates[level], window))))
             self.to_pixels = nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False),
                 Scatter(patch), nn.LayerNorm(width))
@@ -71,7 +62,7 @@ class SwinUNet(nn.Module):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, and the coarsest
-        features. As in Swin-Unet's code, a skip connection leaves before its level's blocks."""
+        features. As in the published code, a skip connection leaves before its level's blocks."""
         features, x = [], x.movedim(1, -1)
         for enter, blocks in zip(self.enter, self.encoder):
             x = enter(x)
@@ -89,38 +80,31 @@ class SwinUNet(nn.Module):
         return self.to_pixels(x).movedim(-1, 1)
 
 
-class Gather(nn.Module):
-    """(B, H, W, C) -> (B, H/s, W/s, s*s*C): squares of s*s tokens become one."""
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.side = side
+class Gather(nn.PixelUnshuffle):
+    """(B, H, W, C) -> (B, H/s, W/s, C*s*s): squares of s*s tokens become one."""
 
     def forward(self, x):
-        x = x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side))  # (B, h, s, w, s, C)
-        return x.transpose(2, 3).flatten(3)
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
-class Scatter(Gather):
+class Scatter(nn.PixelShuffle):
     """The inverse of Gather."""
 
     def forward(self, x):
-        x = x.unflatten(3, (self.side, self.side, -1))  # (B, h, w, s, s, C)
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
-def swin_blocks(channels: int, heads: int, window: int, rates: Tensor) -> nn.Sequential:
+def swin_blocks(channels: int, heads: int, rates: Tensor, window: int) -> nn.Sequential:
     """A block for each rate of DropPath; every second one has its windows shifted by half."""
     return nn.Sequential(*[SwinBlock(channels, heads, window, window // 2 * (i % 2), rate)
                            for i, rate in enumerate(rates.tolist())])
 
 
 class SwinBlock(nn.Module):
-    """Self-attention within windows, then two layers on every token.
+    """Self-attention within windows, then two layers on every token; (B, H, W, C) -> the same.
 
-    (B, H, W, C) -> the same. A token attends to those of its window, with a learned bias for each
-    relative position. `shift` moves the windows' borders by so many tokens, on axes longer than a
-    window; on shorter ones the window is the axis.
+    A token attends to those of its window, with a learned bias for each relative position. `shift`
+    moves the windows' borders by so many tokens, on axes longer than a window.
     """
 
     def __init__(self, channels: int, heads: int, window: int, shift: int, drop_path: float = 0.0):
@@ -130,9 +114,9 @@ class SwinBlock(nn.Module):
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(),
                                  nn.Linear(4 * channels, channels))
+        self.drop_path = DropPath(drop_path)
         self.bias = nn.Parameter(torch.empty(heads, (2 * window - 1) ** 2))
         nn.init.trunc_normal_(self.bias, std=0.02)
-        self.drop_path = DropPath(drop_path)
         offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1  # query - key
         index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
         self.register_buffer("index", index, persistent=False)  # (w, w) queries, (w, w) keys
@@ -152,13 +136,9 @@ class SwinBlock(nn.Module):
         q, k, v = (self.qkv(x).view(count, rows, h, columns, w, 3, self.heads, -1)
                    .permute(5, 0, 1, 3, 6, 2, 4, 7)
                    .reshape(3, count, -1, h * w, channels // self.heads))
-        index = self.index[:h, :w, :h, :w].flatten()
-        bias = self.bias.index_select(1, index).view(1, self.heads, h * w, h * w).to(q)
-        if any(shifts) or height % h or width % w:
-            hidden = hidden_keys((height, width), (h, w), shifts, x.device)
-            bias = bias.masked_fill(hidden[:, None], -math.inf)  # (windows, heads, ...)
-        else:
-            bias = bias.expand(rows * columns, -1, -1, -1)
+        bias = self.bias.index_select(1, self.index[:h, :w, :h, :w].flatten()).to(q)
+        hidden = hidden_keys((height, width), (h, w), shifts, x.device)[:, None]
+        bias = bias.view(1, self.heads, h * w, h * w).masked_fill(hidden, -math.inf)
         x = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
         x = x.view(count, rows, columns, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         x = x.reshape(count, rows * h, columns * w, channels).roll(shifts, (1, 2))
@@ -170,6 +150,7 @@ def hidden_keys(size, window, shifts, device) -> Tensor:
 
     The map of `size` was padded at its ends to whole windows (h, w) and rolled by -shifts. Rolling
     brings opposite edges into one window; they are hidden from each other, and so is padding.
+    (Computed anew in every pass, for 1 % of a block's time.)
     """
     region = torch.zeros((), dtype=torch.long, device=device)
     for side, length, shift in zip(size, window, shifts):
@@ -186,26 +167,27 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path={rate}: at least 0 and below 1")
         self.rate, self.generator = rate, None
 
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        # normal noise falls below this with probability `rate`; it knows a run's other processes
+        # normal noise falls below the threshold with probability `rate`
         threshold = NormalDist().inv_cdf(self.rate)
-        kept = standard_normal((len(x),), x, self.generator) >= threshold
-        return x * kept.to(x).view(-1, *[1] * (x.dim() - 1)) / (1 - self.rate)
+        kept = standard_normal((len(x), 1, 1, 1), x, self.generator) >= threshold
+        return x * kept / (1 - self.rate)
 
 
 @contextlib.contextmanager
 def dropping_paths(model: nn.Module, generator: torch.Generator | None):
-    """Within this context every DropPath of `model` drops as in training, by `generator`."""
+    """Inside, every DropPath of a model in eval mode drops as in training, by `generator`."""
     paths = [module for module in model.modules() if isinstance(module, DropPath)]
-    before = [path.training for path in paths]
     for path in paths:
         path.training, path.generator = True, generator
     try:
         yield
     finally:
-        for path, training in zip(paths, before):
-            path.training, path.generator = training, None
+        for path in paths:
+            path.training, path.generator = model.training, None
