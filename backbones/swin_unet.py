@@ -33,7 +33,7 @@ class SwinUNet(nn.Module):
             raise ValueError(f"Swin-Unet with depths={depths}, heads={heads}, channels {channels}: "
                              "depths and heads are of one length, and heads divide channels")
         self.out_channels, self.multiple = width, patch * 2 ** (len(depths) - 1)
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))  # by level
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         self.enter = nn.ModuleList([nn.Sequential(  # from pixels to tokens
             Gather(patch), nn.Linear(patch**2 * in_channels, width), nn.LayerNorm(width))])
         for c in channels[1:]:

@@ -130,7 +130,8 @@ def test_drop_path_skips_whole_cases_and_keeps_the_mean():
     layer = DropPath(0.25)
     out = layer(torch.ones(4000, 2, 3, 1))
     kept = out.flatten(1)
-    assert (kept == kept[:, :1]).all() and set(kept[:, 0].tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert (kept == kept[:, :1]).all()
+    assert set(kept[:, 0].tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert abs((kept[:, 0] > 0).float().mean() - 0.75) < 4 * math.sqrt(0.25 * 0.75 / 4000)
     x = seeded(4, 2, 3, 1)
     assert torch.equal(layer.eval()(x), x) and torch.equal(DropPath(0.0)(x), x)
