@@ -23,17 +23,19 @@ code is followed)
      Synapse 0.4, 0.5, 0.1. Its KL is a mean over positions, summed over levels; its Dice counts
      classes that are absent from the batch. Learning rate: text "decay 1e-4", code polynomial.
   2. The code draws z without a gradient to q (`reparameterised=False`), so q learns from the KL
-     alone, which is lowest if z says nothing about y. Here gradients flow.
+     alone, which is lowest if z says nothing about y. Here gradients flow: GED on small `shapes`
+     after 400 steps at KL weight 0.1 is 0.48 with them, 0.77 without, 0.66 with latents=image.
   3. `kl_scale=pixel`, not in the paper, is for weights 1, 0 and 1: CE and KL both in nats a pixel,
-     as in an ELBO. With means, a nat in a coarse latent costs 4^i times one of the finest level.
+     an ELBO but for the KL's direction. With means, a nat in a coarse latent costs 4^i times one of
+     the finest level, where draws are mere noise. `--quick` trains like this, with Adam.
   4. The mask as an image: class numbers 0 .. K - 1 in the code, here k / (K - 1), and -1 where it
      is ignored. Both pass the encoder in one batch, for batch norm must know the moments of both.
   5. No latents on the coarsest features, which are no skip connection; the text counts them, the
      code makes their head and never uses it. With it the latents have the paper's 3.6 k parameters
      (3,560), without 2,022. Eq. 6 lets z_i depend on z_<i; in the code they are independent.
   6. The nets predict log sigma, and it is bounded (common.bounded_log_std).
-  7. The default backbone is the U-Net of the other methods; `backbone=swin` is the authors': 20.08 M
-     parameters, depths 2, 2, 2, 1, DropPath 0.2, here without pre-trained weights.
+  7. The default backbone is the U-Net of the other methods; `backbone=swin` is the authors', with
+     20.08 M parameters, depths 2, 2, 2, 1 and DropPath 0.2, but no pre-trained weights.
   8. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
 
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
@@ -89,7 +91,7 @@ class VAEUNet(nn.Module):
     Config = VAEUNetConfig
     TRAINING = dict(optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, batch_size=24,
                     steps=60_000, poly_power=0.9)
-    # an ELBO a pixel (see "Differences" 3) with latents down to maps of 4 x 4
+    # see "Differences" 3; latents down to maps of 4 x 4 pick a whole object's class or size
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64, 64), convs=1, width=24, depths=(2, 2, 2),
                         heads=(2, 4, 8), kl_scale="pixel", ce_weight=1.0, dice_weight=0.0,
                         kl_weight=1.0)
