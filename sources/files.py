@@ -1,4 +1,4 @@
-"""What is in one file: pictures, arrays, NIfTI, pickles of arrays; and writing whole or not at all."""
+"""Reading one file: a picture, arrays, NIfTI, a pickle of arrays; and writing files safely."""
 
 import contextlib
 import gzip
@@ -15,21 +15,21 @@ from PIL import Image, ImageSequence
 
 from common import UserError
 
-
-FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")
+FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")  # as folders hold
 
 
 class DataError(UserError):
-    """A mistake in a data file or in what was asked of it, told in one line."""
+    """A mistake in a data file, or in what was asked of it, in one line."""
 
 
 def size_text(shape: Sequence[int]) -> str:
+    """(3, 4) -> "3 x 4"."""
     return " x ".join(map(str, shape)) or "one value"
 
 
 @contextlib.contextmanager
 def readable(file, what: str, errors=Exception):
-    """Tells whatever goes wrong inside, where damaged bytes can raise nearly anything."""
+    """Turns any error inside into one DataError: damaged bytes can raise nearly anything."""
     try:
         yield
     except DataError:
@@ -43,7 +43,7 @@ def error_line(error: Exception) -> str:
 
 
 def optional_package(module: str, file):
-    """The optional package that reads `file`."""
+    """The package that reads `file`, or a DataError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -51,19 +51,19 @@ def optional_package(module: str, file):
 
 
 def read_picture(file: Path) -> np.ndarray:
-    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats."""
-    with readable(file, _kind(file)), Image.open(file) as picture:
+    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats; `as_float_image` scales it."""
+    with readable(file, file.suffix[1:].upper()), Image.open(file) as picture:
         if picture.mode not in ("L", "F", "RGB") and not picture.mode.startswith("I"):
             picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
         array = np.asarray(picture)
     if array.dtype == np.int32 and 0 <= array.min() and array.max() < 2**16:
-        array = array.astype(np.uint16)  # what some versions of Pillow make of 16 bits
+        array = array.astype(np.uint16)  # some versions of Pillow give int32 for 16 bits
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def read_label(file: Path) -> np.ndarray:
     """A label map (H, W): grey levels or palette indices as they are."""
-    with readable(file, _kind(file)), Image.open(file) as picture:
+    with readable(file, file.suffix[1:].upper()), Image.open(file) as picture:
         array = np.asarray(picture)
         if picture.format == "JPEG" or array.ndim != 2:
             raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
@@ -71,8 +71,19 @@ def read_label(file: Path) -> np.ndarray:
     return array
 
 
-def _kind(file: Path) -> str:
-    return file.suffix[1:].upper()
+def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
+    """float32: uint8 and uint16 scaled to [0, 1], floats as they are; other kinds are refused, and
+    so are pixels that are not finite."""
+    if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
+        return image / np.float32(np.iinfo(image.dtype).max)
+    if image.dtype.kind != "f":
+        raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 or uint16 (scaled to "
+                        "[0, 1])")
+    with np.errstate(over="ignore"):
+        image = image.astype(np.float32)
+    if not np.isfinite(image).all():
+        raise DataError(f"{where} has pixels that are not finite; replace them first")
+    return image
 
 
 def read_pages(file: Path) -> np.ndarray:
@@ -81,7 +92,8 @@ def read_pages(file: Path) -> np.ndarray:
         return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
 
 
-def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
+    """{key: array}, in the order of `needed` and `optional`; other keys are refused."""
     with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
@@ -94,12 +106,11 @@ def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] =
 
 
 def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
-    """A NIfTI file: (voxels (C, D, H, W), or (C, H, W) of a single slice unless dims=3; the nibabel
-    image).
+    """A NIfTI file: its voxels (C, D, H, W), and the nibabel image that `write_nifti` needs.
 
-    Axes are turned, in steps of 90 degrees, so that W runs to the patient's left, H to the back and
-    D to the head, as in DICOM: files stored in different orders agree. Raises DataError for a
-    broken file and for voxels that are not finite real numbers.
+    A single slice is (C, H, W), unless dims=3. Axes are turned, in steps of 90 degrees, so that W
+    runs to the patient's left, H to the back and D to the head, as in DICOM: files stored in
+    different orders agree. DataError for a broken file and for voxels that are not finite numbers.
     """
     nibabel = optional_package("nibabel", file)
     with readable(file, "NIfTI file"):
@@ -116,7 +127,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
 
 def is_nifti(file: Path) -> bool:
-    """By its name."""
+    """Whether `file` is named like one."""
     return file.name.lower().endswith(FOLDER[-2:])
 
 
@@ -127,7 +138,7 @@ def _volume_shape(array: np.ndarray) -> tuple[int, ...]:
 
 
 def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
-    """The turn that `read_nifti` gives, as nibabel notes it; size (x, y, z) and affine after it."""
+    """The turn that `read_nifti` applies, as nibabel notes it; size (x, y, z) and affine after."""
     from nibabel import orientations
 
     turn = orientations.ornt_transform(orientations.io_orientation(source.affine),
@@ -138,9 +149,8 @@ def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
 
 
 def write_nifti(path, array: np.ndarray, source) -> None:
-    """Write (D, H, W) or (n, D, H, W), or of a single slice (H, W) or (n, H, W), voxel for voxel
-    over the nibabel image `source` from `read_nifti`: its shape, order of axes and affine. n is
-    the file's fourth axis."""
+    """Writes (D, H, W) or (n, D, H, W), of a single slice (H, W) or (n, H, W), with the shape, the
+    order of axes and the affine of `source`, from `read_nifti`. n is the file's fourth axis."""
     import nibabel
 
     size = _turned(source)[1]
@@ -156,7 +166,7 @@ def write_nifti(path, array: np.ndarray, source) -> None:
 
 
 def same_grid(source, other, file) -> None:
-    """Refuse a file that lies elsewhere than its image, `source`: turned, it could fit wrongly."""
+    """DataError where `other`, read from `file`, does not lie on the same voxels as `source`."""
     (_, size, here), (_, _, there) = _turned(source), _turned(other)
     voxel = np.linalg.norm(here[:3, :3], axis=0).min()
     if (abs(here - there) @ [*size, 1]).max() > voxel / 2:
@@ -179,7 +189,7 @@ def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], fil
     """(C, H, W) bilinear over the area that a new pixel covers, and (H, W) nearest, to `size`."""
     if image.shape[1:] != label.shape or min(size) < 1:
         raise DataError(f"{file}: image is {size_text(image.shape[1:])} and its label "
-                        f"{size_text(label.shape)}; they must be of one size, and not be shrunk to 0")
+                        f"{size_text(label.shape)}; they must be of one size, not shrunk to 0")
     planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
         tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
     middles = [((np.arange(want) + 0.5) * have / want).astype(int)
@@ -188,7 +198,7 @@ def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], fil
 
 
 def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
-    """The tightest box round what is true."""
+    """The tightest box around all that is True."""
     return tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(inside))
 
 
