@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from sources.base import SPLITS, Case, Listing, split_groups
-from sources.files import (ArraysOnly, DataError, optional_package, read_label, read_picture,
+from sources.files import (DataError, check_claim, optional_package, read_label, read_picture,
                            readable, size_text)
 from sources.own import read_npz, read_row
+from sources.pickles import read_pickle
 
 HDF5 = (".h5", ".hdf5")
 
@@ -28,8 +29,7 @@ def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
 
 def _read_pickle(path: Path) -> Listing:
     """The layout of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
-    with readable(path, "pickle of arrays"), open(path, "rb") as file:
-        table = ArraysOnly(file).load()
+    table = read_pickle(path)
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}; give a dict "
                         "{key: {image, masks, series_uid}}")
@@ -45,10 +45,14 @@ def _read_pickle(path: Path) -> Listing:
             raise DataError(f"{path}: {key!r}: no {', '.join(sorted(missing))}; each case is a "
                             "dict of image, masks and series_uid")
         image, masks = record["image"], record["masks"]
-        if not isinstance(image, np.ndarray) or not isinstance(masks, (list, tuple, np.ndarray)):
+        many = isinstance(masks, (list, tuple)) or isinstance(masks, np.ndarray) and masks.ndim
+        if not isinstance(image, np.ndarray) or not many:
             raise DataError(f"{path}: {key!r}: image is a {type(image).__name__} and masks a "
                             f"{type(masks).__name__}; give an array and a list of arrays")
-        cases.append(Case(str(key), str(record["series_uid"]), partial(read, key)))
+        uid = record["series_uid"]
+        if not isinstance(uid, (str, bytes, int, float, np.generic)):
+            raise DataError(f"{path}: {key!r}: series_uid is a {type(uid).__name__}; give a text")
+        cases.append(Case(str(key), str(uid), partial(read, key)))
     return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
 
 
@@ -102,6 +106,7 @@ def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
                 raise DataError(f"{path}: /{split}: images are {size_text(size)} and labels "
                                 f"{size_text(shape)}; (N, H, W) and (N, H, W, A) are needed")
             if split in wanted or not split:
+                check_claim(path, images.nbytes + labels.nbytes)
                 images, labels = images[()][:, None], labels[()]
                 if len(shape) == 3:
                     labels = labels[:, None]
