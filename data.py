@@ -1,4 +1,4 @@
-"""Every data set: synthetic ones, whose label maps have known probabilities, and real ones in files.
+"""Every data set: synthetic ones, whose label maps have known probabilities, and ones in files.
 
     train, val = data.load("shapes", ("train", "val"))     # two `Split`s: tensors in memory
     augmentation = data.DATASETS["shapes"].augmentation
@@ -123,12 +123,13 @@ def _check_options(name: str, source: "Source", given: dict) -> dict:
             good, hint = isinstance(value, (str, Path)), "give a text"
         else:
             least = 0 if kind is int else get_args(kind)[1]
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            good = isinstance(value, int) and not isinstance(value, bool)
+            good = good and least <= value < 2**31
             hint = f"give a whole number >= {least}"
         if good and key == "hide":
             good, hint = value <= 99, "give per cent of the image, 0 to 99"
         if not good:
-            raise DataError(f"{name} option {key}={value!r}: {hint}")
+            raise DataError(f"{name} option {key}={repr(value)[:60]}: {hint}")
     return given
 
 
@@ -371,10 +372,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
         # Drawn for the whole batch on every rank; `send` selects its rows afterwards.
         generator = seeded_generator(seed, 1, step)
         if split.instances is None:
-            # A race of exponential clocks of rates `weights` (in logarithms): a rate of 0 never
-            # wins, and there is no cumulative sum to round past the last annotator.
-            chances = torch.rand(weights[rows].shape, generator=generator, dtype=torch.float64)
-            annotator = (chances.log() / weights[rows]).argmax(1)
+            annotator = torch.multinomial(weights[rows], 1, generator=generator)[:, 0]
             cases = send(rows)
             labels = split.label_maps(cases, send(annotator))
         else:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ from sources.files import DataError, as_float_image, readable, size_text
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
+LARGE = 5.0  # root mean square of an image above which a warning is printed
 
 
 @dataclass
@@ -113,6 +115,11 @@ class Case:
     name: str
     group: str
     read: Callable[[], tuple[np.ndarray, dict[int, np.ndarray]]]
+
+    def __post_init__(self):
+        # File names may hold bytes that are not UTF-8, which no CSV or JSON could be written with.
+        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8")
+                                 for text in (self.name, self.group))
 
 
 @dataclass
@@ -228,7 +235,7 @@ def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
     """
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
-    cases, images, maps = [listing.cases[i] for i in rows], [], []
+    cases, images, maps, scale = [listing.cases[i] for i in rows], [], [], 0.0
     progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
     start = time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -241,10 +248,15 @@ def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
                                 "everywhere")
             images.append(image)
             maps.append(drawn)
+            scale = max(scale, float(np.linalg.norm(image)) / math.sqrt(image.size))
             if time.monotonic() - start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - start > SLOW:
         progress.say(f"{place}: {len(cases)} cases read")
+    if scale > LARGE and not progress.quiet:
+        print(f"warning: {place}: pixels of about {scale:.3g}; models expect about [0, 1], or mean "
+              "0 and deviation 1: divide the images, or store them as uint8 or uint16",
+              file=sys.stderr)
 
     size = np.max([image.shape[1:] for image in images], 0)
     annotators = 1 + max((annotator for drawn in maps for annotator in drawn), default=0)
@@ -320,10 +332,10 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
 
 def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
     """Ids from `fixed` on are renumbered without gaps, so that tables of classes stay small."""
-    good = ids >= -1 if ids.dtype.kind in "ui" else np.zeros(ids.shape, bool)
-    if not good.all():
-        raise DataError(f"{where} is of {ids.dtype}, its least {ids.min()}; instance ids are whole "
-                        "numbers from 0 up, -1 is ignored")
+    if ids.dtype.kind not in "ui" or (ids < -1).any() or not (ids >= 0).any():
+        least = f", its least {ids.min()}" if ids.size and ids.dtype.kind in "uif" else ""
+        raise DataError(f"{where} is of {ids.dtype}{least}; instance ids are whole numbers from 0 "
+                        "up (at least one); -1 is ignored")
     found = np.unique(ids[ids >= fixed])
     return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
 

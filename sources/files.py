@@ -1,13 +1,13 @@
-"""Reading one file: a picture, arrays, NIfTI, a pickle of arrays; and writing files safely."""
+"""Reading one file: a picture, arrays, NIfTI; and writing files safely."""
 
 import contextlib
 import gzip
-import importlib.util
+import importlib
 import os
-import pickle
 import tempfile
-from collections import OrderedDict
+import warnings
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,10 @@ from PIL import Image, ImageSequence
 from common import UserError
 
 FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")  # as folders hold
+EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
+
+# `_open_picture` refuses what Pillow would only warn of.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DataError(UserError):
@@ -29,7 +33,12 @@ def size_text(shape: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def readable(file, what: str, errors=Exception):
-    """Turns any error inside into one DataError: damaged bytes can raise nearly anything."""
+    """Turns any error inside into one DataError: damaged bytes can raise nearly anything.
+
+    Only regular files are read: a pipe would wait for ever, a device has no end.
+    """
+    if not Path(file).is_file():
+        raise DataError(f"{file}: not a readable {what}: no such file, or not a regular one")
     try:
         yield
     except DataError:
@@ -50,9 +59,18 @@ def optional_package(module: str, file):
         raise DataError(f"{file}: {module} reads it: pip install {module}") from error
 
 
+@contextlib.contextmanager
+def _open_picture(file: Path):
+    with readable(file, file.suffix[1:].upper()), Image.open(file) as picture:
+        if prod(picture.size) > Image.MAX_IMAGE_PIXELS:
+            raise DataError(f"{file}: {size_text(picture.size)} pixels (a decompression bomb?); "
+                            f"{Image.MAX_IMAGE_PIXELS} are allowed: cut it into tiles")
+        yield picture
+
+
 def read_picture(file: Path) -> np.ndarray:
     """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats; `as_float_image` scales it."""
-    with readable(file, file.suffix[1:].upper()), Image.open(file) as picture:
+    with _open_picture(file) as picture:
         if picture.mode not in ("L", "F", "RGB") and not picture.mode.startswith("I"):
             picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
         array = np.asarray(picture)
@@ -63,7 +81,7 @@ def read_picture(file: Path) -> np.ndarray:
 
 def read_label(file: Path) -> np.ndarray:
     """A label map (H, W): grey levels or palette indices as they are."""
-    with readable(file, file.suffix[1:].upper()), Image.open(file) as picture:
+    with _open_picture(file) as picture:
         array = np.asarray(picture)
         if picture.format == "JPEG" or array.ndim != 2:
             raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
@@ -88,21 +106,46 @@ def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
 
 def read_pages(file: Path) -> np.ndarray:
     """A TIFF of several pages, (N, H, W)."""
-    with readable(file, "TIFF"), Image.open(file) as picture:
+    with _open_picture(file) as picture:
         return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
 
 
 def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
-    """{key: array}, in the order of `needed` and `optional`; other keys are refused."""
+    """{key: array}, in the order of `needed` and `optional`; other keys are refused.
+
+    The arrays' headers are looked at first, so that a small file cannot fill the memory.
+    """
     with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
-        arrays = {key: archive[key] for key in (*needed, *optional) if key in given}
-    if not set(needed) <= given <= {*needed, *optional}:
-        allowed = f", {', '.join(optional)} allowed" if optional else ""
-        raise DataError(f"{file}: has the keys {', '.join(sorted(given)) or '(none)'}; "
-                        f"{' and '.join(needed)} are needed{allowed}")
-    return arrays
+        if not set(needed) <= given <= {*needed, *optional}:
+            allowed = f", {', '.join(optional)} allowed" if optional else ""
+            raise DataError(f"{file}: has the keys {', '.join(sorted(given)[:20]) or '(none)'}; "
+                            f"{' and '.join(needed)} are needed{allowed}")
+        check_claim(file, sum(_claimed_bytes(archive, key) for key in given))
+        return {key: archive[key] for key in (*needed, *optional) if key in given}
+
+
+def _claimed_bytes(archive, key: str) -> int:
+    """How large the array of an .npz is by its header; ValueError if it is no plain array."""
+    member = key if key in archive.zip.namelist() else f"{key}.npy"
+    with archive.zip.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read_header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"{key} holds objects, or has a negative size")
+    return prod(shape) * dtype.itemsize
+
+
+def check_claim(file: Path, claimed: int) -> None:
+    """DataError where `file` claims to hold far more bytes than it can be expected to."""
+    most = max(EXPANSION * os.path.getsize(file), SMALL)
+    if claimed > most:
+        raise DataError(f"{file}: claims {claimed:,} bytes of arrays, more than {EXPANSION} times "
+                        "its own size; save it without compression if that is right")
 
 
 def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
@@ -123,6 +166,8 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
                         "along the fourth axis")
     if not np.isfinite(array).all():
         raise DataError(f"{file}: some voxels are NaN or infinite; replace them first")
+    # Turned axes have negative strides, which torch refuses.
+    array = np.ascontiguousarray(array)
     return array if dims == 3 else array.reshape(_volume_shape(array)), source
 
 
@@ -190,8 +235,9 @@ def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], fil
     if image.shape[1:] != label.shape or min(size) < 1:
         raise DataError(f"{file}: image is {size_text(image.shape[1:])} and its label "
                         f"{size_text(label.shape)}; they must be of one size, not shrunk to 0")
-    planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
-        tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
+    with readable(file, "image to resize"):
+        planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
+            tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
     middles = [((np.arange(want) + 0.5) * have / want).astype(int)
                for want, have in zip(size, label.shape)]
     return np.stack([np.asarray(plane) for plane in planes]), label[np.ix_(*middles)]
@@ -202,34 +248,14 @@ def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(inside))
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Reads NumPy arrays and plain containers; refuses any other global before it is imported.
-
-    The functions are taken from this NumPy, under the names old and new pickles know them by.
-    """
-
-    NUMPY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0],
-             "_frombuffer": np.empty(1).__reduce_ex__(5)[0]}
-    PLAIN = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-             ("collections", "OrderedDict"): OrderedDict,
-             # How protocols 0 to 2 spell bytes; NumPy asks for no other codec.
-             ("_codecs", "encode"): lambda text, codec: text.encode("latin1")}
-
-    def find_class(self, module, name):
-        """What a pickle may build: arrays and plain containers; UnpicklingError for all else."""
-        internal = module.startswith(("numpy.core.", "numpy._core."))
-        found = self.NUMPY.get(name) if internal else self.PLAIN.get((module, name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no array needs and "
-                                         "which could run anything; it was not run")
-        return found
-
-
 def write_atomically(path, write) -> None:
     """Call write(temporary name), flush to disk and rename to `path`.
 
-    A kill or a full disk leaves what stood at `path` before, whole.
+    A kill or a full disk leaves what stood at `path` before, whole. Only regular files are
+    replaced, never a device or a folder.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path}: not a regular file, so it is not replaced; give another name")
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(".tmp", f".{os.path.basename(path)}.", folder)
     os.close(handle)
@@ -248,4 +274,4 @@ def write_atomically(path, write) -> None:
 
 def write_text(path, text: str) -> None:
     """Write `text`, whole or not at all."""
-    write_atomically(path, lambda name: Path(name).write_text(text))
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

@@ -39,6 +39,8 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
         if arrays[key].shape != sizes[key] or not number:
             raise DataError(f"{path}: {key} is {size_text(arrays[key].shape)} of "
                             f"{arrays[key].dtype}; {size_text(sizes[key])} is needed")
+    if not float(arrays.get("num_classes", 0)).is_integer():
+        raise DataError(f"{path}: num_classes is {arrays['num_classes']}; give a whole number")
     num_classes = num_classes or int(arrays.get("num_classes", 0))
     names = [str(name) for name in arrays.get("names", range(len(labels)))]
     groups = [str(group) for group in arrays.get("groups", names)]

@@ -24,7 +24,8 @@ def read_synapse(path: Path, wanted: Sequence[str], *, size: int = 224) -> Listi
         else:
             with readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
                 image, label = volume["image"][i], volume["label"][i]
-        image = np.asarray(image, np.float32)[None]
+        with readable(file, "slice of numbers"):
+            image = np.asarray(image, np.float32)[None]
         if size:
             image, label = resample_case(image, label, (size, size), file)
         return image, {0: label}

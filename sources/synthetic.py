@@ -197,11 +197,12 @@ def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, see
     images = (0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
               - 0.45 * torch.sigmoid(3 * (1.2 * width - to_wall) / width)).clamp(0, 1)
     instances.masked_fill_(to_wall < width, 0)
-    labels = []
+    maps = []
     for number in range(4):
         table = random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
-        labels.append(relabel(instances, table))
-    return _finish("section", images[:, None], torch.stack(labels, 1), None, 16, instances=instances)
+        maps.append(relabel(instances, table))
+    labels = torch.stack(maps, 1)
+    return _finish("section", images[:, None], labels, None, 16, instances=instances)
 
 
 def make_organs(*, n: Annotated[int, 12] = 400, size: Annotated[int, 48] = 96, seed: int = 0):
