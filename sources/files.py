@@ -61,7 +61,8 @@ def optional_package(module: str, file):
 
 @contextlib.contextmanager
 def _open_picture(file: Path):
-    with readable(file, file.suffix[1:].upper()), Image.open(file) as picture:
+    kind = {".tif": "TIFF", ".jpg": "JPEG"}.get(file.suffix.lower(), file.suffix[1:].upper())
+    with readable(file, kind), Image.open(file) as picture:
         if prod(picture.size) > Image.MAX_IMAGE_PIXELS:
             raise DataError(f"{file}: {size_text(picture.size)} pixels (a decompression bomb?); "
                             f"{Image.MAX_IMAGE_PIXELS} are allowed: cut it into tiles")
