@@ -6,7 +6,7 @@
     image, label = next(stream)                            # (B, C, *S) float32, (B, *S) int64
 
     python data.py                                # lists the data sets
-    python data.py show --data shapes             # a table, and a PNG with all annotators' outlines
+    python data.py show --data shapes             # a table, and a PNG with all label maps
     python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
 
 sources/README.md describes every file layout. A `Split` is moved to the device whole. Batches are
@@ -34,10 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.pictures import COLORS, new_figure, paint_image, save_figure
+import metrics
+from analysis.pictures import paint_image, paint_label, save_grid
 from common import IGNORE, UserError, key_values, reflect_index
-from sources.base import (SPLITS, Split, assign, check_known, collect, locate, measure_case,
-                          random_classes, relabel, seeded_generator, spline)
+from sources.base import (SPLITS, Split, assign, check_known, collect, locate, random_classes,
+                          relabel, seeded_generator, spline)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
@@ -452,11 +453,9 @@ DATASETS: dict[str, Source] = {
         Augmentation(flip=(-3, -2, -1), quarter_turns=True)),
     "lidc": Source(
         read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", _FULL,
-        "a pickle {key: {image, masks, series_uid}} (data_lidc.pickle, linked from "
-        "github.com/stefanknegt/Probabilistic-Unet-Pytorch), the PNG tree "
-        "{train,val,test}/{images,gt}/<patient>/ (gs://hpunet-data/lidc_crops), an .npz as for the "
-        "data set npz (python data.py build-lidc makes it of the archive's DICOM and XML), HDF5 of "
-        "groups train, val, test with images and labels",
+        "a pickle {key: {image, masks, series_uid}} (linked from github.com/stefanknegt/"
+        "Probabilistic-Unet-Pytorch), PNGs in {train,val,test}/{images,gt}/<patient>/ "
+        "(gs://hpunet-data/lidc_crops), an .npz (python data.py build-lidc) or HDF5",
         (".pickle", ".pkl", ".npz", *HDF5), tuple(f"{part}/images" for part in SPLITS)),
     "npz": Source(
         read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D", _MILD,
@@ -492,11 +491,8 @@ DATASETS: dict[str, Source] = {
 
 
 def show(name: str, path=None, split: str = "train", out=None, /, **options) -> str:
-    """A table of the data set; and a PNG (`out`, or <name>.png) of cases of `split`, with outlines.
-
-    Shares, empty masks and diversity are those of annotators drawn by their probabilities. Raises
-    DataError as `load` does.
-    """
+    """A table of the data set; and a PNG (`out`, or <name>.png) of cases of `split` with their label
+    maps. Raises DataError as `load` does."""
     if split == "all":
         parts = {split: load(name, split, path, **options)}
     else:
@@ -505,7 +501,7 @@ def show(name: str, path=None, split: str = "train", out=None, /, **options) -> 
         except DataError:  # perhaps only another split is missing
             parts = {split: load(name, split, path, **options)}
     out = Path(out or f"{name}.png")
-    _contact_sheet(parts[split], out, f"{name}, {split}")
+    _plot_cases(parts[split], out)
     columns = [_summary(part) for part in parts.values()]
     lines = [f"{'':12}" + "".join(f"{part:>18}" for part in parts)]
     lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
@@ -514,64 +510,50 @@ def show(name: str, path=None, split: str = "train", out=None, /, **options) -> 
 
 
 def _summary(part: Split) -> dict[str, str]:
-    """The table's rows of one split."""
+    """The table's rows of one split: means over cases, of annotators drawn by probability.
+
+    diversity: E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4).
+    """
     weights = part.probabilities
-    cases = [measure_case(part.subset([i]).all_maps().labels[0], weights[i], part.num_classes)
-             for i in range(len(part))]
-    mean = {key: np.mean([np.asarray(case[key]) for case in cases], 0) for key in cases[0]}
-    missing = (part.labels == IGNORE).flatten(2).all(2).float().mean()
+    shares, empty, diversity = torch.zeros(256), 0.0, 0.0
+    for i in range(len(part)):
+        labels = part.subset([i]).all_maps().labels[0]  # (A, *S)
+        counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)]).float()
+        iou = metrics.pairwise_iou(labels, labels, part.num_classes).float()  # (A, A)
+        shares += weights[i] @ counts / counts[0].sum() / len(part)
+        empty += float(weights[i] @ (counts[:, 1:IGNORE].sum(1) == 0).float()) / len(part)
+        diversity += float(1 - weights[i] @ iou @ weights[i]) / len(part)
     rows = {"cases": f"{len(part)}", "groups": f"{len(set(part.groups))}",
             "channels": f"{part.images.shape[1]}", "size": size_text(part.images.shape[2:]),
             "intensity": f"{part.images.min():.3g} to {part.images.max():.3g}",
-            "annotators": f"{weights.shape[1]}", "missing": f"{missing:.1%}",
-            "empty masks": f"{mean['empty']:.1%}", "diversity": f"{mean['diversity']:.3f}"}
-    for value in (*range(part.num_classes), IGNORE):
-        if value < part.num_classes or mean["shares"][value]:
-            title = f"class {value}" if value < IGNORE else "ignored"
-            rows[title] = f"{mean['shares'][value]:.2%}"
+            "annotators": f"{weights.shape[1]}",
+            "missing": f"{1 - part.present.float().mean():.1%}",
+            "empty masks": f"{empty:.1%}", "diversity": f"{diversity:.3f}"}
+    rows |= {f"class {k}": f"{shares[k]:.2%}" for k in range(part.num_classes)}
+    if shares[IGNORE]:
+        rows["ignored"] = f"{shares[IGNORE]:.2%}"
     return rows
 
 
-def _contact_sheet(part: Split, out: Path, title: str, count: int = 12) -> None:
-    """A PNG of cases spread over the split (of volumes, the slice with most foreground), with the
-    outlines of the eight likeliest annotators in their colours, or the instances' borders."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.lines import Line2D
-
-    rows = sorted({round(i) for i in np.linspace(0, len(part) - 1, count)})
-    across = min(4, len(rows))
-    figure, axes = new_figure(-(-len(rows) // across), across, panel=2.2, title=title)
-    for ax, i in zip(axes.flat, rows):
-        case = part.subset([i]).all_maps()
-        image, labels, weights = case.images[0], case.labels[0], case.probabilities[0]
-        ids = None if case.instances is None else case.instances[0]
+def _plot_cases(part: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
+    """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
+    it, each with its annotator's number and probability."""
+    pictures, notes = {}, {}
+    for i in np.linspace(0, len(part) - 1, min(cases, len(part))).round().astype(int).tolist():
+        case, name = part.subset([i]).all_maps(), part.names[i][-36:]
+        image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
             z = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
-            image, labels, ids = image[:, z], labels[:, z], ids if ids is None else ids[z]
+            image, labels = image[:, z], labels[:, z]
         if image.dim() == 2:  # a line, shown as a band
             image, labels = image[:, None].repeat(1, 5, 1), labels[:, None].repeat(1, 5, 1)
-        picture = paint_image(image)
-        if ids is not None:
-            border = torch.zeros_like(ids, dtype=torch.bool)
-            border[1:] |= ids[1:] != ids[:-1]
-            border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-            picture[border] = torch.tensor(to_rgb(COLORS[0]))
-        ax.imshow(picture.numpy(), interpolation="nearest")
-        ax.set_title(part.names[i][-36:], fontsize=6)
-        likeliest = weights.argsort(descending=True, stable=True)[:len(COLORS)].tolist()
-        for order, annotator in enumerate(likeliest if ids is None else []):
-            for value in range(1, part.num_classes):
-                mask = labels[annotator] == value
-                if weights[annotator] > 0 and mask.any() and not mask.all():
-                    # Thinner and thinner, so that an outline drawn twice shows both colours.
-                    ax.contour(mask.numpy(), [0.5], colors=[COLORS[annotator % len(COLORS)]],
-                               linewidths=2 * 0.7**order)
-    count = part.probabilities.shape[1]
-    if part.instances is None and 1 < count <= len(COLORS):
-        figure.legend([Line2D([], [], color=color) for color in COLORS[:count]],
-                      [f"annotator {number}" for number in range(count)], fontsize=7,
-                      ncols=count, loc="outside lower center")
-    save_figure(figure, out)
+        pictures[name] = [paint_image(image)]
+        likeliest = case.probabilities[0].sort(descending=True, stable=True)
+        for probability, number in zip(likeliest.values[:maps], likeliest.indices[:maps]):
+            if probability > 0:
+                notes[name, len(pictures[name])] = f"{number}: {probability:.2f}"
+                pictures[name].append(paint_label(labels[number], image))
+    save_grid(out, pictures, ["image", "label maps"], notes)
 
 
 def main(argv=None) -> int:
@@ -581,21 +563,21 @@ def main(argv=None) -> int:
         prog="python data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Lists, shows and builds data sets.\n\n{sets}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    look = commands.add_parser("show", help="a table, and a PNG with every annotator's outlines")
+    look = commands.add_parser("show", help="a table, and a PNG of cases and their label maps")
     look.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
     look.add_argument("--path", help="its file or folder (default datasets/<data>)")
     look.add_argument("--data-args", nargs="+", metavar="K=V", default=[], help="its options")
     look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
     look.add_argument("--out", help="the PNG (default <data>.png)")
-    build = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
+    cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__.partition("`read`")[0])
-    build.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
-    build.add_argument("dst", metavar="DST", help="the .npz to write")
-    build.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")
-    build.add_argument("--window", type=float, nargs=2, default=LIDC_WINDOW, metavar="HU",
+    cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
+    cut.add_argument("dst", metavar="DST", help="the .npz to write")
+    cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")
+    cut.add_argument("--window", type=float, nargs=2, default=LIDC_WINDOW, metavar="HU",
                      help="what becomes 0 and what 1 (default -1000 400)")
-    build.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
-    build.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+    cut.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
+    cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
                      help="processes (default %(default)s)")
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
@@ -603,20 +585,20 @@ def main(argv=None) -> int:
         if command == "build-lidc":
             build_lidc(**args)
         elif command == "show":
-            options = key_values("--data-args", args.pop("data_args"))
-            print(show(args.pop("data"), *args.values(), **options))
+            options = key_values("--data-args", args["data_args"])
+            print(show(args["data"], args["path"], args["split"], args["out"], **options))
         else:
             parser.print_help()
         return 0
-    except (DataError, UserError, ImportError) as error:
+    except (UserError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}; what was finished "
-              "before is kept", file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename or ''}; what was finished before "
+              "is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped; rerun to resume", file=sys.stderr)
         return 130
 
 

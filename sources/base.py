@@ -156,7 +156,7 @@ def locate(name: str, path, source) -> Path:
                         f"{' or '.join(file.name for file in found)}")
     if not found:
         raise DataError(f"{name}: nothing to read at {place}: put there, or give the path of, "
-                        f"{source.layout}")
+                        f"{source.layout}; sources/README.md has every layout")
     return found[0]
 
 
