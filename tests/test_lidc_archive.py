@@ -38,7 +38,7 @@ def read_made(path, pixels=False):
         return None
     with np.load(path) as file:
         text, numbers = file["text"].tolist(), [None if math.isnan(v) else v for v in file["mm"]]
-        return sources.lidc_archive.CTSlice(*text, tuple(file["shape"].tolist()), tuple(file["spacing"].tolist()),
+        return sources.lidc_archive.CTSlice(path, *text, tuple(file["shape"].tolist()), tuple(file["spacing"].tolist()),
                             *numbers, file["hu"] if pixels else None)
 
 
@@ -118,7 +118,7 @@ def grey(hu, low=-1000, high=400):
 
 
 def drawn(points, shape=(6, 8)):
-    inside, outline = sources.lidc_archive._fill(points, shape)
+    inside, outline = sources.lidc_archive.fill(points, shape)
     assert not (inside & outline).any()
     return ["".join("#" if i else "o" if o else "." for i, o in zip(*rows))
             for rows in zip(inside, outline)]
@@ -158,7 +158,7 @@ def test_random_polygons_are_filled_like_matplotlibs():
     grid = np.stack(np.meshgrid(np.arange(30), np.arange(20)), -1).reshape(-1, 2)
     for _ in range(60):
         points = [(draw.randrange(30), draw.randrange(20)) for _ in range(draw.randrange(3, 9))]
-        inside, outline = sources.lidc_archive._fill(points, (20, 30))
+        inside, outline = sources.lidc_archive.fill(points, (20, 30))
         edges = zip(points, points[1:] + points[:1])
         near = np.min([_distance(grid, *map(np.array, edge)) for edge in edges], 0).reshape(20, 30)
         assert (outline == (near < 1e-9)).all()
@@ -492,7 +492,7 @@ def test_workers_die_with_their_parent(archive, tmp_path):
     """SIGKILL of the parent alone: within seconds none of its processes is left."""
     src, _ = archive
     here = [str(Path(__file__).parent), str(Path(data.__file__).parent)]
-    code = (f"import sys, time; sys.path[:0] = {here}\nimport test_build_lidc as t\n"
+    code = (f"import sys, time; sys.path[:0] = {here}\nimport test_lidc_archive as t\n"
             "if __name__ == '__main__':\n"
             f"    t.build({str(src)!r}, {str(tmp_path / 'l.npz')!r}, workers=2, read=t.stuck_read)")
     script = tmp_path / "stuck.py"
