@@ -576,6 +576,8 @@ def main(argv=None) -> int:
     cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")
     cut.add_argument("--window", type=float, nargs=2, default=LIDC_WINDOW, metavar="HU",
                      help="what becomes 0 and what 1 (default -1000 400)")
+    cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
+                     help="whether the outlines belong to the nodules (default exclude)")
     cut.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
                      help="processes (default %(default)s)")
