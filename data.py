@@ -425,10 +425,10 @@ def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: how it is read and described. Its options are the keyword arguments of `read`."""
+    """A data set: how it is read and described. Its options are the keyword arguments of `read`,
+    which gives, of synthetic sets, (the whole Split, {split: indices}), of others a `Listing`."""
 
-    read: Callable  # synthetic: (**options) -> whole Split, {split: indices}; real: (path, splits
-    # wanted, **options) -> Listing
+    read: Callable
     doc: str
     augmentation: Augmentation  # of training batches
     layout: str = ""  # real: what to put where, for the message when nothing is found
@@ -490,9 +490,10 @@ DATASETS: dict[str, Source] = {
 # ----------------------------------------------------------------------------------- command line
 
 
-def show(name: str, path=None, split: str = "train", out=None, /, **options) -> str:
-    """A table of the data set; and a PNG (`out`, or <name>.png) of cases of `split` with their label
-    maps. Raises DataError as `load` does."""
+def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
+    """A table of the data set, and a PNG (`out`, or <name>.png) of cases of `split` with their
+    label maps. Raises DataError as `load` does."""
+    options = options or {}
     if split == "all":
         parts = {split: load(name, split, path, **options)}
     else:
@@ -588,7 +589,7 @@ def main(argv=None) -> int:
             build_lidc(**args)
         elif command == "show":
             options = key_values("--data-args", args["data_args"])
-            print(show(args["data"], args["path"], args["split"], args["out"], **options))
+            print(show(args["data"], args["path"], args["split"], args["out"], options))
         else:
             parser.print_help()
         return 0

@@ -7,7 +7,6 @@ read, a user's own split file can move cases, and pictures are decoded on severa
     data.load -> locate -> the set's reader -> assign -> collect -> each case's `read`
 """
 
-import itertools
 import json
 import math
 import os
@@ -398,18 +397,3 @@ def spline(knots: Tensor, shape: Sequence[int]) -> Tensor:
         basis = torch.where(gap < 1, 2 / 3 - gap**2 + gap**3 / 2, (2 - gap).clamp(min=0) ** 3 / 6)
         knots = torch.tensordot(knots, basis, ([2], [1]))  # the finished axis goes to the end
     return knots
-
-
-def measure_case(labels: Tensor, weights: Tensor, num_classes: int) -> dict:
-    """One case, labels (A, *S), at an annotator drawn by the probabilities `weights` (A,).
-
-    shares: (256,) share of the pixels with each label; empty: probability of a map without
-    foreground; diversity: E[1 - IoU] of two annotators drawn, of one twice too (SSN, Sec. 4).
-    """
-    import metrics
-
-    counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)])  # (A, 256)
-    iou = metrics.pairwise_iou(labels, labels, num_classes).to(weights)
-    return {"shares": weights @ (counts / counts[0].sum()).to(weights),
-            "empty": float(weights @ (counts[:, 1:IGNORE].sum(1) == 0).to(weights)),
-            "diversity": float(1 - weights @ iou @ weights)}

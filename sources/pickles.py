@@ -10,7 +10,6 @@ import mmap
 import pickle
 import pickletools
 import re
-from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -26,27 +25,26 @@ for package in ("numpy.core", "numpy._core"):  # before version 2 of NumPy, and 
     NAMES |= {(f"{package}.multiarray", "_reconstruct"): "array",
               (f"{package}.multiarray", "scalar"): "scalar",
               (f"{package}.numeric", "_frombuffer"): "buffer"}
-PLAIN_KIND = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,3}")  # no objects, no fields
+KIND = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,3}")  # of a dtype: no objects, no fields
 KEY_LENGTH = 1000  # characters
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 LITERALS = ("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING "
             "SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES "
             "SHORT_BINBYTES BINBYTES8 BYTEARRAY8").split()
 
 
-@dataclass
 class Name:
     """One of `NAMES` on the stack."""
 
-    kind: str
+    def __init__(self, kind: str):
+        self.kind = kind
 
 
-@dataclass
 class Unfinished:
-    """A dtype or an array that was asked for and waits for its state (the operation BUILD)."""
+    """A dtype (kind such as "f8") or an "array" that waits for its state, the operation BUILD."""
 
-    kind: str  # "array", or a dtype's kind such as "f8"
-    memo_keys: list[int] = field(default_factory=list)  # where it was stored meanwhile
+    def __init__(self, kind: str):
+        self.kind, self.memo_keys = kind, []  # where it was stored meanwhile
 
 
 def read_pickle(file):
@@ -73,12 +71,13 @@ def _run(operations):
             continue
         if name == "STOP":
             return stack.pop()
-        if name == "MARK":
-            marks.append(len(stack))
-        elif name in ("POP", "POP_MARK"):
-            stack.pop() if name == "POP" else since_mark()
+        if name in LITERALS:
+            _expect(type(value) is not int or abs(value) < 2**64, "a number of more than 64 bits")
+            stack.append(value)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name])
+        elif name == "MARK":
+            marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             key = len(memo) if name == "MEMOIZE" else value
             memo[key] = stack[-1]
@@ -86,37 +85,34 @@ def _run(operations):
                 stack[-1].memo_keys.append(key)
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[value])
-        elif name in ("EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT"):
-            stack.append({"EMPTY_LIST": [], "EMPTY_TUPLE": (), "EMPTY_DICT": {}}[name])
-        elif name in ("LIST", "TUPLE"):
-            items = since_mark()
-            stack.append(items if name == "LIST" else tuple(items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            stack[-count:] = [tuple(stack[-count:])]
+        elif name in ("EMPTY_LIST", "LIST"):
+            stack.append(since_mark() if name == "LIST" else [])
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else since_mark()
             _expect(isinstance(stack[-1], list), "it appends to something that is no list")
             stack[-1].extend(items)
-        elif name in ("DICT", "SETITEM", "SETITEMS"):
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            if name != "TUPLE":
+                marks.append(len(stack) - int(name[-1]))
+            stack.append(tuple(since_mark()))
+        elif name in ("EMPTY_DICT", "DICT"):
+            items = since_mark() if name == "DICT" else []
+            stack.append({})
+            _set_items(stack[-1], items)
+        elif name in ("SETITEM", "SETITEMS"):
             items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-            if name == "DICT":
-                stack.append({})
-            _set_items(stack[-1], items[::2], items[1::2])
+            _set_items(stack[-1], items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             path = value.split(" ", 1) if value else (stack.pop(-2), stack.pop())
             stack.append(_name(*path))
         elif name == "REDUCE":
-            arguments = stack.pop()
-            stack[-1] = _reduce(stack[-1], arguments)
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_reduce(function, arguments))
         elif name == "BUILD":
-            state, waiting = stack.pop(), stack[-1]
-            stack[-1] = _build(waiting, state)
+            state, waiting = stack.pop(), stack.pop()
+            stack.append(_build(waiting, state))
             for key in waiting.memo_keys:
                 memo[key] = stack[-1]
-        elif name in LITERALS:
-            _expect(type(value) is not int or abs(value) < 2**64, "a number of more than 64 bits")
-            stack.append(value)
         else:
             raise pickle.UnpicklingError(f"it calls for {name}, which no array needs; not run")
     raise pickle.UnpicklingError("it ends early")
@@ -127,9 +123,10 @@ def _expect(condition: bool, fault: str) -> None:
         raise pickle.UnpicklingError(fault)
 
 
-def _set_items(table, keys: list, values: list) -> None:
-    _expect(type(table) is dict and len(keys) == len(values), "it sets items of what is no dict")
-    for key, value in zip(keys, values):
+def _set_items(table, items: list) -> None:
+    """items: key, value, key, value, ..."""
+    _expect(type(table) is dict and len(items) % 2 == 0, "it sets items of what is no dict")
+    for key, value in zip(items[::2], items[1::2]):
         # Only flat keys: hashing nested tuples that share their parts can take for ever.
         _expect(isinstance(key, (str, bytes, int, float)), "a key is neither a text nor a number")
         _expect(len(str(key)) <= KEY_LENGTH, "a key is very long")
@@ -149,14 +146,14 @@ def _reduce(function, arguments):
     _expect(isinstance(function, Name) and isinstance(arguments, tuple), "it calls what is no name")
     kind = function.kind
     if kind == "dtype" and arguments and isinstance(arguments[0], str):
-        _expect(PLAIN_KIND.fullmatch(arguments[0]), "an array of objects or records; give numbers")
+        _expect(KIND.fullmatch(arguments[0]), "an array of objects or records; give numbers")
         return Unfinished(arguments[0])
     if kind == "bytes" and len(arguments) in (0, 2):
         return arguments[0].encode("latin1") if arguments else b""
     if kind == "dict" and len(arguments) <= 1:
         table = {}
-        for key, value in arguments[0] if arguments else ():
-            _set_items(table, [key], [value])
+        for pair in arguments[0] if arguments else ():
+            _set_items(table, list(pair))
         return table
     if kind == "array" and isinstance(arguments[0], Name) and arguments[0].kind == "ndarray":
         return Unfinished("array")

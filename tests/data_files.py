@@ -70,7 +70,7 @@ def cut(name, size):
     return change
 
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # voxels already in the order that the annotator turns them to
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # already in the order that read_nifti turns to
 
 
 def stored(array, affine, axes, flips):

@@ -4,7 +4,6 @@ themselves, options and hidden regions."""
 import inspect
 import itertools
 import math
-import os
 
 import numpy as np
 import pytest
@@ -28,7 +27,8 @@ def plain_split(n=1, annotators=1, shape=(8, 8), weights=None, channels=1):
     annotator = torch.arange(annotators, dtype=torch.uint8).view(1, annotators, *[1] * len(shape))
     names = [str(i) for i in range(n)]
     return Split(case.expand(n, channels, *shape).clone(),
-                 annotator.expand(n, annotators, *shape).clone(), weights, names, max(annotators, 2), names)
+                 annotator.expand(n, annotators, *shape).clone(), weights, names,
+                 max(annotators, 2), names)
 
 
 def ramp(batch, *shape):
@@ -96,34 +96,6 @@ def test_options_may_not_be_named_like_loads_own_arguments(capsys):
         assert capsys.readouterr().err.count("\n") == 1
     refused("n=", "whole number", call=lambda: data.load("shapes", n="9" * 99))
     refused("seed=", call=lambda: data.load("shapes", seed=2**31))
-
-
-def test_show(tmp_path, capsys):
-    """Two annotators, drawn with probabilities 1/4 and 3/4; the second marks 4 of 16 pixels."""
-    labels = np.zeros((8, 2, 4, 4), np.uint8)
-    labels[:, 1, :2, :2] = 1
-    given = {"images": np.random.rand(8, 4, 4), "labels": labels, "weights": [[0.25, 0.75]] * 8}
-    np.savez(tmp_path / "a.npz", **given)
-    out = tmp_path / "a.png"
-    command = ["show", "--data", "npz", "--path", str(tmp_path / "a.npz"), "--out", str(out)]
-    assert data.main(command) == 0 and out.stat().st_size > 1000
-    table = {line[:12].strip(): line[12:].split() for line in capsys.readouterr().out.splitlines()}
-    assert table["cases"] == ["4", "2", "2"] and table["empty masks"] == ["25.0%"] * 3
-    assert table["diversity"] == ["0.375"] * 3  # 2 * 1/4 * 3/4, the maps share no pixel of class 1
-    assert table["class 1"] == ["18.75%"] * 3  # 3/4 * 4/16
-    for kind in ("instances", "volume", "line"):
-        name = {"instances": "cells", "volume": "lesions3d", "line": "toy1d"}[kind]
-        options = ["--data-args", "n=8", "size=32"] if kind != "line" else []
-        assert data.main(["show", "--data", name, "--out", str(out), *options]) == 0
-
-
-def test_show_replaces_no_device(tmp_path, capsys):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for place in (pipe, tmp_path):
-        assert data.main(["show", "--data", "toy1d", "--out", str(place)]) == 2
-        assert "not a regular file" in capsys.readouterr().err
-    assert pipe.is_fifo()
 
 
 def test_split_moves_and_selects(made):

@@ -140,8 +140,8 @@ def test_pickles_of_arrays_and_plain_values(tmp_path, protocol):
                 assert got[key] == want and type(got[key]) in (dict, type(want))
 
 
-def array_of(dtype_kind=b"f8", state=b"I3\nV<\nNNNI-1\nI-1\nI0\nt", raw=b"I1\n(I1\nt%sI0\nV12345678\nt",
-             build=b"b"):
+def array_of(dtype_kind=b"f8", state=b"I3\nV<\nNNNI-1\nI-1\nI0\nt",
+             raw=b"I1\n(I1\nt%sI0\nV12345678\nt", build=b"b"):
     """A pickle {"k": array} of protocol 0, to be forged part by part."""
     dtype = b"cnumpy\ndtype\n(V" + dtype_kind + b"\nI0\nI1\ntR(" + state + b"b"
     start = b"(dVk\ncnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntVb\ntR("
@@ -228,7 +228,8 @@ def test_forged_pickles_are_one_line_each(tmp_path):
         files.append(tmp_path / f"{number}.pickle")
         files[-1].write_bytes(raw)
     (tmp_path / "good.pickle").write_bytes(array_of())  # the pattern itself is right
-    assert read_pickle(tmp_path / "good.pickle")["k"].tolist() == [struct.unpack("d", b"12345678")[0]]
+    good = read_pickle(tmp_path / "good.pickle")
+    assert good["k"].tolist() == [struct.unpack("d", b"12345678")[0]]
     lines = dict(zip(FORGED, refused_in_one_line(files)))
     assert "objects or records" in lines["a void dtype with an object field"]
     assert "a key is neither" in lines["2^60 shared tuples as a key"]
@@ -292,7 +293,8 @@ def test_odd_values_in_npz(tmp_path):
     refused("em.npz", "-1", call=lambda: data.load("em", path=tmp_path / "em.npz", tile=0))
     table = records()
     table["case-1"]["masks"] = np.array(1)
-    refused("case-1", "masks", call=lambda: data.load("lidc", "all", write(tmp_path / "a.pkl", table)))
+    path = write(tmp_path / "a.pkl", table)
+    refused("case-1", "masks", call=lambda: data.load("lidc", "all", path))
 
 
 def test_pipes_are_refused_not_waited_for(tmp_path):

@@ -1,12 +1,13 @@
 """python data.py show: the table and the picture of a data set."""
 
+import os
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-import analysis.pictures
 import data
-
 
 
 def table(text):
@@ -17,7 +18,7 @@ def table(text):
 
 @pytest.fixture
 def own(tmp_path):
-    """Ten cases of three readers worked by hand. The third is missing in half of them, and drew
+    """Ten cases of three annotators worked by hand. The third is missing in half of them, and drew
     nothing in the others, where it left a corner of 8 of the 80 pixels open."""
     images = np.linspace(0, 1, 10, dtype=np.float32)[:, None, None].repeat(8, 1).repeat(10, 2)
     labels = np.zeros((10, 3, 8, 10), np.uint8)
@@ -34,8 +35,8 @@ def test_show_prints_what_was_worked_by_hand(own, tmp_path):
     rows = {key: value[0] for key, value in table(text).items()}
     assert rows == {
         "splits": "all", "cases": "10", "groups": "10", "channels": "1", "size": "8 x 10",
-        "intensity": "0 to 1", "readers": "3", "missing": "16.7%", "empty masks": "16.7%",
-        # two readers: 1 - (2 + 2 / 3) / 4 = 1/3; with an empty third: 1 - (3 + 2 / 3) / 9 = 16/27
+        "intensity": "0 to 1", "annotators": "3", "missing": "16.7%", "empty masks": "16.7%",
+        # two annotators: 1 - (2 + 2/3) / 4 = 1/3; with an empty third: 1 - (3 + 2/3) / 9 = 16/27
         "diversity": f"{(1 / 3 + 16 / 27) / 2:.3f}",
         # means of 40 of 80 pixels and of 152, 80 and 8 of 240
         "class 0": "56.67%", "class 1": "41.67%", "ignored": "1.67%"}
@@ -43,13 +44,16 @@ def test_show_prints_what_was_worked_by_hand(own, tmp_path):
     assert rows["splits"] == ["train", "val", "test"] and rows["cases"] == ["6", "2", "2"]
 
 
-def test_the_sheet_shows_every_readers_outline(own, tmp_path):
+def test_the_picture_shows_every_annotators_map(own, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(data, "save_grid", lambda path, rows, *_: drawn.update(rows))
     data.show("npz", own, "all", tmp_path / "sheet.png")
-    picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).reshape(-1, 3)
-    seen = [(np.abs(picture.astype(int) - [int(color[i:i + 2], 16) for i in (1, 3, 5)]).max(1)
-             < 12).sum() for color in analysis.pictures.COLORS[:4]]
-    assert seen[0] > 500 and seen[1] > 500  # outlines and the legend
-    assert 5 < seen[2] < 200 and seen[3] < 5  # an empty mask: the legend alone; no fourth reader
+    whole = data.load("npz", "all", own)
+    assert len(drawn) == 8  # of the ten cases, spread evenly: the first and the last are there
+    assert {len(row) for row in drawn.values()} == {3, 4} and {"0", "9"} <= drawn.keys()
+    for name, (image, *maps) in drawn.items():
+        for picture, label in zip(maps, whole.labels[int(name)]):
+            assert torch.equal((picture != image).any(2), label > 0)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -89,10 +93,19 @@ def test_the_data_sets_are_listed(capsys):
 @pytest.mark.parametrize("arguments, fragment", [
     (["--data", "none"], "unknown data set"),
     (["--data", "shapes", "--data-args", "n"], "key=value"),
-    (["--data", "shapes", "--data-args", "path=x"], "no data set has"),
+    (["--data", "shapes", "--data-args", "path=x"], "is synthetic, not read from x"),
     (["--data", "shapes", "--data-args", "n=x"], "whole number"),
     (["--data", "npz", "--path", "nowhere"], "nothing to read")])
 def test_mistakes_of_show_are_one_line(arguments, fragment, capsys):
     assert data.main(["show", *arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1 and fragment in message
+
+
+def test_show_replaces_no_device(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path):
+        assert data.main(["show", "--data", "toy1d", "--out", str(place)]) == 2
+        assert "not a regular file" in capsys.readouterr().err
+    assert pipe.is_fifo()

@@ -4,7 +4,6 @@ hand-made files."""
 import itertools
 import json
 import math
-import os
 import sys
 
 import numpy as np
@@ -458,8 +457,10 @@ def write_layout(layout, table, root):
         else:
             save_picture(root / "train/images" / group / f"{key}.png", pictures[key])
         for annotator, mask in enumerate(drawn):
-            save_picture(root / (f"labels/annotator {annotator}/{key}.png" if layout == "folder" else
-                                 f"train/gt/{group}/{key}_l{annotator + first}.png"), mask)
+            file = f"train/gt/{group}/{key}_l{annotator + first}.png"
+            if layout == "folder":
+                file = f"labels/annotator {annotator}/{key}.png"
+            save_picture(root / file, mask)
     if layout == "folder":
         (root / "groups.csv").write_text("name,group\n" + "".join(
             f"{key},{group}\n" for key, group in zip(keys, groups)))
@@ -929,7 +930,8 @@ def test_flips_are_drawn_in_batches_by_their_odds(tmp_path):
     padded = data.center(train, (10, 12)).all_maps()
     assert (padded.labels[:, :, 0] == 255).all()
     assert torch.equal(padded.labels[:, :, 1:9], train.all_maps().labels[..., 2:14])
-    _, label = next(data.batches(train, 4, 0, augmentation=data.DATASETS["cityscapes"].augmentation))
+    augmentation = data.DATASETS["cityscapes"].augmentation
+    _, label = next(data.batches(train, 4, 0, augmentation=augmentation))
     assert int(label[label != 255].max()) < 24
     assert train.to("meta").flips.device.type == "meta"
     assert data._summary(train)["annotators"] == "32"
