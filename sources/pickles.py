@@ -93,7 +93,7 @@ def _run(operations):
             stack[-1].extend(items)
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
             if name != "TUPLE":
-                marks.append(len(stack) - int(name[-1]))
+                marks.append(max(len(stack) - int(name[-1]), 0))
             stack.append(tuple(since_mark()))
         elif name in ("EMPTY_DICT", "DICT"):
             items = since_mark() if name == "DICT" else []

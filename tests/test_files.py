@@ -187,9 +187,9 @@ FORGED = {
     "a buffer from elsewhere": b"\x80\x05\x97.",
     "a set": b"\x80\x04\x8f.",
     "a call of a list": b"(l(tR.",
-    "a nested tuple as a key": b"\x80\x02}" + b"K\x01" + b"2\x86" * 60 + b"K\x01s.",
-    "2^60 shared tuples as a key": b"\x80\x02}K\x01q\x000" + b"".join(
-        b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60)) + b"h%cK\x01s." % 60,
+    "a nested tuple as a key": b"\x80\x02}" + b"K\x01" + b"\x85" * 60 + b"K\x01s.",
+    "2^60 shared tuples as a key": b"\x80\x02}q\xffK\x01q\x00" + b"".join(
+        b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"h\xffh%cK\x01s." % 60,
     "2^60 shared lists as a series": pickle.dumps({"k": {**records(1)["case-0"],
                                                          "series_uid": shared_lists(60)}}),
     "deep lists": b"\x80\x02" + b"]" * NEST + b"a" * (NEST - 1) + b".",
