@@ -66,10 +66,10 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     if "path" in options:
         if path is not None:
             raise DataError(f"path is given twice, {path} and {options['path']}: give one")
-        path = options.pop("path")
+        path = str(options.pop("path"))
     wanted = [split] if isinstance(split, str) else list(split)
-    for part in wanted:
-        check_known("split", part, (*SPLITS, "all"))
+    for which in wanted:
+        check_known("split", which, (*SPLITS, "all"))
     options = _check_options(name, source, options)
     percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
 
@@ -77,7 +77,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
         if path is not None:
             raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
         whole, rows = source.read(**options)
-        whole.parts = {part: [whole.names[i] for i in rows[part]] for part in SPLITS}
+        whole.names = {which: [whole.names[i] for i in rows[which]] for which in SPLITS}
     else:
         try:
             place = locate(name, path, source)
@@ -90,21 +90,21 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
         if not listing.cases:
             raise DataError(f"{place}: holds no cases; it should be {source.layout}")
         rows = assign(place, listing, wanted, split_file)
-        parts = {part: [listing.cases[i].name for i in rows[part]] for part in SPLITS}
+        names = {which: [listing.cases[i].name for i in rows[which]] for which in SPLITS}
         if "all" in wanted:
             whole = collect(place, listing, range(len(listing.cases)))
         else:  # the cases of each split in one run, so that `subset` can give a view
             needed, runs = [], {}
-            for part in SPLITS:
-                if part in wanted or not listing.apart:
-                    runs[part] = range(len(needed), len(needed) + len(rows[part]))
-                    needed += rows[part]
+            for which in SPLITS:
+                if which in wanted or not listing.apart:
+                    runs[which] = range(len(needed), len(needed) + len(rows[which]))
+                    needed += rows[which]
             whole, rows = collect(place, listing, needed), runs
-        whole.parts = parts
+        whole.parts = names
 
-    splits = [whole if part == "all" else whole.subset(rows[part]) for part in wanted]
+    splits = [whole if which == "all" else whole.subset(rows[which]) for which in wanted]
     if percent:
-        splits = [hide(part, percent) for part in splits]
+        splits = [hide(one, percent) for one in splits]
     return splits[0] if isinstance(split, str) else splits
 
 
@@ -495,53 +495,53 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     label maps. Raises DataError as `load` does."""
     options = options or {}
     if split == "all":
-        parts = {split: load(name, split, path, **options)}
+        splits = {split: load(name, split, path, **options)}
     else:
         try:
-            parts = dict(zip(SPLITS, load(name, SPLITS, path, **options)))
+            splits = dict(zip(SPLITS, load(name, SPLITS, path, **options)))
         except DataError:  # perhaps only another split is missing
-            parts = {split: load(name, split, path, **options)}
+            splits = {split: load(name, split, path, **options)}
     out = Path(out or f"{name}.png")
-    _plot_cases(parts[split], out)
-    columns = [_summary(part) for part in parts.values()]
-    lines = [f"{'':12}" + "".join(f"{part:>18}" for part in parts)]
+    _plot_cases(splits[split], out)
+    columns = [_summary(one) for one in splits.values()]
+    lines = [f"{'':12}" + "".join(f"{which:>18}" for which in splits)]
     lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
 
 
-def _summary(part: Split) -> dict[str, str]:
+def _summary(split: Split) -> dict[str, str]:
     """The table's rows of one split: means over cases, of annotators drawn by probability.
 
     diversity: E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4).
     """
-    weights = part.probabilities
+    weights = split.probabilities
     shares, empty, diversity = torch.zeros(256), 0.0, 0.0
-    for i in range(len(part)):
-        labels = part.subset([i]).all_maps().labels[0]  # (A, *S)
+    for i in range(len(split)):
+        labels = split.subset([i]).all_maps().labels[0]  # (A, *S)
         counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)]).float()
-        iou = metrics.pairwise_iou(labels, labels, part.num_classes).float()  # (A, A)
-        shares += weights[i] @ counts / counts[0].sum() / len(part)
-        empty += float(weights[i] @ (counts[:, 1:IGNORE].sum(1) == 0).float()) / len(part)
-        diversity += float(1 - weights[i] @ iou @ weights[i]) / len(part)
-    rows = {"cases": f"{len(part)}", "groups": f"{len(set(part.groups))}",
-            "channels": f"{part.images.shape[1]}", "size": size_text(part.images.shape[2:]),
-            "intensity": f"{part.images.min():.3g} to {part.images.max():.3g}",
+        iou = metrics.pairwise_iou(labels, labels, split.num_classes).float()  # (A, A)
+        shares += weights[i] @ counts / counts[0].sum() / len(split)
+        empty += float(weights[i] @ (counts[:, 1:IGNORE].sum(1) == 0).float()) / len(split)
+        diversity += float(1 - weights[i] @ iou @ weights[i]) / len(split)
+    rows = {"cases": f"{len(split)}", "groups": f"{len(set(split.groups))}",
+            "channels": f"{split.images.shape[1]}", "size": size_text(split.images.shape[2:]),
+            "intensity": f"{split.images.min():.3g} to {split.images.max():.3g}",
             "annotators": f"{weights.shape[1]}",
-            "missing": f"{1 - part.present.float().mean():.1%}",
+            "missing": f"{1 - split.present.float().mean():.1%}",
             "empty masks": f"{empty:.1%}", "diversity": f"{diversity:.3f}"}
-    rows |= {f"class {k}": f"{shares[k]:.2%}" for k in range(part.num_classes)}
+    rows |= {f"class {k}": f"{shares[k]:.2%}" for k in range(split.num_classes)}
     if shares[IGNORE]:
         rows["ignored"] = f"{shares[IGNORE]:.2%}"
     return rows
 
 
-def _plot_cases(part: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
+def _plot_cases(split: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
     """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
     it, each with its annotator's number and probability."""
     pictures, notes = {}, {}
-    for i in np.linspace(0, len(part) - 1, min(cases, len(part))).round().astype(int).tolist():
-        case, name = part.subset([i]).all_maps(), part.names[i][-36:]
+    for i in np.linspace(0, len(split) - 1, min(cases, len(split))).round().astype(int).tolist():
+        case, name = split.subset([i]).all_maps(), split.names[i][-36:]
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
             z = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()

@@ -37,8 +37,7 @@ class Split:
 
     images: Tensor  # (N, C, *S) float32
     labels: Tensor  # (N, A, *S) uint8, 255 = ignore; (N, 1, *S) where `flips` gives the others
-    weights: Tensor | None  # (N, A) float32, rows sum to 1: each label map's probability; None =
-    # uniform
+    weights: Tensor | None  # (N, A) float32, rows sum to 1: probabilities; None: uniform
     groups: list[str]  # patient, series or scene of each case: no split cuts through one
     num_classes: int
     names: list[str]  # key or file of each case

@@ -1091,3 +1091,12 @@ def test_brats(tmp_path):
     folder = next(path for path in (tmp_path / "HGG").iterdir() if path.name == "Brats17_1_1")
     (folder / "Brats17_1_1_t2.nii.gz").unlink()
     refused("Brats17_1_1", "_t2.nii.gz", call=lambda: data.load("brats", "all", path=tmp_path))
+
+
+def test_a_split_file_without_test_serves_training_and_says_so_when_asked(tmp_path):
+    path = write(tmp_path / "a.pickle", records(12))
+    file = write_json(tmp_path / "split.json", {"train": ["uid-0", "uid-1"], "val": ["uid-2"]})
+    train, val = data.load("lidc", ("train", "val"), path, split_file=file)
+    assert len(train) == 4 and len(val) == 2 and train.parts["test"] == []
+    refused(file, "'test'", "none is listed",
+            call=lambda: data.load("lidc", "test", path, split_file=file))
