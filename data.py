@@ -77,7 +77,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
         if path is not None:
             raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
         whole, rows = source.read(**options)
-        whole.names = {which: [whole.names[i] for i in rows[which]] for which in SPLITS}
+        whole.parts = {which: [whole.names[i] for i in rows[which]] for which in SPLITS}
     else:
         try:
             place = locate(name, path, source)
