@@ -2,12 +2,12 @@
 
     python train.py --model ssn --data shapes --quick          # about a minute on two CPU cores
     python train.py --model ssn --data lidc --device cuda      # the paper's model and settings
-    python train.py --resume runs/ssn-lidc-0                   # goes on where it stopped
+    python train.py --resume runs/ssn-lidc-0                   # resumes where it stopped
     torchrun --nproc_per_node=4 train.py --model ssn --data lidc --device cuda
 
 A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     config.json   every setting, package versions
-    split.json    the cases of every part; --data-args split_file=... takes it for another run
+    split.json    the cases of every split; --data-args split_file=... uses it for another run
     log.jsonl     an object every 50 steps, and one every validation; curves.png draws it
     last.pt       the latest checkpoint; best.pt the one of lowest validation GED
 and at the end what evaluate.py writes for best.pt.
@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from torch import nn
 
 import data
 import evaluate
-from analysis.pictures import plot_curves, read_log
+from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
 from models import MODELS, build, distribute, load_checkpoint, place, save
 from sources.files import write_text
@@ -70,22 +71,19 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: autocast")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
-    p.add_argument("--annotators", help="readers to learn from: all, or numbers like 0 or 1,2")
+    p.add_argument("--annotators", help="whom to learn from: all, or numbers like 0 or 1,2")
     p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
-                   help="leave the data set's augmentation out")
+                   help="train without the data set's augmentation")
     p.add_argument("--model-args", nargs="+", metavar="K=V", help="fields of the model's config")
     p.add_argument("--data-args", nargs="+", metavar="K=V", help="options of the data set")
     p.add_argument("--out", help="the run's folder (default runs/<model>-<data>-<seed>)")
-    p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run")
+    p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="resume a run")
     p.add_argument("--quick", action="store_const", const=True,
                    help="a narrow model and few steps: one to three minutes on two CPU cores")
     args = p.parse_args(argv)
     args.model_args = args.model_args and key_values("--model-args", args.model_args)
     args.data_args = args.data_args and key_values("--data-args", args.data_args)
     return args
-
-
-# ----------------------------------------------------------------------- model and checkpoints
 
 
 # ------------------------------------------------------------------------------------ settings
@@ -110,7 +108,7 @@ def settle(args) -> tuple[dict, Path]:
     settings = SETTINGS | given
     folder = Path(args.out or default_folder(settings))
     if (folder / "last.pt").exists():
-        raise UserError(f"{folder} holds a run already: --resume goes on with it, --out DIR begins "
+        raise UserError(f"{folder} holds a run already: --resume continues it, --out DIR begins "
                         "another beside it")
     return settings, folder
 
@@ -125,6 +123,16 @@ def plain(value):
     return json.loads(json.dumps(value))
 
 
+def annotators(text: str):
+    """"all" -> None, "0" -> (0,), "1,2" -> (1, 2)."""
+    if text == "all":
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
+
+
 def learning_rate(step: int, training: dict) -> float:
     """Piecewise constant: `lr` times the factor of the last of `lr_drops` (step, factor) passed.
 
@@ -134,18 +142,47 @@ def learning_rate(step: int, training: dict) -> float:
     return training["lr"] * (factors[-1] if factors else 1.0)
 
 
-# --------------------------------------------------------------------------- several processes
+# ----------------------------------------------------------- model, optimiser, checkpoint
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
+def first_model(settings, split) -> nn.Module:
+    """The run's model for this data, its initial weights a function of the seed."""
+    Model = MODELS.get(settings["model"])
+    fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes)
+    if Model and hasattr(Model.Config, "dims"):
+        fields["dims"] = split.images.dim() - 2
+    if Model and settings["quick"]:
+        fields |= Model.QUICK_CONFIG
+    torch.manual_seed(settings["seed"])
+    return build(settings["model"], fields | settings["model_args"])
 
-    Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+def recipe(model, settings) -> dict:
+    """How this run trains: the paper's settings, --quick's, then those given."""
+    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
+    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
+    if min(training["steps"], training["batch_size"], training["lr"]) <= 0:
+        raise UserError("--steps, --batch-size and --lr are above 0")
+    return training
+
+
+def make_optimizer(model, training: dict):
+    """The optimiser that `training` names."""
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
+    options = {k: training[k] for k in ("lr", "weight_decay", "momentum") if k in training}
+    return kind(model.parameters(), fused=True, **options)
+
+
+def restore(path, settings, model, optimizer) -> tuple[int, float]:
+    """Load a checkpoint of this run; returns its step and the best validation GED so far."""
+    content = load_checkpoint(path)
+    config = plain(dataclasses.asdict(model.config))
+    if content["model"] != settings["model"] or plain(content["config"]) != config:
+        raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
+                        "config.json; begin another run with --out")
+    model.load_state_dict(content["state"])
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"], content["best"]
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -178,19 +215,18 @@ class Stop:
         self.signal = number
         self.restore()
 
-    def restore(self) -> None:
-        """Signals do what they did before, now that there is nothing to save."""
+    def restore(self):
+        """Signals do what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def agreed(self, device) -> bool:
         """True on every process once one was asked, so that none waits for another for ever."""
-        if not dist.is_initialized():
-            return bool(self.signal)
-        asked = torch.tensor(self.signal, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.signal = int(asked)
-        return bool(self.signal)
+        if dist.is_initialized():
+            asked = torch.tensor(self.signal, device=device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.signal = int(asked)
+        return self.signal > 0
 
 
 class Terms:
@@ -239,62 +275,43 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     stop = Stop()
     keep_freed_memory()
     device, rank, world = start_processes(device_name)
-    main = rank == 0
 
     train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
                                        **settings["data_args"])
     model = place(first_model(settings, train_split), device)
-    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
-    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
-    steps = training["steps"]
-    if min(steps, training["batch_size"], training["lr"]) <= 0:
-        raise UserError("--steps, --batch-size and --lr are above 0")
-    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
-    momentum = dict(momentum=training["momentum"]) if "momentum" in training else {}
-    optimizer = kind(model.parameters(), lr=training["lr"], fused=True,
-                     weight_decay=training["weight_decay"], **momentum)
-
+    training = recipe(model, settings)
+    optimizer = make_optimizer(model, training)
     start, best = 0, float("inf")
     if resume and (folder / "last.pt").exists():
-        content = load_checkpoint(folder / "last.pt")
-        if content["model"] != settings["model"] or \
-                plain(content["config"]) != plain(dataclasses.asdict(model.config)):
-            raise UserError(f"{folder / 'last.pt'}: holds a {content['model']} of another config "
-                            "than the run's config.json; begin another run with --out")
-        model.load_state_dict(content["state"])
-        optimizer.load_state_dict(content["optimizer"])
-        start, best = content["step"], content["best"]
+        start, best = restore(folder / "last.pt", settings, model, optimizer)
 
-    size = settings["image_size"]
+    size, steps = settings["image_size"], training["steps"]
     if size is not None:
         val_split = data.center(val_split, size)
-    train_split = train_split.to(device)
     every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
+    augmentation = data.DATASETS[settings["data"]].augmentation if settings["augment"] else None
     stream = data.batches(
-        train_split, training["batch_size"], settings["seed"], start=start, size=size, rank=rank,
-        world=world, annotators=readers(settings["annotators"]),
-        augmentation=data.DATASETS[settings["data"]].augmentation
-        if settings["augment"] else None)
+        train_split.to(device), training["batch_size"], settings["seed"], start=start, size=size,
+        rank=rank, world=world, annotators=annotators(settings["annotators"]),
+        augmentation=augmentation)
 
-    if main:
-        begin_files(folder, settings, training, model, start)
-        write_text(folder / "split.json", json.dumps(train_split.parts, indent=1) + "\n")
-    loss_of = distribute(model, device) if world > 1 else model
-    missing = compile and lacks_compiler(device)
-    if compile and not missing:
-        loss_of = compiled(loss_of)
-    autocast = torch.autocast(device.type, torch.bfloat16) if settings["precision"] == "bf16" \
-        else contextlib.nullcontext()
-    progress = Progress(steps, start, quiet=not main)
+    if rank == 0:
+        begin_files(folder, settings, training, model, train_split, start)
+    progress = Progress(steps, start, quiet=rank > 0)
     progress.say(f"{settings['model']} on {settings['data']}: {len(train_split)} training cases, "
                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}"
                  + (f", {world} processes" if world > 1 else "")
-                 + (f", going on at step {start}" if resume else "") + f" -> {folder}")
-    if missing:
-        progress.say(f"--compile: {missing}; going on without it, at the usual speed")
-    terms, saved_at, logged_at = Terms(), time.monotonic(), time.monotonic()
+                 + (f", resumed at step {start}" if resume else "") + f" -> {folder}")
+    loss_of = distribute(model, device) if world > 1 else model
+    if compile and (missing := lacks_compiler(device)):
+        progress.say(f"--compile: {missing}; training without it, at the usual speed")
+    elif compile:
+        loss_of = compiled(loss_of)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+
     validate_every = max(LOG_EVERY, min(5000, steps // 10))
+    terms, saved_at, logged_at = Terms(), time.monotonic(), time.monotonic()
     model.train()
     step = start
     while True:
@@ -305,15 +322,16 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         if validating:
             terms.check()
             ged = evaluate.score(model, val_split, full=False)["ged_16"].mean().item()
-        if main and validating:
-            append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
-            progress.update(step, f"validation GED {ged:.4f}", line=True)
-            if ged < best:
-                best = ged
-                save(folder / "best.pt", settings["model"], model, optimizer, step, best)
-            plot_curves(folder)
+            if rank == 0:
+                append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
+                progress.update(step, f"validation GED {ged:.4f}", line=True)
+                plot_curves(folder / "curves.png", read_log(folder))
+                if ged < best:
+                    best = ged
+                    save(folder / "best.pt", settings["model"], model, optimizer, step, best)
 
-        if main and (validating or stopping or time.monotonic() - saved_at > SAVE_EVERY):
+        due = validating or stopping or time.monotonic() - saved_at > SAVE_EVERY
+        if rank == 0 and due:
             terms.check()  # a checkpoint is only ever a good one
             save(folder / "last.pt", settings["model"], model, optimizer, step, best)
             saved_at = time.monotonic()
@@ -323,18 +341,16 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
         torch.manual_seed(settings["seed"] * 1_000_003 + step)
         image, label = next(stream)
-        result = train_step(loss_of, optimizer, image, label, learning_rate(step, training),
-                            autocast)
+        lr = learning_rate(step, training)
+        terms.add(step + 1, train_step(loss_of, optimizer, image, label, lr, autocast))
         step += 1
 
-        terms.add(step, result)
         progress.update(step)
         if step % LOG_EVERY == 0 or step in (1, steps):
             count, means, now = terms.count, terms.read(), time.monotonic()
-            if main:
-                append(folder / "log.jsonl",
-                       {"step": step, "lr": learning_rate(step - 1, training), **means,
-                        "seconds_per_step": (now - logged_at) / count})
+            if rank == 0:
+                append(folder / "log.jsonl", {"step": step, "lr": lr, **means,
+                                              "seconds_per_step": (now - logged_at) / count})
                 progress.update(step, f"loss {means['loss']:.4g}", line=True)
             logged_at = time.monotonic()
 
@@ -342,12 +358,12 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     del loss_of  # freed after its group is gone, DistributedDataParallel can hang
     gc.collect()
     if finished:
-        samples = QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES
         if world > 1:
             dist.barrier()  # until best.pt is there
+        samples = QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES
         evaluate.report(folder, samples=samples, device=device)
     else:
-        progress.say(f"stopped and saved at step {step}; go on with: "
+        progress.say(f"stopped and saved at step {step}; resume with: "
                      f"python train.py --resume {folder}")
     if dist.is_initialized():
         dist.barrier()
@@ -355,66 +371,67 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     return 0 if finished else 128 + stop.signal
 
 
-def first_model(settings, split) -> nn.Module:
-    """The run's model for this data, its initial weights a function of the seed."""
-    Model = MODELS.get(settings["model"])
-    fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes)
-    if Model and hasattr(Model.Config, "dims"):
-        fields["dims"] = split.images.dim() - 2
-    if Model and settings["quick"]:
-        fields |= Model.QUICK_CONFIG
-    torch.manual_seed(settings["seed"])
-    return build(settings["model"], fields | settings["model_args"])
+# ---------------------------------------------------------------------- the files of a run
 
 
-def compiled(loss_of):
-    """torch.compile, with eager mode's random numbers: a run with it is the same as one without."""
-    return torch.compile(loss_of, options={"fallback_random": True})
-
-
-def lacks_compiler(device) -> str | None:
-    """What torch.compile needs and this machine lacks, or None."""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        names = [os.environ.get("CC"), "gcc", "clang", "cc"]
-        return None if any(map(shutil.which, filter(None, names))) else "no C compiler was found"
-    name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return None if shutil.which(name) else f"no C++ compiler ({name}) was found"
-
-
-def readers(text: str):
-    """"all" -> None, "0" -> (0,), "1,2" -> (1, 2)."""
-    if text == "all":
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
-
-
-def begin_files(folder, settings, training, model, start) -> None:
-    """config.json, and log.jsonl cut back to the step the run goes on from."""
+def begin_files(folder, settings, training, model, split, start) -> None:
+    """config.json, split.json, and log.jsonl cut back to the step the run resumes at."""
     folder.mkdir(parents=True, exist_ok=True)
-    import matplotlib
-    import numpy
-
-    config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
-                  parameters=sum(p.numel() for p in model.parameters()),
-                  versions=dict(python=platform.python_version(), torch=torch.__version__,
-                                numpy=numpy.__version__, matplotlib=matplotlib.__version__))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
         half.unlink()
-    log = folder / "log.jsonl"
-    kept = [line for line in read_log(folder) if line["step"] <= start]
-    write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+    versions = {name: version(name) for name in ("torch", "numpy", "matplotlib")}
+    config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
+                  parameters=sum(p.numel() for p in model.parameters()),
+                  versions=dict(python=platform.python_version(), **versions))
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "split.json", json.dumps(split.parts, indent=1) + "\n")
+    kept = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
+    write_text(folder / "log.jsonl", "".join(kept))
 
 
 def append(path, entry: dict) -> None:
     """One more line of JSON."""
     with open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def read_log(folder) -> list[dict]:
+    """The log's entries; a last line that a kill cut short is left out."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            entries.append(json.loads(line))
+    return entries
+
+
+# ------------------------------------------------------------------------------- the machine
+
+
+def compiled(loss_of):
+    """torch.compile with eager mode's random numbers: a run with it is the same as one without."""
+    return torch.compile(loss_of, options={"fallback_random": True})
+
+
+def lacks_compiler(device) -> str | None:
+    """What torch.compile needs and this machine lacks, or None."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
+    return None if shutil.which(name) else f"no compiler ({name}) was found"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
+
+    Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+# ------------------------------------------------------------------------ the command line
 
 
 def main(argv=None) -> int:

@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import models
 import pytest
 import torch
 
 import data
 import evaluate
+import models
 import train
 from common import UserError
 
@@ -91,7 +91,7 @@ def test_best_is_the_checkpoint_of_lowest_validation_ged(finished):
 
 
 def test_a_loaded_model_samples(finished):
-    model = data.load(finished / "best.pt")
+    model = models.load(finished / "best.pt")
     assert not model.training and model.sample(torch.zeros(1, 1, 20, 30), 3).shape == \
         (3, 1, 4, 20, 30)
 
@@ -161,14 +161,14 @@ def test_checkpoint_of_another_config_is_refused(finished, tmp_path, capsys):
     error = run("--resume", other, code=2, capsys=capsys).err
     assert "another config" in error
     with pytest.raises(UserError, match="do not fit"):
-        data.load(other / "last.pt")
+        models.load(other / "last.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
 def test_unreadable_checkpoints_are_one_line(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="not a checkpoint") as caught:
-        data.load(tmp_path / "x.pt")
+        models.load(tmp_path / "x.pt")
     assert "\n" not in str(caught.value)
 
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="not a checkpoint"):
-        data.load(tmp_path / "x.pt")
+        models.load(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    model = data.load(finished / "best.pt")
+    model = models.load(finished / "best.pt")
     with pytest.raises(UserError, match="No space left on device; the checkpoint before it stands"):
         models.save(finished / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 7, 0.5)
     assert (finished / "best.pt").read_bytes() == before
