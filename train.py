@@ -10,6 +10,7 @@ A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     split.json    the cases of every split; --data-args split_file=... uses it for another run
     log.jsonl     an object every 50 steps, and one every validation; curves.png draws it
     last.pt       the latest checkpoint; best.pt the one of lowest validation GED
+    lock          held while a process trains here, so that no second one does
 and at the end what evaluate.py writes for best.pt.
 
 All randomness of step t is a function of (seed, t) alone, so a run that was killed at any moment
@@ -33,6 +34,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -41,7 +47,8 @@ import data
 import evaluate
 from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
-from models import MODELS, build, distribute, load_checkpoint, place, save
+from models import (MODELS, SETTINGS, build, check_state, distribute, load_checkpoint, place,
+                    read_config, restore_optimizer, save)
 from sources.files import write_text
 
 
@@ -50,10 +57,8 @@ SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
 QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
 
-# What decides a run's result. A resumed run must agree on all of it but the length.
-SETTINGS = dict(model="ssn", data="shapes", path=None, steps=None, batch_size=None, lr=None, seed=0,
-                precision="fp32", image_size=None, annotators="all", augment=True, quick=False,
-                model_args={}, data_args={})
+CHANGEABLE = ("steps", "path", "lr", "lr_drops")  # what --resume may give anew
+LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -67,8 +72,12 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="updates of the weights (default: the paper's)")
     p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
+    p.add_argument("--lr-drops", type=lr_drop, nargs="+", metavar="STEP:FACTOR",
+                   help="from STEP on, FACTOR times --lr (default: the paper's schedule)")
     p.add_argument("--seed", type=int)
-    p.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: autocast")
+    p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
+                   help="fp32: PyTorch's defaults; tf32: matrix products and convolutions of a GPU "
+                   "round their inputs to 10 bits; bf16: autocast")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
     p.add_argument("--annotators", help="whom to learn from: all, or numbers like 0 or 1,2")
@@ -90,32 +99,52 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def settle(args) -> tuple[dict, Path]:
-    """(every setting of the run, its folder); refuses to overwrite a run or to resume another."""
+    """(every setting of the run, its folder); refuses to resume a run as another."""
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    settings = {key: default for key, (_, default) in SETTINGS.items()} | given
+    named = args.resume if isinstance(args.resume, str) else args.out
+    folder = Path(named or "runs/{model}-{data}-{seed}".format(**settings))
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r} cannot be a folder's name")
     if args.resume:
-        named = args.resume if args.resume is not True else args.out
-        folder = Path(named or default_folder(SETTINGS | given))
-        try:
-            settings = json.loads((folder / "config.json").read_text())["settings"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"--resume {folder}: no run there (config.json is missing or broken); "
-                            "leave --resume out to begin one") from None
-        for key, value in given.items():
-            if key not in ("steps", "path") and plain(value) != settings[key]:
-                raise UserError(f"--resume {folder}: {key} was {settings[key]} there and is "
+        before = read_config(folder)["settings"]
+        for key, value in plain(given).items():
+            if key not in CHANGEABLE and value != before[key]:
+                raise UserError(f"--resume {folder}: {key} was {before[key]} there and is "
                                 f"{value} now; leave it out, or begin another run with --out")
-        return settings | plain(given), folder
-    settings = SETTINGS | given
-    folder = Path(args.out or default_folder(settings))
-    if (folder / "last.pt").exists():
-        raise UserError(f"{folder} holds a run already: --resume continues it, --out DIR begins "
-                        "another beside it")
+        settings = before | plain(given)
+    for key, (low, high) in LIMITS.items():
+        if settings[key] is not None and not low <= settings[key] <= high:
+            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: give a whole number from "
+                            f"{low} to {high}")
+    factors = [factor for _, factor in settings["lr_drops"] or ()]
+    if not all(0 < x < float("inf") for x in (settings["lr"] or 1, *factors)):
+        raise UserError("--lr and the factors of --lr-drops are finite and above 0")
     return settings, folder
 
 
-def default_folder(settings) -> str:
-    """Where a run goes without --out."""
-    return "runs/{model}-{data}-{seed}".format(**settings)
+@contextlib.contextmanager
+def own(folder: Path):
+    """Hold the folder's lock, so that no other run writes here. It ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as lock:
+        try:
+            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"{folder} is in use by {lock.read()}; wait for it to end, or choose "
+                            "another folder with --out") from None
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if list(folder.iterdir()) == [folder / "lock"]:  # a mistake: nothing was begun
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 def plain(value):
@@ -133,13 +162,20 @@ def annotators(text: str):
         raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
 
 
-def learning_rate(step: int, training: dict) -> float:
-    """Piecewise constant: `lr` times the factor of the last of `lr_drops` (step, factor) passed.
+def lr_drop(text: str) -> tuple[int, float]:
+    """"1000:0.1" -> (1000, 0.1)."""
+    step, factor = text.split(":")
+    return int(step), float(factor)
 
-    Steps are absolute, so N steps and N more are the same as 2 N.
-    """
-    factors = [f for first, f in training.get("lr_drops", ()) if step >= first]
-    return training["lr"] * (factors[-1] if factors else 1.0)
+
+def learning_rate(step: int, training: dict) -> float:
+    """`lr` times the factor of the last of `lr_drops` (step, factor) passed, and, where the recipe
+    has a `poly_power`, times (1 - step / steps) to that power."""
+    factors = [factor for first, factor in training.get("lr_drops", ()) if step >= first]
+    lr = training["lr"] * (factors[-1] if factors else 1.0)
+    if power := training.get("poly_power"):
+        lr *= (1 - step / training["steps"]) ** power
+    return lr
 
 
 # ----------------------------------------------------------- model, optimiser, checkpoint
@@ -160,17 +196,24 @@ def first_model(settings, split) -> nn.Module:
 def recipe(model, settings) -> dict:
     """How this run trains: the paper's settings, --quick's, then those given."""
     training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
-    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
-    if min(training["steps"], training["batch_size"], training["lr"]) <= 0:
-        raise UserError("--steps, --batch-size and --lr are above 0")
+    given = ("steps", "batch_size", "lr", "lr_drops")
+    training |= {k: settings[k] for k in given if settings[k] is not None}
+    if settings["lr_drops"]:
+        training |= dict(lr_drops=sorted(settings["lr_drops"]), poly_power=0)
     return training
 
 
 def make_optimizer(model, training: dict):
-    """The optimiser that `training` names."""
+    """The optimiser that `training` names; no weight decay for model.no_weight_decay's names."""
+    names = getattr(model, "no_weight_decay", ())
+    plain = [p for name, p in model.named_parameters() if name not in names]
+    free = [p for name, p in model.named_parameters() if name in names]
+    groups = [dict(params=plain)] + [dict(params=free, weight_decay=0.0)] * bool(free)
+    options = {k: training[k] for k in ("lr", "weight_decay", "momentum", "alpha") if k in training}
+    if training["optimizer"] == "rmsprop":  # has no fused form
+        return torch.optim.RMSprop(groups, **options)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
-    options = {k: training[k] for k in ("lr", "weight_decay", "momentum") if k in training}
-    return kind(model.parameters(), fused=True, **options)
+    return kind(groups, fused=True, **options)
 
 
 def restore(path, settings, model, optimizer) -> tuple[int, float]:
@@ -180,8 +223,9 @@ def restore(path, settings, model, optimizer) -> tuple[int, float]:
     if content["model"] != settings["model"] or plain(content["config"]) != config:
         raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
                         "config.json; begin another run with --out")
+    check_state(path, model, content["state"])
     model.load_state_dict(content["state"])
-    optimizer.load_state_dict(content["optimizer"])
+    restore_optimizer(path, optimizer, content["optimizer"])
     return content["step"], content["best"]
 
 
@@ -197,7 +241,8 @@ def train_step(loss_of, optimizer, image, label, lr, autocast):
         loss, terms = loss_of(image, label)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, float("inf"))  # infinite: measures, clips nothing
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.linalg.vector_norm(torch.stack(norms))  # torch.nn.utils has it from 2.6 on
     optimizer.step()
     return {"loss": loss.detach(), **terms, "gradient": norm}
 
@@ -236,7 +281,7 @@ class Terms:
     """
 
     def __init__(self):
-        self.sum, self.count, self.bad = None, 0, None
+        self.sum, self.count, self.bad, self.since = None, 0, None, time.monotonic()
 
     def add(self, step: int, terms: dict) -> None:
         """Count in the terms of one step, tensors on the device."""
@@ -248,33 +293,47 @@ class Terms:
         self.count += 1
         self.bad = torch.where(values.isfinite(), self.bad, self.bad.clamp(max=step))
 
-    def check(self) -> None:
-        """UserError naming the step and the term of the first non-finite value, if there is one."""
-        if self.bad is not None and (step := self.bad.min().item()) < float("inf"):
-            # of the terms that failed together, the loss and the gradient are the consequence
-            failed = [n for n, b in zip(self.names, self.bad.tolist()) if b == step]
-            name = min(failed, key=["loss", "gradient"].count)
-            raise UserError(f"step {int(step)}: {name} is not finite (it failed first); the last "
-                            "good checkpoint stands. Try a lower --lr, or look at the images' "
-                            "scale")
+    def failed(self) -> str | None:
+        """The step and the term of the first non-finite value, if there is one."""
+        if self.bad is None or (step := self.bad.min().item()) == float("inf"):
+            return None
+        # of the terms that failed together, the loss and the gradient are the consequence
+        names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad == step]
+        return f"step {step:.0f}: {min(names, key=['loss', 'gradient'].count)}"
 
     def read(self) -> dict:
-        """{name: mean since the last read}, averaged over processes."""
-        self.check()
+        """{name: mean since the last read}, over all processes; how many steps, and their time."""
         mean = self.sum / self.count
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.sum.zero_()
-        self.count = 0
-        return dict(zip(self.names, mean.tolist()))
+        now = time.monotonic()
+        seconds, count = (now - self.since) / self.count, self.count
+        self.sum, self.count, self.since = torch.zeros_like(self.sum), 0, now
+        return dict(zip(self.names, mean.tolist())) | dict(steps=count, seconds_per_step=seconds)
+
+
+def refuse_non_finite(terms, model, step, folder) -> None:
+    """UserError where the loss, the gradient or a weight is not finite: none such is ever saved."""
+    failed = terms.failed()
+    if not failed and not torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all():
+        failed = f"step {step}: a weight"
+    if failed:
+        advice = f"last.pt stands: --resume {folder} with a lower --lr" \
+            if (folder / "last.pt").exists() else "nothing was saved: begin again with a lower --lr"
+        raise UserError(f"{failed} is not finite (it failed first); {advice}, or look at the "
+                        "images' scale")
 
 
 def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False) -> int:
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
+    if not resume and (folder / "last.pt").exists():
+        raise UserError(f"{folder} holds a run already: --resume continues it, --out DIR begins "
+                        "another beside it")
     stop = Stop()
     keep_freed_memory()
     device, rank, world = start_processes(device_name)
+    torch.set_float32_matmul_precision("high" if settings["precision"] == "tf32" else "highest")
 
     train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
                                        **settings["data_args"])
@@ -310,30 +369,35 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         loss_of = compiled(loss_of)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
 
+    if not train_split.parts.get("test"):
+        progress.say("no test split: this run will be judged on its validation split")
+
     validate_every = max(LOG_EVERY, min(5000, steps // 10))
-    terms, saved_at, logged_at = Terms(), time.monotonic(), time.monotonic()
+    terms, saved_at, stopping = Terms(), time.monotonic(), False
     model.train()
     step = start
     while True:
         finished = step >= steps
-        stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
-        validating = step > start and (step % validate_every == 0 or finished) and not stopping
+        validating = step > start and (step % validate_every == 0 or finished)
+        saving = validating or stopping or time.monotonic() - saved_at > SAVE_EVERY
+        if saving:
+            refuse_non_finite(terms, model, step, folder)
 
         if validating:
-            terms.check()
             ged = evaluate.score(model, val_split, full=False)["ged_16"].mean().item()
             if rank == 0:
                 append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
                 progress.update(step, f"validation GED {ged:.4f}", line=True)
-                plot_curves(folder / "curves.png", read_log(folder))
+                with writing(folder / "curves.png", step):
+                    plot_curves(folder / "curves.png", read_log(folder))
                 if ged < best:
                     best = ged
-                    save(folder / "best.pt", settings["model"], model, optimizer, step, best)
+                    with writing(folder / "best.pt", step):
+                        save(folder / "best.pt", settings["model"], model, optimizer, step, best)
 
-        due = validating or stopping or time.monotonic() - saved_at > SAVE_EVERY
-        if rank == 0 and due:
-            terms.check()  # a checkpoint is only ever a good one
-            save(folder / "last.pt", settings["model"], model, optimizer, step, best)
+        if saving and rank == 0:
+            with writing(folder / "last.pt", step):
+                save(folder / "last.pt", settings["model"], model, optimizer, step, best)
             saved_at = time.monotonic()
 
         if finished or stopping:
@@ -346,29 +410,30 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         step += 1
 
         progress.update(step)
-        if step % LOG_EVERY == 0 or step in (1, steps):
-            count, means, now = terms.count, terms.read(), time.monotonic()
+        stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
+        if step % LOG_EVERY == 0 or step in (1, steps) or stopping:
+            refuse_non_finite(terms, model, step, folder)
+            means = terms.read()
             if rank == 0:
-                append(folder / "log.jsonl", {"step": step, "lr": lr, **means,
-                                              "seconds_per_step": (now - logged_at) / count})
+                append(folder / "log.jsonl", {"step": step, "lr": lr, **means})
                 progress.update(step, f"loss {means['loss']:.4g}", line=True)
-            logged_at = time.monotonic()
 
     stop.restore()
     del loss_of  # freed after its group is gone, DistributedDataParallel can hang
     gc.collect()
-    if finished:
-        if world > 1:
-            dist.barrier()  # until best.pt is there
-        samples = QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES
-        evaluate.report(folder, samples=samples, device=device)
-    else:
+    if stopping:
         progress.say(f"stopped and saved at step {step}; resume with: "
                      f"python train.py --resume {folder}")
+    else:
+        if world > 1:
+            dist.barrier()  # until best.pt is there
+        evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
+                        samples=QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES,
+                        device=device)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    return 0 if finished else 128 + stop.signal
+    return 128 + stop.signal if stopping else 0
 
 
 # ---------------------------------------------------------------------- the files of a run
@@ -376,31 +441,48 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
 def begin_files(folder, settings, training, model, split, start) -> None:
     """config.json, split.json, and log.jsonl cut back to the step the run resumes at."""
-    folder.mkdir(parents=True, exist_ok=True)
     for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
         half.unlink()
+    changes = read_config(folder).get("changes", []) if (folder / "config.json").exists() else []
+    now = {"step": start} | {key: settings[key] for key in CHANGEABLE}
     versions = {name: version(name) for name in ("torch", "numpy", "matplotlib")}
     config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
-                  parameters=sum(p.numel() for p in model.parameters()),
+                  parameters=sum(p.numel() for p in model.parameters()), changes=[*changes, now],
                   versions=dict(python=platform.python_version(), **versions))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "split.json", json.dumps(split.parts, indent=1) + "\n")
     kept = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
-    write_text(folder / "log.jsonl", "".join(kept))
+    for name, text in (("config.json", json.dumps(config, indent=2) + "\n"), ("split.json",
+                       json.dumps(split.parts, indent=1) + "\n"), ("log.jsonl", "".join(kept))):
+        with writing(folder / name, start):
+            write_text(folder / name, text)
+
+
+@contextlib.contextmanager
+def writing(path, step):
+    """A full disk is one line: what could not be written, when, and what stands."""
+    try:
+        yield
+    except OSError as error:
+        stands = "last.pt stands" if (path.parent / "last.pt").exists() else "nothing was saved yet"
+        raise UserError(f"cannot write {path} at step {step}: {error.strerror or error}; {stands}; "
+                        f"make room, then --resume {path.parent}") from error
 
 
 def append(path, entry: dict) -> None:
     """One more line of JSON."""
-    with open(path, "a") as file:
+    with writing(path, entry["step"]), open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_log(folder) -> list[dict]:
-    """The log's entries; a last line that a kill cut short is left out."""
+    """The log's entries; lines that a kill or a full disk cut short are left out."""
+    log = folder / "log.jsonl"
     entries = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            entries.append(json.loads(line))
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and all(isinstance(v, (int, float)) for v in entry.values()) \
+                    and "step" in entry:
+                entries.append(entry)
     return entries
 
 
@@ -434,28 +516,30 @@ def keep_freed_memory() -> None:
 # ------------------------------------------------------------------------ the command line
 
 
+ADVICE = {"more than 1 value per channel": "batch norm cannot learn from a single value a channel: "
+          "raise --batch-size or --image-size"} | dict.fromkeys(
+    ("out of memory", "allocate memory", "not enough memory"),
+    "out of memory: lower --batch-size or --image-size")
+
+
 def main(argv=None) -> int:
     """The command line; a user's mistake is one line on stderr and exit status 2."""
     try:
         args = parse(argv)
         settings, folder = settle(args)
-        return train(settings, folder, args.device, args.compile, bool(args.resume))
-    except (UserError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}; "
-              "what was saved before stands", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        first = os.environ.get("RANK", "0") == "0"  # the only process of torchrun that writes
+        with own(folder) if first else contextlib.nullcontext():
+            return train(settings, folder, args.device, args.compile, bool(args.resume))
+    except UserError as error:
+        text = str(error)
+    except OSError as error:  # a folder that may not be written
+        text = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+    except (RuntimeError, ValueError) as error:
+        text = next((advice for sign, advice in ADVICE.items() if sign in str(error)), None)
+        if text is None:
             raise
-        print("error: batch norm cannot learn from a single value a channel: raise --batch-size or "
-              "--image-size", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of memory: lower --batch-size or --image-size", file=sys.stderr)
-        return 2
+    print(f"error: {text}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
