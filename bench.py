@@ -7,7 +7,6 @@
     python bench.py --tables costs                        # what a method adds to its U-Net
     python bench.py --tables scaling --models ssn         # against side, batch, samples, rank
     python bench.py --tables evaluation                   # a test split: network beside metrics
-    python bench.py --tables processes                    # two processes beside one
 
 How to read it. Machines are noisy, so trust ratios: what is compared runs in turn, A B A B, and
 a figure is the median over the rounds; a ratio is the median of the rounds' own ratios, +- half
@@ -26,13 +25,10 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 import weakref
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -390,35 +386,8 @@ def timed(function, seconds: list):
     return call
 
 
-def table_of_processes(options) -> list[dict]:
-    """Weak scaling on the CPU: W processes of one thread, each with the whole batch size."""
-    rows = []
-    for name in options.models:
-        times = {}
-        for world in (1, 2):
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(one_process, (world, name, options, folder), world)
-                times[world] = json.loads((Path(folder) / "0").read_text())
-        rows.append({"model": name, "1 process ms": 1e3 * times[1], "2 processes ms":
-                     1e3 * times[2], "efficiency": times[1] / times[2]})
-        show(rows)
-    return rows
-
-
-def one_process(rank, world, name, options, folder):
-    """A process of `table_of_processes`: writes its seconds a step."""
-    torch.set_num_threads(1)
-    train.keep_freed_memory()
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    b = Bench(name, options)
-    b.loss = models.distribute(b.model, options.device) if world > 1 else b.model
-    times = in_turn({"": b.step}, options.rounds, options.device)[""]
-    (Path(folder) / str(rank)).write_text(json.dumps(statistics.median(times)))
-    dist.destroy_process_group()
-
-
 TABLES = {"models": table_of_models, "costs": table_of_costs, "scaling": table_of_scaling,
-          "evaluation": table_of_evaluation, "processes": table_of_processes}
+          "evaluation": table_of_evaluation}
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -445,7 +414,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--tables", nargs="+", choices=TABLES, default=["models"])
     p.add_argument("--models", nargs="+", metavar="NAME",
                    help=f"of {' '.join(models.MODELS)} (default: all but the ensemble, which is "
-                   "many unet; evaluation, scaling, processes: ssn)")
+                   "many unet; evaluation and scaling: ssn)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the step")

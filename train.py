@@ -21,23 +21,14 @@ and resumed gives the same weights, bit for bit on a CPU, as one that was not; a
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import importlib.util
-import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -47,17 +38,14 @@ import data
 import evaluate
 from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
-from models import (MODELS, SETTINGS, build, check_state, distribute, load_checkpoint, place,
-                    read_config, restore_optimizer, save)
-from sources.files import write_text
-
+from models import MODELS, build, distribute, place
+from runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log, restore,
+                  save, writing)
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
 QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
-
-CHANGEABLE = ("steps", "path", "lr", "lr_drops")  # what --resume may give anew
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
@@ -72,7 +60,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="updates of the weights (default: the paper's)")
     p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
-    p.add_argument("--lr-drops", type=lr_drop, nargs="+", metavar="STEP:FACTOR",
+    p.add_argument("--lr-drops", nargs="+", metavar="STEP:FACTOR",
                    help="from STEP on, FACTOR times --lr (default: the paper's schedule)")
     p.add_argument("--seed", type=int)
     p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
@@ -117,39 +105,9 @@ def settle(args) -> tuple[dict, Path]:
         if settings[key] is not None and not low <= settings[key] <= high:
             raise UserError(f"--{key.replace('_', '-')} {settings[key]}: give a whole number from "
                             f"{low} to {high}")
-    factors = [factor for _, factor in settings["lr_drops"] or ()]
-    if not all(0 < x < float("inf") for x in (settings["lr"] or 1, *factors)):
-        raise UserError("--lr and the factors of --lr-drops are finite and above 0")
+    if settings["lr"] is not None and not 0 < settings["lr"] < float("inf"):
+        raise UserError(f"--lr {settings['lr']}: give a finite number above 0")
     return settings, folder
-
-
-@contextlib.contextmanager
-def own(folder: Path):
-    """Hold the folder's lock, so that no other run writes here. It ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as lock:
-        try:
-            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(f"{folder} is in use by {lock.read()}; wait for it to end, or choose "
-                            "another folder with --out") from None
-        except OSError:  # a file system without locks
-            pass
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        try:
-            yield
-        finally:
-            if list(folder.iterdir()) == [folder / "lock"]:  # a mistake: nothing was begun
-                (folder / "lock").unlink()
-                folder.rmdir()
-
-
-def plain(value):
-    """As it comes back from JSON: tuples are lists."""
-    return json.loads(json.dumps(value))
 
 
 def annotators(text: str):
@@ -162,10 +120,17 @@ def annotators(text: str):
         raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
 
 
-def lr_drop(text: str) -> tuple[int, float]:
-    """"1000:0.1" -> (1000, 0.1)."""
-    step, factor = text.split(":")
-    return int(step), float(factor)
+def lr_drops(texts: list[str]) -> list[tuple[int, float]]:
+    """["1000:0.1"] -> [(1000, 0.1)], sorted."""
+    try:
+        pairs = [text.split(":") for text in texts]
+        drops = sorted((int(step), float(factor)) for step, factor in pairs)
+    except (ValueError, AttributeError):
+        drops = [(0, 0)]
+    if not all(0 < factor < float("inf") for _, factor in drops):
+        raise UserError(f"--lr-drops {' '.join(map(str, texts))}: write STEP:FACTOR, both numbers, "
+                        "like 1000:0.1")
+    return drops
 
 
 def learning_rate(step: int, training: dict) -> float:
@@ -196,37 +161,24 @@ def first_model(settings, split) -> nn.Module:
 def recipe(model, settings) -> dict:
     """How this run trains: the paper's settings, --quick's, then those given."""
     training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
-    given = ("steps", "batch_size", "lr", "lr_drops")
-    training |= {k: settings[k] for k in given if settings[k] is not None}
+    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
     if settings["lr_drops"]:
-        training |= dict(lr_drops=sorted(settings["lr_drops"]), poly_power=0)
+        training |= dict(lr_drops=lr_drops(settings["lr_drops"]), poly_power=0)
     return training
 
 
 def make_optimizer(model, training: dict):
     """The optimiser that `training` names; no weight decay for model.no_weight_decay's names."""
     names = getattr(model, "no_weight_decay", ())
-    plain = [p for name, p in model.named_parameters() if name not in names]
-    free = [p for name, p in model.named_parameters() if name in names]
-    groups = [dict(params=plain)] + [dict(params=free, weight_decay=0.0)] * bool(free)
+    groups = [dict(params=[p for name, p in model.named_parameters() if name not in names])]
+    if names:
+        free = [p for name, p in model.named_parameters() if name in names]
+        groups.append(dict(params=free, weight_decay=0.0))
     options = {k: training[k] for k in ("lr", "weight_decay", "momentum", "alpha") if k in training}
     if training["optimizer"] == "rmsprop":  # has no fused form
         return torch.optim.RMSprop(groups, **options)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
     return kind(groups, fused=True, **options)
-
-
-def restore(path, settings, model, optimizer) -> tuple[int, float]:
-    """Load a checkpoint of this run; returns its step and the best validation GED so far."""
-    content = load_checkpoint(path)
-    config = plain(dataclasses.asdict(model.config))
-    if content["model"] != settings["model"] or plain(content["config"]) != config:
-        raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
-                        "config.json; begin another run with --out")
-    check_state(path, model, content["state"])
-    model.load_state_dict(content["state"])
-    restore_optimizer(path, optimizer, content["optimizer"])
-    return content["step"], content["best"]
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -315,12 +267,11 @@ class Terms:
 
 def refuse_non_finite(terms, model, step, folder) -> None:
     """UserError where the loss, the gradient or a weight is not finite: none such is ever saved."""
-    failed = terms.failed()
-    if not failed and not torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all():
-        failed = f"step {step}: a weight"
-    if failed:
-        advice = f"last.pt stands: --resume {folder} with a lower --lr" \
-            if (folder / "last.pt").exists() else "nothing was saved: begin again with a lower --lr"
+    finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
+    if failed := terms.failed() or (None if finite else f"step {step}: a weight"):
+        advice = "nothing was saved: begin again with a lower --lr"
+        if (folder / "last.pt").exists():
+            advice = f"last.pt stands: --resume {folder} with a lower --lr"
         raise UserError(f"{failed} is not finite (it failed first); {advice}, or look at the "
                         "images' scale")
 
@@ -356,7 +307,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         augmentation=augmentation)
 
     if rank == 0:
-        begin_files(folder, settings, training, model, train_split, start)
+        begin(folder, settings, training, model, train_split, start)
     progress = Progress(steps, start, quiet=rank > 0)
     progress.say(f"{settings['model']} on {settings['data']}: {len(train_split)} training cases, "
                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}"
@@ -368,7 +319,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     elif compile:
         loss_of = compiled(loss_of)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
-
     if not train_split.parts.get("test"):
         progress.say("no test split: this run will be judged on its validation split")
 
@@ -434,56 +384,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         dist.barrier()
         dist.destroy_process_group()
     return 128 + stop.signal if stopping else 0
-
-
-# ---------------------------------------------------------------------- the files of a run
-
-
-def begin_files(folder, settings, training, model, split, start) -> None:
-    """config.json, split.json, and log.jsonl cut back to the step the run resumes at."""
-    for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
-        half.unlink()
-    changes = read_config(folder).get("changes", []) if (folder / "config.json").exists() else []
-    now = {"step": start} | {key: settings[key] for key in CHANGEABLE}
-    versions = {name: version(name) for name in ("torch", "numpy", "matplotlib")}
-    config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
-                  parameters=sum(p.numel() for p in model.parameters()), changes=[*changes, now],
-                  versions=dict(python=platform.python_version(), **versions))
-    kept = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
-    for name, text in (("config.json", json.dumps(config, indent=2) + "\n"), ("split.json",
-                       json.dumps(split.parts, indent=1) + "\n"), ("log.jsonl", "".join(kept))):
-        with writing(folder / name, start):
-            write_text(folder / name, text)
-
-
-@contextlib.contextmanager
-def writing(path, step):
-    """A full disk is one line: what could not be written, when, and what stands."""
-    try:
-        yield
-    except OSError as error:
-        stands = "last.pt stands" if (path.parent / "last.pt").exists() else "nothing was saved yet"
-        raise UserError(f"cannot write {path} at step {step}: {error.strerror or error}; {stands}; "
-                        f"make room, then --resume {path.parent}") from error
-
-
-def append(path, entry: dict) -> None:
-    """One more line of JSON."""
-    with writing(path, entry["step"]), open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def read_log(folder) -> list[dict]:
-    """The log's entries; lines that a kill or a full disk cut short are left out."""
-    log = folder / "log.jsonl"
-    entries = []
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and all(isinstance(v, (int, float)) for v in entry.values()) \
-                    and "step" in entry:
-                entries.append(entry)
-    return entries
 
 
 # ------------------------------------------------------------------------------- the machine

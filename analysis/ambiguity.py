@@ -11,7 +11,8 @@ import models
 
 from analysis.pictures import COLORS, new_plot, save_figure
 from common import IGNORE, pick_device
-from models import labels_of, read_config, sample_batches
+from models import labels_of, sample_batches
+from runs import read_config
 from sources.files import write_text
 
 
