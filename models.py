@@ -36,7 +36,7 @@ MODELS = {
     "m_heads": MHeads,
 }
 LARGEST = 10**9  # parameters; the largest default model, the ensemble, has 1.9e8
-MOST_TENSORS = 20_000  # of parameters; the ensemble has 896
+MOST_TENSORS = 5_000  # of parameters; the ensemble has 896
 
 
 def build(name: str, fields: dict, device="cpu") -> nn.Module:

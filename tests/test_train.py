@@ -134,7 +134,7 @@ def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validatio
     split = {"train": ["c0", "c1"], "val": ["c2", "c3"]}
     (tmp_path / "split.json").write_text(json.dumps(split | {"test": []}))
     out = run("--data", "folder", "--path", tmp_path, "--data-args",
-              f"split_file={tmp_path / 'split.json'}", "--batch-size", 2, "--steps", 1, *TINY[-5:],
+              f"split_file={tmp_path / 'split.json'}", "--batch-size", 2, "--steps", 1, *TINY[-6:],
               "--out", tmp_path / "run", capsys=capsys).out
     assert out.splitlines()[1].startswith("no test split")
     assert reports[-1][1]["split"] == "val"
@@ -235,7 +235,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 # ------------------------------------------------------------------------------ when it goes wrong
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1_500, 4_096, 9_000, 15_000, 25_000])
+@pytest.mark.parametrize("limit", [0, 4_096, 25_000])
 def test_a_full_disk_is_one_line_and_resume_goes_on(limit, finished, tmp_path, monkeypatch, capsys):
     """No file may grow past `limit` bytes after step 60, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -517,11 +517,11 @@ def test_without_a_compiler_it_goes_on(finished, tmp_path, monkeypatch, capsys):
 # --------------------------------------------------------------------------------- two processes
 
 TWO = """
-import sys, pathlib, torch, evaluate, train
-report, evaluate.report = evaluate.report, lambda *a, **k: {}
-assert train.main(sys.argv[2:]) == 0
-evaluate.report = report
-sys.exit(evaluate.main([sys.argv[1], "--samples", "1", "16", "--device", "cpu"]))
+import sys, torch, evaluate, train
+report = evaluate.report  # at the end of training, judge the folder of another run
+evaluate.report = lambda folder, **options: report(sys.argv[1], samples=(1, 16),
+                                                   device=torch.device("cpu"))
+sys.exit(train.main(sys.argv[2:]))
 """
 
 
