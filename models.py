@@ -57,7 +57,7 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
         nonlocal count, tensors
         count, tensors = count + (0 if parameter is None else parameter.numel()), tensors + 1
         if count > LARGEST or tensors > MOST_TENSORS:
-            raise ValueError(f"more than {LARGEST:,} parameters in {MOST_TENSORS:,} tensors")
+            raise ValueError(f"it has more than {LARGEST:,} parameters or {MOST_TENSORS:,} tensors")
 
     hook = register_module_parameter_registration_hook(limit)
     try:

@@ -338,8 +338,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             if rank == 0:
                 append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
                 progress.update(step, f"validation GED {ged:.4f}", line=True)
-                with writing(folder / "curves.png", step):
-                    plot_curves(folder / "curves.png", read_log(folder))
                 if ged < best:
                     best = ged
                     with writing(folder / "best.pt", step):
@@ -349,6 +347,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             with writing(folder / "last.pt", step):
                 save(folder / "last.pt", settings["model"], model, optimizer, step, best)
             saved_at = time.monotonic()
+            with writing(folder / "curves.png", step):
+                plot_curves(folder / "curves.png", read_log(folder))
 
         if finished or stopping:
             break

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import common
 import data
@@ -126,11 +127,12 @@ def test_best_is_the_checkpoint_of_lowest_validation_ged(finished):
 def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validation(
         tmp_path, reports, capsys):
     (tmp_path / "images").mkdir()
-    (tmp_path / "labels").mkdir()
-    from PIL import Image
+    (tmp_path / "labels" / "a").mkdir(parents=True)
     for i in range(4):
         Image.new("L", (32, 32), 60 * i).save(tmp_path / "images" / f"c{i}.png")
-        Image.new("L", (32, 32), i % 2).save(tmp_path / "labels" / f"c{i}.png")
+        label = Image.new("L", (32, 32))
+        label.paste(1, (4, 4, 20, 20))
+        label.save(tmp_path / "labels" / "a" / f"c{i}.png")
     split = {"train": ["c0", "c1"], "val": ["c2", "c3"]}
     (tmp_path / "split.json").write_text(json.dumps(split | {"test": []}))
     out = run("--data", "folder", "--path", tmp_path, "--data-args",
@@ -312,8 +314,8 @@ def test_terms_name_the_cause_and_not_its_consequence():
     (["--model-args", "channels=garbage"], "ssn cannot be built"),
     (["--model-args", "channels=5"], "ssn cannot be built"),
     (["--model-args", "channels=()"], "ssn cannot be built"),
-    (["--model-args", "convs=100000"], "ssn cannot be built: more than"),
-    (["--model-args", "channels=(999999,999999)"], "ssn cannot be built: more than"),
+    (["--model-args", "convs=100000"], "ssn cannot be built: it has more than"),
+    (["--model-args", "channels=(999999,999999)"], "ssn cannot be built: it has more than"),
     (["--data", "lidc", "--path", "/nowhere"], "nothing to read at /nowhere"),
     (["--device", "cuda:7"], "--device cuda:7"),
     (["--steps", "0"], "from 1 to"),
@@ -519,7 +521,7 @@ def test_without_a_compiler_it_goes_on(finished, tmp_path, monkeypatch, capsys):
 TWO = """
 import sys, torch, evaluate, train
 report = evaluate.report  # at the end of training, judge the folder of another run
-evaluate.report = lambda folder, **options: report(sys.argv[1], samples=(1, 16),
+evaluate.report = lambda folder, **options: report(sys.argv[1], samples=(1, 4),
                                                    device=torch.device("cpu"))
 sys.exit(train.main(sys.argv[2:]))
 """
@@ -530,7 +532,7 @@ def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["data_args"]["n"] = 170  # 34 test cases: batches of 32 and 2
     (folder / "config.json").write_text(json.dumps(config))
-    REPORT(folder, samples=(1, 16), device=torch.device("cpu"), quiet=True)
+    REPORT(folder, samples=(1, 4), device=torch.device("cpu"), quiet=True)
     alone = {name: (folder / name).read_text() for name in ("per_case.csv", "metrics.json")}
     assert alone["per_case.csv"].count("\n") == 35
     for name in alone:
