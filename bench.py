@@ -76,9 +76,9 @@ def ratio(a: list, b: list) -> tuple[float, float]:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make while it is on; `peak` of those alive.
+    """Counts the bytes of the tensors that operations create while it is on; `peak` of those alive.
 
-    Independent of the allocator, so it repeats exactly; what an operation uses inside is not seen.
+    Independent of the allocator, so it repeats exactly; memory inside an operation is not counted.
     """
 
     def __init__(self):
@@ -107,7 +107,7 @@ class Allocations(TorchDispatchMode):
 
 def peak_memory(function, device) -> int:
     """Bytes that `function` needs at its worst, beyond what stood before."""
-    function()  # what is made once, like the optimiser's state, is not counted
+    function()  # what is created once, like the optimiser's state, is not counted
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -134,13 +134,6 @@ def matrix_rate(device, dtype) -> float:
     return 2 * side**3 / statistics.median(in_turn({"": lambda: a @ a}, 5, device)[""])
 
 
-def copy_rate(device) -> float:
-    """Bytes read and written a second by a large copy."""
-    a = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
-    b = torch.empty_like(a)
-    return 8 * a.numel() / statistics.median(in_turn({"": lambda: b.copy_(a)}, 5, device)[""])
-
-
 class Convolutions(TorchFunctionMode):
     """Notes every convolution and linear layer that runs while it is on."""
 
@@ -156,8 +149,8 @@ class Convolutions(TorchFunctionMode):
 
 
 def convolutions_alone(function, backward: bool):
-    """A function that runs, one by one, the convolutions and linear layers that `function` runs: on
-    tensors of the same shape and layout, with their gradients if `backward`."""
+    """A function that runs the convolutions and linear layers of `function` one by one, on tensors
+    of the same shape and layout, with their gradients if `backward`."""
     with Convolutions() as noted:
         function()
 
@@ -231,8 +224,7 @@ def table_of_models(options) -> list[dict]:
     if options.device.type == "cuda":
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
         rate = matrix_rate(options.device, dtype)
-        print(f"measured limits: {rate / 1e12:.0f} Tflop/s ({dtype}), "
-              f"{copy_rate(options.device) / 1e9:.0f} GB/s", flush=True)
+        print(f"measured limit: {rate / 1e12:.0f} Tflop/s ({dtype})", flush=True)
     for name in options.models:
         b, plain = Bench(name, options), Bench(name, options, plain=True)
         flops = operations(plain.step)

@@ -65,9 +65,8 @@ from analysis.pictures import (COLUMNS, plot_dice, plot_ged, plot_overview, plot
 from analysis.predict import pictures, predict_image
 from common import IGNORE, Progress, UserError, pick_device, start_processes
 from hpunet import HPUNet
-from models import labels_of, sample_batches
+from models import labels_of, read_config, sample_batches
 from phiseg import PHiSeg
-from runs import read_config
 from sources.files import write_atomically, write_text
 from ssn import SSN
 

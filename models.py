@@ -19,7 +19,7 @@ from common import UserError
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
-from runs import check_state, load_checkpoint
+from runs import check_state, load_checkpoint, read_config, save  # noqa: F401
 from ssn import SSN
 from vae_unet import VAEUNet
 
@@ -90,17 +90,17 @@ def place(model, device) -> nn.Module:
 
 
 def sample_batches(model, split, n, seed=0, rank=0, world=1):
-    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)).
+    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it;
+    or of several processes' shares, batch rank, rank + world, ...
 
-    All cases; under torchrun, every world-th batch. Draws depend on (seed, batch) alone. As many
-    cases at once as keep the logits under 128 MiB.
+    Draws depend on (seed, batch) alone. As many cases at once as keep the logits under 128 MiB.
     """
-    size = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
-    for start in range(rank * size, len(split), world * size):
-        batch = split.subset(range(start, min(start + size, len(split)))).all_maps()
-        generator = torch.Generator(batch.images.device).manual_seed(seed * 1_000_003 + start)
+    batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
+    for start in range(rank * batch, len(split), world * batch):
+        part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
+        generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
         torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
-        yield batch, model.sample(batch.images, n, generator).float()
+        yield part, model.sample(part.images, n, generator).float()
 
 
 def labels_of(scores, axis: int):

@@ -35,16 +35,17 @@ SETTINGS = dict(
 
 
 def read_config(folder: Path) -> dict:
-    """The run's config.json, with every setting; UserError where it is not one of train.py's."""
+    """The run's config.json, settings it lacks at their defaults; UserError where it is broken."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        config["settings"] = {"lr_drops": None} | config["settings"]  # older runs have none
+        config["settings"]["data"]  # without which there is no run
+        given = {name: default for name, (_, default) in SETTINGS.items()} | config["settings"]
         for name, (kinds, _) in SETTINGS.items():
-            if not isinstance(config["settings"][name], kinds):
+            if not isinstance(given[name], kinds):
                 raise TypeError(name)
         if not isinstance(config.setdefault("changes", []), list):
             raise TypeError("changes")
-        return config
+        return config | {"settings": given}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
                         "that train.py wrote") from None

@@ -11,8 +11,7 @@ import models
 
 from analysis.pictures import COLORS, new_plot, save_figure
 from common import IGNORE, pick_device
-from models import labels_of, sample_batches
-from runs import read_config
+from models import labels_of, read_config, sample_batches
 from sources.files import write_text
 
 

@@ -16,8 +16,7 @@ import models
 from analysis.pictures import (COLORS, new_plot, paint_image, paint_label, paint_map, save_figure,
                                save_grid)
 from common import IGNORE, Progress, UserError, pick_device, reflect_pad
-from models import labels_of, sample_batches
-from runs import read_config
+from models import labels_of, read_config, sample_batches
 from sources.files import write_text
 
 

@@ -10,7 +10,7 @@ import models
 
 from analysis.pictures import paint_image, paint_label, paint_map, paint_outlines, save_grid
 from common import UserError, pick_device
-from runs import read_config
+from models import read_config
 from sources.brats import BRATS, read_patient
 from sources.files import (bounding_box, is_nifti, read_nifti, standardised, write_atomically,
                            write_nifti)
