@@ -61,6 +61,10 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
 
     hook = register_module_parameter_registration_hook(limit)
     try:
+        for value in fields.values():
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(number, int) and number > 10**6 for number in numbers):
+                raise ValueError("a number above 1,000,000")  # constructors would loop for ever
         config = Model.Config(**fields)
         with torch.device("meta"):
             model = Model(config)

@@ -2,7 +2,8 @@
 
     python train.py --model ssn --data shapes --quick          # about a minute on two CPU cores
     python train.py --model ssn --data lidc --device cuda      # the paper's model and settings
-    python train.py --resume runs/ssn-lidc-0                   # resumes where it stopped
+    python train.py --resume runs/ssn-lidc-0                   # resumes where it stopped; may be
+                                                               # given other --steps and --lr
     torchrun --nproc_per_node=4 train.py --model ssn --data lidc --device cuda
 
 A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
