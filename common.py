@@ -8,6 +8,7 @@ Sections: noise and Gaussians / losses / U-Net / padding / initialisation / devi
 """
 
 import ast
+import json
 import os
 import sys
 import time
@@ -30,11 +31,12 @@ def key_values(option: str, items: list[str]) -> dict:
     result = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{option} {item}: write it as key=value")
+        if not equals or len(item) > 1000:
+            raise UserError(f"{option} {item[:80]}: write key=value, up to 1000 characters")
         try:
             result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            json.dumps(result[key], allow_nan=False)  # as config.json will keep it
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             result[key] = value
     return result
 
@@ -376,19 +378,34 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """(device, rank, world size); joins the group when torchrun started this process."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = pick_device(device_name)
-    if "WORLD_SIZE" in os.environ:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        # the others wait while rank 0 draws, which may take long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=24))
+    if "WORLD_SIZE" not in os.environ:
+        return device, 0, 1
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    try:
+        world, rank, local, _ = [int(os.environ[name]) for name in names]
+    except (KeyError, ValueError):
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: start with "
+                        f"torchrun, which sets {', '.join(names)}, or unset it") from None
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{local}")
+        torch.cuda.set_device(device)
+    # the others wait while rank 0 draws, which may take long
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=24))
     return device, rank, world
 
 
 # ------------------------------------------------------------------------------------ progress
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; a stdout that is closed, full or lacks a character never stops a run."""
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
+    except (AttributeError, OSError, ValueError):
+        sys.stdout = None
 
 
 class Progress:
@@ -396,7 +413,7 @@ class Progress:
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False):
         self.total, self.first, self.quiet = total, done, quiet
-        self.terminal = sys.stdout.isatty()
+        self.terminal = bool(sys.stdout and not sys.stdout.closed and sys.stdout.isatty())
         self.start, self.shown, self.note = time.monotonic(), 0.0, ""
 
     def update(self, done: int, note: str | None = None, line: bool = False) -> None:
@@ -410,13 +427,12 @@ class Progress:
         left = duration((self.total - done) / rate) if rate else "?"
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
         text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
-        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n",
-              flush=True)
+        say(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
 
     def say(self, text: str) -> None:
         """A line of its own, above the progress line."""
         if not self.quiet:
-            print(f"\r\x1b[K{text}" if self.terminal else text, flush=True)
+            say(f"\r\x1b[K{text}" if self.terminal else text)
 
 
 def duration(seconds: float) -> str:

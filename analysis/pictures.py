@@ -3,10 +3,7 @@
 Functions take arrays and write PNGs; none needs a display.
 """
 
-import contextlib
 import itertools
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,10 +126,9 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
     save_figure(figure, path)
 
 
-def plot_curves(folder) -> None:
-    """curves.png: every logged term, and the validation GED, against the step."""
-    log = read_log(folder)
-    skip = {"step", "lr", "seconds_per_step"}
+def plot_curves(path, log: list[dict]) -> None:
+    """Every term of a run's log, and the validation GED, against the step."""
+    skip = {"step", "steps", "lr", "seconds_per_step"}
     names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -143,16 +139,7 @@ def plot_curves(folder) -> None:
         points = [(e["step"], e[name]) for e in log if name in e]
         ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
         ax.set_title(name.replace("_", " "), fontsize=8)
-    save_figure(figure, folder / "curves.png")
-
-
-def read_log(folder) -> list[dict]:
-    """The log's entries; a last line that a kill cut short is left out."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in (Path(folder) / "log.jsonl").read_text().splitlines():
-            entries.append(json.loads(line))
-    return entries
+    save_figure(figure, path)
 
 
 def plane(split, case, probs, prediction, error, gamma) -> SimpleNamespace:
