@@ -410,8 +410,8 @@ def hard_pixels(error: Tensor, share: float) -> Tensor:
 
 if __name__ == "__main__":
     import time
-    from analysis.instances import clean_instances, cluster_instances
-    from analysis.paper_figures import plot_instances, plot_scales
+    from analysis.instances import clean_instances, cluster_instances, plot_instances
+    from analysis.paper_figures import plot_scales
 
     import data
     import metrics

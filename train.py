@@ -38,7 +38,7 @@ from torch import nn
 
 import data
 import evaluate
-from analysis.pictures import plot_curves, read_log
+from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
 from models import MODELS, build, distribute, load_checkpoint, place, save
 from sources.files import write_text
@@ -311,7 +311,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             if ged < best:
                 best = ged
                 save(folder / "best.pt", settings["model"], model, optimizer, step, best)
-            plot_curves(folder)
+            plot_curves(folder / "curves.png", read_log(folder))
 
         if main and (validating or stopping or time.monotonic() - saved_at > SAVE_EVERY):
             terms.check()  # a checkpoint is only ever a good one
@@ -409,6 +409,15 @@ def begin_files(folder, settings, training, model, start) -> None:
     log = folder / "log.jsonl"
     kept = [line for line in read_log(folder) if line["step"] <= start]
     write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_log(folder) -> list[dict]:
+    """The log's entries; a last line that a kill cut short is left out."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (Path(folder) / "log.jsonl").read_text().splitlines():
+            entries.append(json.loads(line))
+    return entries
 
 
 def append(path, entry: dict) -> None:
