@@ -42,16 +42,15 @@ rand_error_components of the connected parts of the prediction. dice_class_<k> a
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import data
 import metrics
@@ -59,6 +58,7 @@ import models
 from analysis.ambiguity import ambiguity
 from analysis.calibration import mode_rows, plot_modes, pooled, total_variation
 from analysis.classes import class_rows, write_classes
+from analysis.compare import compare
 from analysis.instances import (find_instances, instance_scores, instances_to_show, plot_instances,
                                 rand_errors)
 from analysis.ood import ood
@@ -67,9 +67,10 @@ from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_level
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
                                plot_samples, plot_uncertainty, printable, short_names, spread)
 from analysis.predict import images_at, predict_image
-from common import (IGNORE, Progress, UserError, key_values, pick_device, start_processes)
+from analysis.scores import draw, geds, measure
+from common import Progress, UserError, key_values, pick_device, start_processes
 from models import MODELS, labels_of, read_config, sample_batches
-from sources.files import write_atomically, write_text
+from sources.files import write_text
 
 SAMPLES = (1, 4, 8, 16, 100)
 LIKELIHOOD_SAMPLES = 16
@@ -145,22 +146,12 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
 
 def open_run(folder, splits, path=None, weights="best", device=None):
     """(the run's settings, its model, its splits), the last two on the device."""
-    settings, device = read_settings(folder), device or pick_device()
+    settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
     loaded = data.load(settings["data"], splits, path or settings["path"], **settings["data_args"])
     if settings["image_size"] is not None:
         loaded = [data.center(split, settings["image_size"]) for split in loaded]
     return settings, model, [split.to(device) for split in loaded]
-
-
-def read_settings(folder) -> dict:
-    """The settings in the run's config.json."""
-    try:
-        settings = read_config(folder)["settings"]
-        return dict(path=None, data_args={}, image_size=None) | settings | {"data": settings["data"]}
-    except (TypeError, KeyError):
-        raise UserError(f"{folder}: its config.json lacks the run's settings; give a folder that "
-                        "train.py wrote") from None
 
 
 def process() -> tuple[int, int]:
@@ -212,8 +203,8 @@ def score(model, split, samples=(16,), seed=0, full=True,
           likelihood_samples=LIKELIHOOD_SAMPLES) -> dict:
     """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`.
 
-    full=False: only `ged_<n>`. Under torchrun the processes share the cases, and all get
-    everything, the same as one would.
+    full=False: only what `validation_score` needs. Under torchrun the processes share the cases,
+    and all get everything, the same as one would.
     """
     was_training, rows = model.training, []
     model.eval()
@@ -221,126 +212,29 @@ def score(model, split, samples=(16,), seed=0, full=True,
         if full:
             drawn = draw(model, batch, chunks, samples)
             rows.append(measure(model, drawn, samples, likelihood_samples))
-        else:
-            hard = torch.cat([labels_of(logits, 2) for logits in chunks])
-            rows.append(geds(batch, hard, samples))
+            continue
+        hard = torch.cat([labels_of(logits, 2) for logits in chunks])
+        row = geds(batch, hard, samples)
+        if batch.instances is not None:
+            for n in samples:
+                found = find_instances(hard[:n], None, batch.fixed)
+                row[f"rand_error_{n}"] = rand_errors(batch, found)
+        rows.append(row)
     model.train(was_training)
     return gather(rows)
 
 
-@torch.no_grad()
 def validation_score(model, split) -> tuple[str, float]:
-    """(name, value) of what a training selects its checkpoints by, lower is better: the mean GED of
-    16 samples, or, of sets with instances, the Rand error of the objects found in them.
+    """(name, value) of what a training chooses its best checkpoint by; lower is better.
 
-    (For random colourings GED tells perfect objects hardly from noise.)
+    The mean GED of 16 samples; of sets with instances the mean Rand error of the objects found in
+    them, because GED hardly tells perfect objects in random classes from noise.
     """
-    if split.instances is None or not (split.instances >= split.fixed).any():
-        return "ged_16", float(score(model, split, full=False)["ged_16"].mean())
-    was_training, rows = model.training, []
-    model.eval()
-    for batch, chunks in sample_batches(model, split, CLUSTERED, 0, *process()):
-        hard = torch.cat([labels_of(logits, 2) for logits in chunks])
-        rows.append({"rand_error": rand_errors(batch, find_instances(hard, None, batch.fixed))})
-    model.train(was_training)
-    return f"rand_error_{CLUSTERED}", float(np.nanmean(gather(rows)["rand_error"]))
-
-
-@dataclass
-class Drawn:
-    """A batch, what the model predicts of it, and what is kept of its samples."""
-
-    batch: data.Split
-    prediction: Tensor  # (B, *S) uint8, the label map of `predict`
-    hard: Tensor  # (n, B, *S) uint8, the samples' label maps
-    moments: metrics.Moments  # of the samples' probabilities
-    ncc: dict  # {"ncc_<m>": (B,)} of the first m samples
-
-
-def draw(model, batch, chunks, samples) -> Drawn:
-    """Go through a batch's samples once: chunks of logits (m, B, K, *S), one sample's probabilities
-    at a time."""
-    moments, hard, ncc = metrics.Moments(), [], {}
-    for logits in chunks:
-        hard.append(labels_of(logits, 2))
-        for sample in logits:
-            moments.add(sample.softmax(1))
-            if moments.count in samples:
-                ncc[f"ncc_{moments.count}"] = metrics.ncc(moments, batch.labels, batch.weights)
-    prediction = labels_of(model.predict(batch.images), 1)
-    return Drawn(batch, prediction, torch.cat(hard), moments, ncc)
-
-
-def measure(model, drawn, samples, likelihood_samples) -> dict:
-    """The measures of a batch of cases, {name: (B,)}."""
-    batch, weights, (classes, empty) = drawn.batch, drawn.batch.weights, scoring(drawn.batch)
-    labels, hard = only_scored(batch, batch.labels), only_scored(batch, drawn.hard)
-    prediction = only_scored(batch, drawn.prediction)
-    mean = only_scored(batch, labels_of(drawn.moments.mean, 1))
-    out = metrics.sample_scores(hard, labels, classes, weights, empty, samples) | drawn.ncc
-    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
-    out["dice"] = metrics.dice(prediction, labels, classes, weights)
-    out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
-    out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
-    dices = metrics.sample_dice(hard[: max(samples)], labels, classes, weights)  # (n, B)
-    out["dice_better"] = (dices > out["dice"]).double().mean(0)
-    for percent in (5, 25, 50, 75, 95):
-        out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
-    return out | likelihoods(model, batch, likelihood_samples)
-
-
-def geds(batch, hard, samples) -> dict:
-    """ged_<n> of a batch of cases, {name: (B,)}, from samples (n, B, *S)."""
-    labels, hard, (classes, empty) = (only_scored(batch, batch.labels), only_scored(batch, hard),
-                                      scoring(batch))
-    return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
-            for n in samples}
-
-
-def scoring(split) -> tuple[int, float]:
-    """How many classes the maps of `only_scored` have, and the IoU of a class absent in both maps.
-    """
-    classes = 1 + len(split.scored) if split.scored else split.num_classes
-    # where the papers average over a few of many classes, absent ones are left out
-    return classes, float("nan") if split.scored or split.instances is not None else 1.0
-
-
-def only_scored(split, maps):
-    """Label maps whose classes are those that the split's paper averages over, counted from 1; all
-    others are 0, and 255 stays."""
-    if not split.scored:
-        return maps
-    table = torch.zeros(256, dtype=torch.uint8, device=maps.device)
-    table[list(split.scored)] = torch.arange(1, 1 + len(split.scored), device=maps.device).byte()
-    table[IGNORE] = IGNORE
-    return table[maps.long()]
-
-
-def likelihoods(model, batch, n) -> dict:
-    """What needs the annotators' maps one by one: log_likelihood with n samples, and iou_rec of
-    models with latents.
-
-    The expectation over a case's label maps; over two drawn from it where there are more than 8.
-    """
-    probabilities = batch.probabilities  # (B, A)
-    if probabilities.shape[1] > 8:
-        annotators = torch.multinomial(probabilities, 2, replacement=True).T  # (2, B)
-        weights = torch.full(annotators.shape, 0.5, device=annotators.device)
-    else:
-        weights = probabilities.T
-        annotators = torch.arange(len(weights), device=weights.device)[:, None].expand_as(weights)
-    rows = torch.arange(len(batch), device=weights.device)
-    out = {"log_likelihood": torch.zeros_like(weights[0])}
-    for annotator, weight in zip(annotators, weights):
-        label = batch.labels[rows, annotator]  # (B, *S)
-        out["log_likelihood"] += weight * model.log_likelihood(batch.images, label.long(), n)
-        if hasattr(model, "reconstruct"):
-            again = labels_of(model.reconstruct(batch.images, label.long()), 1)
-            # The GED of two single maps is 2 (1 - IoU); NaN where the annotator is missing.
-            iou = 1 - metrics.ged(only_scored(batch, again)[None],
-                                  only_scored(batch, label)[:, None], scoring(batch)[0]) / 2
-            out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
-    return out
+    values = score(model, split, (CLUSTERED,), full=False)
+    name = f"rand_error_{CLUSTERED}"
+    if name not in values or np.isnan(values[name]).all():  # no case has objects
+        name = f"ged_{CLUSTERED}"
+    return name, float(np.nanmean(values[name]))
 
 
 # -------------------------------------------------------------------------- tables and pictures
@@ -348,15 +242,12 @@ def likelihoods(model, batch, n) -> dict:
 
 def write_csv(path, split, values) -> None:
     """A line a case: its name, its group and every measure."""
-    def write(name):
-        # a file's name need not be UTF-8
-        with open(name, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            rows = csv.writer(file)
-            rows.writerow(["name", "group", *values])
-            for i, case in enumerate(split.names):
-                rows.writerow([case, split.groups[i], *(f"{v[i]:.6g}" for v in values.values())])
-
-    write_atomically(path, write)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["name", "group", *values])
+    for i, case in enumerate(split.names):
+        rows.writerow([case, split.groups[i], *(f"{v[i]:.6g}" for v in values.values())])
+    write_text(path, printable(text.getvalue()))
 
 
 def table(summary: dict) -> str:
@@ -391,91 +282,6 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
         plot_scales(model, image, out / "scales.png")
         if hidden:
             plot_extrapolation(model, some.images, some.labels[:, 0], out / "extrapolation.png")
-
-
-# --------------------------------------------------------------------------------- several runs
-
-COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice",
-            "dice_present", "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
-
-
-@dataclass
-class Judged:
-    """What `compare` needs of a run, or of several that differ in their seeds alone."""
-
-    name: str
-    summary: dict  # {measure: {"mean", "stderr"}}
-    geds: dict  # {case: ged_16}
-    settings: dict  # without the seed
-    seeds: set
-
-
-def compare(folders) -> str:
-    """A table of judged runs, one a line, and `compare.png`, both in the first run's folder.
-
-    Runs that differ in nothing but the seed share a line, with the mean and the standard deviation
-    over them; of a single run the standard error over cases stands behind the mean. p: the paired
-    permutation test, over cases, of `ged_16` against the first line's.
-    Raises UserError where runs were not judged on the same cases.
-    """
-    folders = [Path(f) for f in folders]
-    runs = [read_judged(folder) for folder in folders]
-    for run in runs:
-        if run.geds.keys() != runs[0].geds.keys():
-            raise UserError(f"{run.name} and {runs[0].name} were judged on different cases")
-    groups = []
-    for run in runs:
-        for group in groups:
-            if group[0].settings == run.settings and all(run.seeds != g.seeds for g in group):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    rows = [pool_seeds(group) for group in groups]
-    names = [n for n in COMPARED if any(n in row.summary for row in rows)]
-    lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
-    for row in rows:
-        cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := row.summary.get(n)) else ""
-                 for n in names]
-        p = metrics.paired_test([row.geds[case] for case in rows[0].geds],
-                                list(rows[0].geds.values()))
-        cells.append("" if row is rows[0] else f"{p:.2g}")
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
-    write_text(folders[0] / "compare.md", text)
-    plot_ged(folders[0] / "compare.png", {row.name: row.summary for row in rows})
-    return text
-
-
-def read_judged(folder: Path) -> Judged:
-    """The results of a run that was judged."""
-    settings = read_settings(folder)
-    try:
-        summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        summary = {name: {key: float(result[key]) for key in ("mean", "stderr")}
-                   for name, result in summary.items()}
-        summary["ged_16"]
-        with open(folder / "per_case.csv", newline="", encoding="utf-8") as file:
-            geds = {row["name"]: float(row["ged_16"]) for row in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
-        raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
-                        f"python evaluate.py {folder}") from None
-    return Judged(folder.name, summary, geds, settings, {settings.pop("seed", 0)})
-
-
-def pool_seeds(group: list[Judged]) -> Judged:
-    """Runs that differ in their seeds as one: means over them, and standard deviations."""
-    first = group[0]
-    if len(group) == 1:
-        return first
-    summary = {}
-    for name in first.summary:
-        if all(name in run.summary for run in group):
-            means = [run.summary[name]["mean"] for run in group]
-            summary[name] = {"mean": np.mean(means), "stderr": np.std(means, ddof=1)}
-    geds = {case: np.mean([run.geds[case] for run in group]) for case in first.geds}
-    return Judged(f"{first.name} ({len(group)} seeds)", summary, geds, first.settings,
-                  set().union(*(run.seeds for run in group)))
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -542,7 +348,7 @@ def predict_images(args, device) -> None:
     if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
         raise UserError("--scale-class: a class and a number, such as 1=0.5")
     scales = {int(k): factor for k, factor in scales.items()}
-    data_name, files = read_settings(folder)["data"], images_at(place)
+    data_name, files = read_config(folder)["settings"]["data"], images_at(place)
     model = models.load(folder / "best.pt", device)
     progress = Progress(len(files))
     if len(files) > 1:

@@ -11,7 +11,6 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 
-
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
 from common import UserError
 from hpunet import HPUNet
@@ -21,6 +20,7 @@ from sources.files import write_atomically
 from ssn import SSN
 from vae_unet import VAEUNet
 
+CHUNK = 2**28  # logits of samples at once, 1 GiB
 
 MODELS = {
     "ssn": SSN,
@@ -118,10 +118,9 @@ def sample_batches(model, split, n, seed=0, rank=0, world=1):
 
 def sample_chunks(model, image, n, num_classes, generator, **options):
     """Yield n samples of images (B, C, *S) as float32 logits (m, B, K, *S): all at once, or, of
-    large volumes, as many at a time as keep the logits under 1 GiB."""
-    cycle = getattr(model, "count", 1)  # baselines that put out their outputs in turn
-    chunk = 2**28 // (num_classes * image[:, 0].numel()) // cycle * cycle
-    chunk = max(cycle, chunk)
+    large volumes, as many at a time as CHUNK allows."""
+    cycle = getattr(model, "count", 1)  # baselines whose samples are their outputs in turn
+    chunk = max(1, CHUNK // (num_classes * image[:, 0].numel() * cycle)) * cycle
     for start in range(0, n, chunk):
         yield model.sample(image, min(chunk, n - start), generator, **options).float()
 
@@ -132,10 +131,12 @@ def labels_of(scores, axis: int):
 
 
 def read_config(folder: Path) -> dict:
-    """The run's config.json."""
+    """The run's config.json; UserError where it is not one of train.py's."""
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text())
+        settings = dict(path=None, data_args={}, image_size=None) | config["settings"]
+        return config | {"settings": settings | {"data": settings["data"]}}
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
                         "that train.py wrote") from None
 

@@ -125,8 +125,8 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor) -> 
 
 @torch.no_grad()
 def instances_to_show(model, batch, shown: dict, found: Tensor, samples: Tensor) -> list[dict]:
-    """The arrays that `plot_instances` takes, of those cases of a batch that are in shown {name: its
-    name in pictures}; samples (n, B, H, W)."""
+    """The arrays that `plot_instances` takes, of those cases of a batch that are in shown {name:
+    its name in pictures}; samples (n, B, H, W)."""
     cases = []
     for i, name in enumerate(batch.names):
         if name not in shown:

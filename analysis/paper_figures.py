@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 from analysis.pictures import (COLORS, new_figure, paint_image, paint_label, paint_map,
                                save_figure, save_grid, show_image, show_label, show_map)
 from common import IGNORE, center_crop, pad_to_multiple

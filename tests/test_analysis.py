@@ -16,12 +16,18 @@ import analysis.ood
 import analysis.paper_figures
 import analysis.pictures
 import analysis.predict
+import analysis.scores
 import data
 import evaluate
 import metrics
 import models
 import sources.brats
+from common import UserError
 from sources.base import Split
+
+# a tiny DeepMedic
+VOLUME = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
+              hidden=(5,), patch=6)
 
 
 def test_ambiguity_finds_the_threshold(tmp_path):
@@ -182,7 +188,7 @@ class Colours:
 def scores_and_pictures(model, split, n=16, alpha=None):
     """Scores of the objects found in a split's samples, and what plot_instances is given."""
     [(batch, chunks)] = models.sample_batches(model, split, n)
-    drawn = evaluate.draw(model, batch, chunks, (n,))
+    drawn = analysis.scores.draw(model, batch, chunks, (n,))
     shown = dict(zip(split.names, split.names))
     rows = evaluate.details(model, drawn, False, (n, alpha), shown)
     return evaluate.gather([rows]), rows["instances_shown"]
@@ -251,6 +257,43 @@ def test_short_names_are_unique():
     assert analysis.pictures.short_names([os.fsdecode(b"caf\xe9")]) == ["caf\\udce9"]
 
 
+def test_samples_are_scaled_after_the_fact(run, tmp_path):
+    """At temperature 0, and with all classes at 0, every sample is the mean; T = 4 doubles."""
+    model = models.load(run / "best.pt")
+    image, inside = torch.rand(1, 12, 12), torch.ones(12, 12, dtype=torch.bool)
+
+    def logits(temperature, scales):
+        generator = torch.Generator().manual_seed(0)
+        [chunk] = analysis.predict.scaled_samples(model, image[None], 5, generator, temperature,
+                                                  scales)
+        return chunk
+    mean, plain = model.distribution(image[None]).mean, logits(1, {})
+    assert torch.equal(plain, model.sample(image[None], 5, torch.Generator().manual_seed(0)))
+    for samples in (logits(0, {}), logits(1, {k: 0 for k in range(4)})):
+        torch.testing.assert_close(samples, mean.expand(5, -1, -1, -1, -1))
+    torch.testing.assert_close(logits(4, {}) - mean, 2 * (plain - mean), atol=1e-5, rtol=1e-4)
+    turned = logits(1, {2: -1.0})
+    both = turned[:, :, 2] + plain[:, :, 2]
+    torch.testing.assert_close(both, 2 * mean[:, 2].expand_as(both))
+    assert torch.equal(turned[:, :, 1], plain[:, :, 1])
+    arrays = analysis.predict.sample_arrays(model, image, inside, 5, 0, 0.0, None)
+    assert (arrays["samples"] == arrays["prediction"]).all() and not arrays["uncertainty"].any()
+    assert arrays["entropy"].shape == (12, 12)
+    deterministic = models.build("unet", dict(channels=(4, 6)))
+    with pytest.raises(UserError, match="only ssn predicts"):
+        next(analysis.predict.scaled_samples(deterministic, image[None], 2, None, 2.0, {}))
+
+
+def test_manipulation_of_many_classes_and_of_volumes(tmp_path):
+    many = models.build("ssn", dict(channels=(4, 6), num_classes=254, rank=2))
+    analysis.paper_figures.plot_manipulation(many, torch.rand(1, 16, 16), tmp_path / "many.png")
+    with Image.open(tmp_path / "many.png") as picture:
+        assert max(picture.size) < 2000  # eight classes, not 253
+    volume = models.build("ssn", VOLUME)
+    analysis.paper_figures.plot_manipulation(volume, torch.rand(4, 5, 9, 8), tmp_path / "one.png")
+    assert (tmp_path / "one.png").exists()
+
+
 def test_a_folder_of_pictures(run, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -271,10 +314,8 @@ def volume_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "volumes"
     folder.mkdir()
     (folder / "config.json").write_text('{"settings": {"data": "folder"}}')
-    fields = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
-                  hidden=(5,), patch=6)
     torch.manual_seed(0)
-    model = models.build("ssn", fields)
+    model = models.build("ssn", VOLUME)
     models.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
     return folder
 

@@ -1,18 +1,22 @@
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
 import metrics
 import models
+from analysis import scores
 from analysis.calibration import mode_rows, pixel_curve, pooled, total_variation
 from analysis.classes import class_rows, write_classes
+from analysis.compare import compare
 from common import UserError
 from sources.base import Split
 
@@ -112,7 +116,7 @@ def test_expectation_over_annotators_skips_missing_ones():
         def log_likelihood(self, image, label, n):
             return torch.where(label[:, 0, 0] == 1, -1.0, -3.0)
 
-    out = evaluate.likelihoods(Model(), part, 5)
+    out = scores.likelihoods(Model(), part, 5)
     assert out["iou_rec"].tolist() == [0.5] and out["log_likelihood"].tolist() == [-2.0]
 
 
@@ -120,8 +124,8 @@ def test_only_the_scored_classes_count():
     """Classes 0 and 3 of five are scored: what else the maps say is background to the measures."""
     labels = torch.tensor([[[[0, 0, 3, 3, 4, 255]]]], dtype=torch.uint8)
     part = Split(torch.zeros(1, 1, 1, 6), labels, None, ["g"], 5, ["n"], scored=(0, 3))
-    assert evaluate.only_scored(part, labels).flatten().tolist() == [1, 1, 2, 2, 0, 255]
-    assert evaluate.scoring(part)[0] == 3
+    assert scores.only_scored(part, labels).flatten().tolist() == [1, 1, 2, 2, 0, 255]
+    assert scores.scoring(part)[0] == 3
 
     class Model:
         training = False
@@ -181,7 +185,7 @@ def test_compare_tabulates_and_tests_runs(run, tmp_path, capsys):
     with (better / "per_case.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     with pytest.raises(UserError, match="different cases"):
-        evaluate.compare([run, better])
+        compare([run, better])
 
 
 def test_agreed_keeps_the_cases_that_every_annotator_marked(run, monkeypatch):
@@ -199,15 +203,100 @@ def test_agreed_keeps_the_cases_that_every_annotator_marked(run, monkeypatch):
         evaluate.report(run, split="val", cases="agreed", samples=(2,), quiet=True)
 
 
+def test_compare_pools_seeds(run, tmp_path):
+    """Two seeds share a line: the mean of 1 and 3 is 2, their standard deviation sqrt 2."""
+    evaluate.report(run, samples=(16,), quiet=True)
+    for seed, ged in ((0, 1.0), (1, 3.0)):
+        folder = tmp_path / f"run-{seed}"
+        shutil.copytree(run, folder)
+        config = json.loads((run / "config.json").read_text())
+        config["settings"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(config))
+        summary = json.loads((run / "metrics.json").read_text())
+        summary["ged_16"]["mean"] = ged
+        (folder / "metrics.json").write_text(json.dumps(summary))
+    # the same seed twice is two runs, and so is another setting
+    table = compare([tmp_path / "run-0", tmp_path / "run-1", run]).splitlines()
+    assert len(table) == 4 and table[2].startswith("| run-0 (2 seeds) | 2.000 ± 1.414 |")
+    assert table[3].startswith("| run |")
+    config["settings"]["steps"] = 7
+    (tmp_path / "run-1" / "config.json").write_text(json.dumps(config))
+    assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 4
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("metrics.json", "[]", "not judged yet"), ("metrics.json", '{"ged_16": 3}', "not judged yet"),
+    ("metrics.json", '{"ged_16": {"mean": [], "stderr": 0}}', "not judged yet"),
+    ("per_case.csv", "name,ged_16\na", "not judged yet"), ("config.json", "[]", "no run there"),
+    ("config.json", '{"settings": {}}', "no run there"), ("config.json", "{", "no run there")])
+def test_broken_files_of_a_run_are_one_line(run, tmp_path, capsys, file, content, message):
+    evaluate.report(run, samples=(16,), quiet=True)
+    folder = tmp_path / "broken"
+    shutil.copytree(run, folder)
+    (folder / file).write_text(content)
+    assert evaluate.main([str(run), "--compare", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and str(folder) in error
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    split = Split(torch.zeros(1, 1, 2, 2), None, None, ["g"], 2, [os.fsdecode(b"caf\xe9")])
+    evaluate.write_csv(tmp_path / "x.csv", split, {"dice": np.array([0.5])})
+    assert (tmp_path / "x.csv").read_text() == "name,group,dice\ncaf\\udce9,g,0.5\n"
+
+
+@pytest.mark.parametrize("name, fields, picture", [
+    ("ssn", {}, "manipulation.png"), ("phiseg", dict(latent_levels=2), "levels.png"),
+    ("hpunet", dict(latents=(1,), blocks=1), "scales.png"), ("vae_unet", {}, "latents.png")])
+def test_every_method_has_its_figure(tmp_path, run, name, fields, picture):
+    fields = dict(channels=(4, 6), num_classes=4) | fields
+    model = models.build(name, fields)
+    models.save(tmp_path / "best.pt", name, model, torch.optim.Adam(model.parameters()), 0, 0.0)
+    shutil.copy(run / "config.json", tmp_path)
+    evaluate.report(tmp_path, samples=(2,), likelihood_samples=1, quiet=True)
+    assert (tmp_path / picture).stat().st_size > 0
+
+
+def test_samples_come_in_chunks(monkeypatch):
+    """Of a large volume a few at a time; of outputs in turn, whole turns."""
+    class Model:
+        count = 1
+
+        def sample(self, image, n, generator=None):
+            return torch.randn(n, len(image), 2, 4, generator=generator)
+
+    def chunks():
+        generator = torch.Generator().manual_seed(0)
+        return list(models.sample_chunks(Model(), torch.zeros(1, 1, 4), 10, 2, generator))
+    assert [len(x) for x in chunks()] == [10]
+    monkeypatch.setattr(models, "CHUNK", 30)  # of 8 logits a sample
+    assert [len(x) for x in chunks()] == [3, 3, 3, 1]
+    Model.count = 2
+    assert [len(x) for x in chunks()] == [2] * 5
+    Model.count = 5
+    assert [len(x) for x in chunks()] == [5, 5]
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["/nowhere"], "no run there"), (["RUN", "--image", "/nowhere.png"], "no such file"),
-    (["RUN", "--samples", "0"], "from 1 up"), (["RUN", "--cluster", "16", "0"], "from 1 up"),
+    (["RUN", "--samples", "0"], "1 up to 1000"),
+    (["RUN", "--samples", "1000000"], "1 up to 1000"),
+    (["RUN", "--likelihood-samples", "0"], "1 up to 1000"),
+    (["RUN", "--image", "FIFO"], "not a file"), (["RUN", "--image", "NAN"], "not finite"),
+    (["RUN", "--image", "NAN", "--temperature", "nan"], "from 0 up"),
+    (["RUN", "--image", "GREY", "--scale-class", "9=1"], "classes are 0 to 3"),
+    (["RUN", "--image", "GREY", "--scale-class", "a=1"], "a class and a number"),
+    (["RUN", "--cluster", "16", "0"], "from 1 up"),
     (["RUN", "--image", "BROKEN"], "not a readable PNG"),
     (["RUN", "--path", "/nowhere"], "leave the path out")])
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    swap = {"RUN": str(run), "BROKEN": str(broken)}
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    Image.fromarray(np.full((9, 9), 7, np.uint8)).save(tmp_path / "grey.png")
+    swap = {"RUN": str(run), "BROKEN": str(broken), "FIFO": str(tmp_path / "pipe.png"),
+            "NAN": str(tmp_path / "nan.tif"), "GREY": str(tmp_path / "grey.png")}
     assert evaluate.main([swap.get(a, a) for a in arguments] + ["--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -217,7 +306,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
 
 
 def test_every_class_by_itself(tmp_path):
-    """Two cases, three classes: the likelier of two annotators counts; class 2 is in one of them."""
+    """Two cases, three classes: the likelier of two annotators counts; one case has class 2."""
     labels = torch.zeros(2, 2, 6, 6, dtype=torch.uint8)
     labels[:, 1, 1:5, 1:3] = 1  # 8 pixels
     labels[0, 1, 0, 5] = 2
@@ -230,8 +319,8 @@ def test_every_class_by_itself(tmp_path):
     samples[:, 1, 5] = 2  # ignored there
     values = evaluate.gather([class_rows(split, prediction.byte(), samples.byte())])
     nan = np.nan
-    np.testing.assert_allclose(values["class_dice"], [[[0.8, 0], [0.8, 0], [1, 1]],
-                                                      [[0.8, nan], [0.8, nan], [1, nan]]], rtol=1e-6)
+    dice = [[[0.8, 0], [0.8, 0], [1, 1]], [[0.8, nan], [0.8, nan], [1, nan]]]
+    np.testing.assert_allclose(values["class_dice"], dice, rtol=1e-6)
     # of class 1, half of the borders' pixels are a pixel away
     np.testing.assert_allclose(values["class_hd95"], [[[1, nan], [1, nan], [0, 0]],
                                                       [[1, nan], [1, nan], [0, nan]]])
