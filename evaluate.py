@@ -264,7 +264,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     plot_uncertainty(out / "uncertainty.png", found["shown"])
     plot_maps(out / "maps.png", [vars(case) for case in found["shown"]])
     plot_dice(out / "dice.png", values)
-    plot_ged(out / "ged.png", {out.name: summary})
+    plot_ged(out / "ged.png", [(out.name, summary)])
     if some.exact:
         plot_modes(out / "modes.png", found)
     if "class_dice" in found:

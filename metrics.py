@@ -249,19 +249,15 @@ class Moments:
         self.squares += change * (probs - self.mean)  # Welford: exactly 0 where all are equal
         self.mean_log += ((probs + 1e-8).log_() - self.mean_log) / self.count
 
-    @property
-    def gamma(self):
-        """-sum_k E[s_k] E[log s_k], (B, *S): what `gamma_map` returns."""
-        return -(self.mean * self.mean_log).sum(1)
+    @classmethod
+    def of(cls, probs):
+        """`probs` (n, B, K, *S), or Moments, as Moments."""
+        return probs if isinstance(probs, cls) else cls(probs)
 
     @property
     def variance(self):
         """Variance over the samples, added over the classes, (B, *S)."""
         return self.squares.sum(1) / self.count
-
-
-def _moments(probs):
-    return probs if isinstance(probs, Moments) else Moments(probs)
 
 
 def gamma_map(probs):
@@ -270,7 +266,8 @@ def gamma_map(probs):
     probs (n, B, K, *S) are probabilities, not logits. As CE(y, s) = -sum_k y_k log(s_k + 1e-8) is
     linear in y, the samples enter only by their mean and their mean log.
     """
-    return _moments(probs).gamma
+    moments = Moments.of(probs)
+    return -(moments.mean * moments.mean_log).sum(1)
 
 
 def ncc(probs, labels, weights=None):
@@ -281,9 +278,9 @@ def ncc(probs, labels, weights=None):
     the normalised cross-correlation (Pearson's, over pixels) of the gamma map with each annotator's
     error map, averaged over the annotators. probs (n, B, K, *S). With a constant map it is 0.
     """
-    moments = _moments(probs)
+    moments = Moments.of(probs)
     error, valid = _annotator_errors(moments, labels)
-    gamma = moments.gamma.flatten(1)[:, None].expand_as(error)
+    gamma = gamma_map(moments).flatten(1)[:, None].expand_as(error)
     # Pearson's correlation over the valid pixels, (B, A)
     correlation = (_standardised(gamma, valid) * _standardised(error, valid)).sum(-1)
     return (_annotator_weights(labels, weights) * correlation).sum(1)
@@ -295,7 +292,7 @@ def error_map(probs, labels, weights=None):
     What `gamma_map` should look like (Baumgartner et al. 2019, Fig. 3). probs (n, B, K, *S). The
     mean is over the annotators that do not ignore the pixel; 0 where all do.
     """
-    error, valid = _annotator_errors(_moments(probs), labels)
+    error, valid = _annotator_errors(Moments.of(probs), labels)
     weights = _annotator_weights(labels, weights)[:, :, None] * valid
     mean = (weights * error).sum(1) / weights.sum(1).clamp(min=1e-12)
     return mean.view(len(labels), *labels.shape[2:])
@@ -328,7 +325,7 @@ def uncertainty_map(probs):
     probs (n, B, K, *S); the variances of the K probabilities are added. Hard samples go in as
     one-hot maps: a variance of class numbers would mean nothing. Without variance the map is 0.
     """
-    variance = _moments(probs).variance
+    variance = Moments.of(probs).variance
     peak = variance.flatten(1).amax(1).clamp(min=1e-10)  # less is rounding
     return variance / peak.view(-1, *[1] * (variance.dim() - 1))
 
@@ -338,7 +335,7 @@ def entropy_map(probs):
 
     probs (n, B, K, *S).
     """
-    return torch.special.entr(_moments(probs).mean).sum(1)
+    return torch.special.entr(Moments.of(probs).mean).sum(1)
 
 
 # ---- one prediction and its references ----------------------------------------------------------
@@ -426,10 +423,9 @@ def rand_error(pred, target):
     """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
 
     As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
-    included): is a pair within one object? Pixels of target 0 are out; a pixel of pred 0 is an
-    object of its own. (SNEMI3D's script divides the number of these by the image size, which makes
-    them vanish.) 255 is an id like others: set pixels to be ignored to 0 in target. Without
-    foreground in target: NaN.
+    included): is a pair within one object? A pixel of pred 0 is an object of its own (SNEMI3D's
+    script divides the number of these by the image size, so they vanish). 255 is an id like
+    others: set pixels to be ignored to 0 in target. Without foreground in target: NaN.
     """
     errors = []
     for p, t in _pairs_of_maps(pred, target):
@@ -449,10 +445,9 @@ def average_precision(pred, target, confidence=None):
     The Cityscapes scheme (Kohl et al. 2019, App. B.3): a predicted object is right if its IoU with
     a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
     is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
-    confidence is the mean of the map `confidence` (B, *S) over it (in the paper, the samples' mean
-    probability of the object classes); without a map all objects rank equal. Cityscapes has one
-    curve for all images; here each image has its own. Set pixels to be ignored to 0 in both maps.
-    Without objects in target: NaN.
+    confidence is the mean of the map `confidence` (B, *S) over it; without a map all rank equal.
+    Cityscapes has one curve for all images; here each image has its own. Set pixels to be ignored
+    to 0 in both maps. Without objects in target: NaN.
     """
     thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
     curves = []

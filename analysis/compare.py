@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,6 @@ COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", 
             "dice_present", "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
 
 
-@dataclass
-class Judged:
-    """What `compare` needs of a run, or of several that differ in their seeds alone."""
-
-    name: str
-    summary: dict  # {measure: {"mean", "stderr"}}
-    geds: dict  # {case: ged_16}
-    settings: dict  # without the seed
-    seeds: set
-
-
 def compare(folders) -> str:
     """A table of judged runs, one a line, and `compare.png`, both in the first run's folder.
 
@@ -36,37 +24,37 @@ def compare(folders) -> str:
     permutation test, over cases, of `ged_16` against the first line's.
     Raises UserError where runs were not judged on the same cases.
     """
-    folders = [Path(f) for f in folders]
+    folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder) for folder in folders]
-    for run in runs:
-        if run.geds.keys() != runs[0].geds.keys():
-            raise UserError(f"{run.name} and {runs[0].name} were judged on different cases")
-    groups = []
-    for run in runs:
-        for group in groups:
-            if group[0].settings == run.settings and all(run.seeds != g.seeds for g in group):
-                group.append(run)
+    cases = list(runs[0][1][2])
+    groups = []  # (settings, {seed: run}) of runs that differ in their seeds alone
+    for folder, (settings, run) in zip(folders, runs):
+        if run[2].keys() != set(cases):
+            raise UserError(f"{folder} and {folders[0]} were judged on different cases")
+        seed = settings.pop("seed", 0)
+        for known, group in groups:
+            if known == settings and seed not in group:
+                group[seed] = run
                 break
         else:
-            groups.append([run])
-    rows = [pool_seeds(group) for group in groups]
-    names = [n for n in COMPARED if any(n in row.summary for row in rows)]
+            groups.append((settings, {seed: run}))
+    rows = [pooled(list(group.values())) for _, group in groups]
+    names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
     lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
-    for row in rows:
-        cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := row.summary.get(n)) else ""
+    for row, (name, summary, geds) in enumerate(rows):
+        cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := summary.get(n)) else ""
                  for n in names]
-        p = metrics.paired_test([row.geds[case] for case in rows[0].geds],
-                                list(rows[0].geds.values()))
-        cells.append("" if row is rows[0] else f"{p:.2g}")
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+        p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases])
+        cells.append(f"{p:.2g}" if row else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     write_text(folders[0] / "compare.md", text)
-    plot_ged(folders[0] / "compare.png", {row.name: row.summary for row in rows})
+    plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])
     return text
 
 
-def read_judged(folder: Path) -> Judged:
-    """The results of a run that was judged."""
+def read_judged(folder: Path) -> tuple[dict, tuple]:
+    """A judged run: its settings, and (name, {measure: {"mean", "stderr"}}, {case: ged_16})."""
     settings = read_config(folder)["settings"]
     try:
         summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -78,19 +66,18 @@ def read_judged(folder: Path) -> Judged:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
                         f"python evaluate.py {folder}") from None
-    return Judged(folder.name, summary, geds, settings, {settings.pop("seed", 0)})
+    return settings, (folder.name, summary, geds)
 
 
-def pool_seeds(group: list[Judged]) -> Judged:
-    """Runs that differ in their seeds as one: means over them, and standard deviations."""
-    first = group[0]
-    if len(group) == 1:
-        return first
+def pooled(runs: list[tuple]) -> tuple:
+    """Runs that differ in their seeds as one: means, and standard deviations over them."""
+    if len(runs) == 1:
+        return runs[0]
+    names, summaries, geds = zip(*runs)
     summary = {}
-    for name in first.summary:
-        if all(name in run.summary for run in group):
-            means = [run.summary[name]["mean"] for run in group]
+    for name in summaries[0]:
+        means = [s[name]["mean"] for s in summaries if name in s]
+        if len(means) == len(runs):
             summary[name] = {"mean": np.mean(means), "stderr": np.std(means, ddof=1)}
-    geds = {case: np.mean([run.geds[case] for run in group]) for case in first.geds}
-    return Judged(f"{first.name} ({len(group)} seeds)", summary, geds, first.settings,
-                  set().union(*(run.seeds for run in group)))
+    geds = {case: np.mean([values[case] for values in geds]) for case in geds[0]}
+    return f"{names[0]} ({len(runs)} seeds)", summary, geds

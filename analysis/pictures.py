@@ -185,7 +185,7 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
     ncc = metrics.ncc(moments, batch.labels, batch.weights)
     maps = dict(image=batch.images, labels=batch.labels, prediction=prediction,
                 samples=samples[:SAMPLES].movedim(0, 1), foreground=1 - moments.mean[:, 0],
-                variance=moments.variance, gamma=moments.gamma,
+                variance=moments.variance, gamma=metrics.gamma_map(moments),
                 error=metrics.error_map(moments, batch.labels, batch.weights))
     return [_case(shown[batch.names[i]], batch, i, ncc=ncc[i].item(),
                   maps={name: values[i].cpu() for name, values in maps.items()}) for i in rows]
@@ -230,13 +230,12 @@ def printable(name) -> str:
 def plot_samples(path, cases: list[Case]) -> None:
     """Image, annotators, prediction and samples of every case, a column a case."""
     kind = "annotator" if cases[0].weights is None else "mode"
-    rows, notes = {"image": [paint_image(c.image) for c in cases]}, {}
+    rows = {"image": [paint_image(c.image) for c in cases]}
     for a in range(max(len(c.labels) for c in cases)):
-        row = rows[f"{kind} {a + 1}"] = []
-        for column, c in enumerate(cases):
-            row.append(paint_label(c.labels[a], c.image) if a < len(c.labels) else None)
-            if c.weights is not None and a < len(c.weights):
-                notes[f"{kind} {a + 1}", column] = f"{c.weights[a]:.2f}"
+        rows[f"{kind} {a + 1}"] = [paint_label(c.labels[a], c.image) if a < len(c.labels) else None
+                                   for c in cases]
+    notes = {(f"{kind} {a + 1}", column): f"{p:.2f}" for column, c in enumerate(cases)
+             if c.weights is not None for a, p in enumerate(c.weights)}
     rows["prediction"] = [paint_label(c.prediction, c.image) for c in cases]
     for i in range(len(cases[0].samples)):
         rows[f"sample {i + 1}"] = [paint_label(c.samples[i], c.image) for c in cases]
@@ -293,11 +292,11 @@ def plot_dice(path, values) -> None:
     save_figure(figure, path)
 
 
-def plot_ged(path, summaries: dict) -> None:
-    """GED against the number of samples, a line a run; `summaries`: {name: metrics.json}."""
+def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
+    """GED against the number of samples, a line a run; runs: (name, metrics.json's content)."""
     figure, axes = new_plot(size=(5, 3.2))
     ax = axes[0, 0]
-    for (name, summary), color in zip(summaries.items(), itertools.cycle(LINES)):
+    for (name, summary), color in zip(runs, itertools.cycle(LINES)):
         counts = sorted(int(k[4:]) for k in summary if k.startswith("ged_") and k[4:].isdigit())
         geds = [summary[f"ged_{n}"] for n in counts]
         ax.errorbar(counts, [g["mean"] for g in geds], [g["stderr"] for g in geds], label=name,
