@@ -334,6 +334,8 @@ def check(args) -> None:
         raise UserError("--cluster: samples and, if you like, a distance, both from 1 up")
     if args.ood_data and len(args.ood_data) > 2:
         raise UserError("--ood-data: a data set's name, and its path if it needs one")
+    if not args.image and (args.temperature != 1 or args.scale_class):
+        raise UserError("--temperature and --scale-class are for --image")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature:g}: a number from 0 up")
 

@@ -284,6 +284,7 @@ def test_samples_come_in_chunks(monkeypatch):
     (["RUN", "--likelihood-samples", "0"], "1 up to 1000"),
     (["RUN", "--image", "FIFO"], "not a file"), (["RUN", "--image", "NAN"], "not finite"),
     (["RUN", "--image", "NAN", "--temperature", "nan"], "from 0 up"),
+    (["RUN", "--temperature", "2"], "are for --image"),
     (["RUN", "--image", "GREY", "--scale-class", "9=1"], "classes are 0 to 3"),
     (["RUN", "--image", "GREY", "--scale-class", "a=1"], "a class and a number"),
     (["RUN", "--cluster", "16", "0"], "from 1 up"),
