@@ -23,8 +23,10 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
         normal = model.distribution(image[:1])
         # of two classes the difference of logits is all that matters: one number a pixel
         mean = normal.mean[:, 1] - normal.mean[:, 0]  # (1, S)
-        factor = normal.factor[0, :, 1] - normal.factor[0, :, 0]  # (R, S)
-        covariance = factor.T @ factor + normal.diagonal[0].sum(0).diag()
+        covariance = normal.diagonal[0].sum(0).diag()
+        if normal.factor is not None:
+            factor = normal.factor[0, :, 1] - normal.factor[0, :, 0]  # (R, S)
+            covariance = covariance + factor.T @ factor
         samples = model.sample(image[:1], 14, torch.Generator().manual_seed(0))
         show_map(row[0], mean.T.expand(-1, 7), f"{name}\nmean logit")
         picture = show_map(row[1], covariance, "covariance")

@@ -310,7 +310,7 @@ def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
 
 def plot_curves(path, log: list[dict]) -> None:
     """Every term of a run's log, and the validation GED, against the step."""
-    skip = {"step", "lr", "seconds_per_step"}
+    skip = {"step", "steps", "lr", "seconds_per_step"}
     names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
