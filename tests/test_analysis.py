@@ -309,11 +309,13 @@ def test_a_folder_of_pictures(run, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def volume_run(tmp_path_factory):
+def volume_run(run, tmp_path_factory):
     """A tiny DeepMedic SSN of four channels, never trained."""
     folder = tmp_path_factory.mktemp("runs") / "volumes"
     folder.mkdir()
-    (folder / "config.json").write_text('{"settings": {"data": "folder"}}')
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {"data": "folder", "data_args": {}}
+    (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     model = models.build("ssn", VOLUME)
     models.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
