@@ -373,8 +373,8 @@ def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
 if __name__ == "__main__":
     import data
     import metrics
-    from analysis.instances import clean_instances, cluster_instances
-    from analysis.paper_figures import plot_instances, plot_scales
+    from analysis.instances import clean_instances, cluster_instances, plot_instances
+    from analysis.paper_figures import plot_scales
     from common import Progress
 
     train, test = data.load("cells", ("train", "test"), size=32)

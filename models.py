@@ -23,6 +23,8 @@ from runs import check_state, load_checkpoint, read_config, save  # noqa: F401
 from ssn import SSN
 from vae_unet import VAEUNet
 
+CHUNK = 2**28  # logits of samples at once, 1 GiB
+
 MODELS = {
     "ssn": SSN,
     "prob_unet": ProbUNet,
@@ -94,17 +96,27 @@ def place(model, device) -> nn.Module:
 
 
 def sample_batches(model, split, n, seed=0, rank=0, world=1):
-    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it;
-    or of several processes' shares, batch rank, rank + world, ...
+    """Yield (some cases of `split` as a Split, chunks of n samples of each); the whole split, or
+    under torchrun every world-th batch.
 
-    Draws depend on (seed, batch) alone. As many cases at once as keep the logits under 128 MiB.
+    As many cases at once as keep their logits under 128 MiB, at most 32. The chunks are those of
+    `sample_chunks`, to be used up before the next batch. Draws depend on (seed, batch) alone.
     """
     batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
     for start in range(rank * batch, len(split), world * batch):
         part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
         generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
         torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
-        yield part, model.sample(part.images, n, generator).float()
+        yield part, sample_chunks(model, part.images, n, split.num_classes, generator)
+
+
+def sample_chunks(model, image, n, num_classes, generator, **options):
+    """Yield n samples of images (B, C, *S) as float32 logits (m, B, K, *S): all at once, or, of
+    large volumes, as many at a time as CHUNK allows."""
+    cycle = getattr(model, "count", 1)  # baselines whose samples are their outputs in turn
+    chunk = max(1, CHUNK // (num_classes * image[:, 0].numel() * cycle)) * cycle
+    for start in range(0, n, chunk):
+        yield model.sample(image, min(chunk, n - start), generator, **options).float()
 
 
 def labels_of(scores, axis: int):
