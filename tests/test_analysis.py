@@ -21,6 +21,7 @@ import data
 import evaluate
 import metrics
 import models
+from sources import runs
 import sources.brats
 from common import UserError
 from sources.base import Split
@@ -318,7 +319,7 @@ def volume_run(run, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     model = models.build("ssn", VOLUME)
-    models.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
+    runs.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
     return folder
 
 
