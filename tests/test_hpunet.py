@@ -776,7 +776,7 @@ def test_pictures(tmp_path, monkeypatch):
     analysis.paper_figures.plot_extrapolation(small(in_channels=1 + 3 + 1), seen, label, tmp_path / "fill.png")
     case = dict(name="a", image=image[0], truth=label[0], found=label[0], again=label[0],
                 samples=label[:1].expand(6, -1, -1))
-    analysis.paper_figures.plot_instances(tmp_path / "instances.png", [case])
+    analysis.instances.plot_instances(tmp_path / "instances.png", [case])
     for name in ("scales", "fill", "instances"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert at_mean(0, model.unet(model.encode(image), at_mean)[2][0]).shape == (2, 2, 1, 2)
