@@ -10,7 +10,6 @@ from torch import Tensor
 from analysis.pictures import (COLORS, new_figure, paint_image, paint_label, paint_map,
                                save_figure, save_grid, show_image, show_label, show_map)
 from common import IGNORE, center_crop, pad_to_multiple
-from phiseg import pyramid
 
 MANIPULATED = 8  # classes that plot_manipulation shows at most
 
@@ -155,22 +154,19 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
 
     image (C, H, W) on the model's device.
     """
-    noise = model.noise(image[None], n, torch.Generator().manual_seed(0))
-    latents, _ = model.descend((model.prior,), (model.encode(image[None]),), noise)
-    size, rows = image.shape[1:], {}
-
-    def full(maps):  # every level at full size, (n, K, H, W)
-        return [center_crop(F.interpolate(m, scale_factor=2**level) if level else m, size)
-                for level, m in enumerate(maps)]
-
-    residuals = model.likelihood(latents)
-    masks = [m.argmax(1) for m in full(pyramid(residuals))]
-    changes = [r - r.mean(1, keepdim=True) for r in full(residuals)]
+    images = image.expand(n, *image.shape)
+    (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))
+    latents, _ = model.prior(model.encode(images), noise=noise)
+    logits = list(model.masks(latents, image.shape[1:]).values())  # coarse to fine, (n, K, H, W)
+    masks = [m.argmax(1) for m in logits]
+    changes = [logits[0]] + [fine - coarse for coarse, fine in zip(logits, logits[1:])]
+    changes = [c - c.mean(1, keepdim=True) for c in changes]
+    rows = {}
     for i in range(n):
-        k = masks[0][i].flatten().bincount(minlength=2)[1:].argmax() + 1
+        k = masks[-1][i].flatten().bincount(minlength=2)[1:].argmax() + 1
         bound = max(change[i, k].abs().max().item() for change in changes)
-        rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks[::-1])]
-        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes[::-1])]
+        rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks)]
+        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes)]
     levels = len(masks)
     save_grid(path, rows, ["image", *(f"level {level}" for level in range(levels, 0, -1))],
               cell=1.2)
