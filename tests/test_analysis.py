@@ -27,8 +27,8 @@ from common import UserError
 from sources.base import Split
 
 # a tiny DeepMedic
-VOLUME = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
-              hidden=(5,), patch=6)
+VOLUME = dict(dims=3, in_channels=4, num_classes=4, rank=2,
+              deepmedic=dict(pathway=(3, 4), scales=(1, 3), hidden=(5,), patch=6))
 
 
 def test_ambiguity_finds_the_threshold(tmp_path):
