@@ -206,7 +206,7 @@ POOL = {"average": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
 
 def batch_norm(dims: int, channels: int) -> nn.Module:
     """As in PHiSeg's and SSN's code: TensorFlow's epsilon, averages that move by 1 % a step."""
-    return BATCH_NORM[dims](channels, eps=1e-3, momentum=0.01)
+    return BATCH_NORM[dims](channels, eps=1e-3)
 
 
 def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1,
