@@ -1,6 +1,6 @@
 """The systems that the Probabilistic U-Net was compared with (Kohl et al., NeurIPS 2018, Sec. 3.2).
 
-All stand on the same U-Net core and are trained on the same schedule (App. H.1). With M outputs
+All stand on the same U-Net and are trained on the same schedule (App. H.1). With M outputs
 eta_1 ... eta_M, each a map of logits, and CE_m = -sum_i log softmax(eta_m)[i, y_i], they are
 
                         loss                                            a sample      varies with
@@ -9,37 +9,38 @@ eta_1 ... eta_M, each a map of logits, and CE_m = -sum_i log softmax(eta_m)[i, y
     EnsembleUNet        sum_m CE_m of M separate networks               one network   the weights
     MHeads              (1 - eps) CE_best + eps/(M - 1) sum of others   one head      the head
 
-What varies with the weights is epistemic uncertainty: what more data would settle, not how readers
-differ. M-Heads learn how readers differ, which is aleatoric, but not how often: the best head takes
-nearly all of the loss, and all are drawn equally often. A deterministic U-Net holds aleatoric
-uncertainty pixel by pixel, in its probabilities. The Image2Image VAE, the paper's other baseline,
-is a configuration of prob_unet.py.
+What varies with the weights is epistemic uncertainty: what more data would settle, not how
+annotators differ. M-Heads learn how they differ, which is aleatoric, but not how often: the best
+head takes nearly all of the loss, and all are drawn equally often. A deterministic U-Net holds
+aleatoric uncertainty pixel by pixel, in its probabilities. The Image2Image VAE, the paper's other
+baseline, is a configuration of prob_unet.py. With `norm=batch` the U-Net is the one that SSN stands
+on and is compared with (Monteiro et al. 2020, Table 1).
 
 Differences from the paper
   1. The paper trains a model of 4, 8 and 16 outputs for as many samples. Here any number can be
-     drawn: the first 4 of 16 outputs, or all of them over and over. For the paper's, set M.
-  2. The ensemble's members are trained in one run. They differ in their initial weights alone and,
-     unlike separate runs, see the same batches. Nothing else ties them: each has its own loss, and
-     Adam works weight by weight. For other batches too, train `unet` with one --seed after another.
+     drawn: the first 4 of 16 outputs, or all of them again and again. For the paper's, set M.
+  2. The ensemble's members are trained in one run: they differ in their initial weights, but are
+     given the same batches. For other batches too, train `unet` with several values of --seed.
   3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows, and in the
-     decoder on the whole input of a block, skip connection included. `predict` leaves it out.
-  4. One 1-wide convolution follows the core; the paper has "the appropriate number".
+     decoder on the whole input of a block, skip connection included. `predict` uses no dropout.
+  4. One 1-wide convolution follows the U-Net; the paper has "the appropriate number".
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
+    python train.py --model unet --data lidc --lr 1e-3 --batch-size 12 --model-args norm=batch \
+        "channels=(32,64,128,192,192,192,192)"                 # SSN's Table 1
 """
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (CONV, UNet, center_crop, check_choice, cross_entropy, init_orthogonal,
-                    pad_to_multiple, standard_normal, valid_label)
+from backbones.det_unet import DetUNet
+from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, encode,
+                    halve, init_orthogonal, pad_to_multiple, valid_label)
 
 TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                 lr_drops=tuple((40_000 * i, 10 ** (-0.4 * i)) for i in range(1, 6)))  # to 1e-6
@@ -49,18 +50,19 @@ QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The core shared by all; defaults are the paper's LIDC model."""
+    """The U-Net under all of them; defaults are the paper's LIDC model."""
 
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # a resolution level each
     convs: int = 3  # 3-wide convolutions a level
+    norm: str = "none"  # or "batch": SSN's U-Net
 
 
 @dataclass(frozen=True)
 class DropoutUNetConfig(UNetConfig):
-    """The core, and where its activations are dropped."""
+    """The U-Net, and where its activations are dropped."""
 
     p: float = 0.5  # probability that an activation is dropped
     dropout_blocks: int = 3  # innermost encoder blocks, and decoder blocks, with dropout
@@ -68,22 +70,25 @@ class DropoutUNetConfig(UNetConfig):
 
 @dataclass(frozen=True)
 class EnsembleUNetConfig(UNetConfig):
-    """The core of every member."""
+    """The U-Net of every member."""
 
     members: int = 16  # M; the paper has one for each sample, of which it draws up to 16
 
 
 @dataclass(frozen=True)
 class MHeadsConfig(UNetConfig):
-    """The core under all heads."""
+    """The U-Net under all heads."""
 
     heads: int = 16  # M; the paper has one for each sample, of which it draws up to 16
     epsilon: float = 0.05  # weight of all heads but the best, together (Rupprecht et al. 2017)
 
 
-def core(c: UNetConfig) -> UNet:
-    """The U-Net all of them stand on: no normalisation, as in the paper."""
+def build_unet(c: UNetConfig) -> nn.Module:
+    """The U-Net all of them stand on, with features of width `out_channels`."""
     check_choice("dims", c.dims, (1, 2, 3))
+    check_choice("norm", c.norm, ("none", "batch"))
+    if c.norm == "batch":
+        return DetUNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs)
     return UNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs, norm="none")
 
 
@@ -105,7 +110,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (n, B, K, *S): the outputs in order, over and over. Nothing is random."""
+        """Logits (n, B, K, *S): the outputs in order, again and again. Nothing is random."""
         outputs = self.outputs(image, min(n, self.count))
         return outputs[torch.arange(n, device=outputs.device) % self.count]
 
@@ -131,12 +136,13 @@ class DeterministicUNet(Mixture):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = c = config
-        self.unet = core(c)
-        self.head = CONV[c.dims](c.channels[0], c.num_classes, 1)
-        init_orthogonal(self)
+        self.unet = build_unet(c)
+        self.head = CONV[c.dims](self.unet.out_channels, c.num_classes, 1)
+        if c.norm == "none":
+            init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int = 1) -> Tensor:
-        """The one logit map there is, (1, B, K, *S)."""
+        """The only logit map, (1, B, K, *S)."""
         return self.head(self.unet(image)).unsqueeze(0)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -169,8 +175,8 @@ class EnsembleUNet(Mixture):
         """The members' losses summed, so that each has the gradient it would have alone.
 
         Arguments as DeterministicUNet.loss; the term `cross_entropy` is the members' mean. The
-        backward pass computes each member's activations anew, so that those of only one are in
-        memory at a time (1 GB a member by default): a third more work.
+        backward pass computes each member's activations again, so that only one member's are in
+        memory at a time (1 GB each by default); this is a third more work.
         """
         losses = [checkpoint(member, image, label, mask, use_reentrant=False)[0]
                   for member in self.members]
@@ -179,7 +185,7 @@ class EnsembleUNet(Mixture):
 
 
 class MHeads(Mixture):
-    """One U-Net with M 1-wide convolutions on it, that share out the readers among themselves."""
+    """One U-Net with M 1-wide convolutions, each of which comes to follow some annotators."""
 
     Config = MHeadsConfig
 
@@ -188,11 +194,12 @@ class MHeads(Mixture):
         if config.heads < 2 or not 0 <= config.epsilon < 1:
             raise ValueError(f"heads={config.heads}, epsilon={config.epsilon}: heads is at least "
                              "2, epsilon at least 0 and below 1")
-        self.config = c = config
-        self.count = c.heads
-        self.unet = core(c)
-        self.heads = CONV[c.dims](c.channels[0], c.heads * c.num_classes, 1)
-        init_orthogonal(self)
+        self.config, self.count = config, config.heads
+        c = config
+        self.unet = build_unet(c)
+        self.heads = CONV[c.dims](self.unet.out_channels, c.heads * c.num_classes, 1)
+        if c.norm == "none":
+            init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int) -> Tensor:
         """The logits of the first n heads, (n, B, K, *S)."""
@@ -202,7 +209,7 @@ class MHeads(Mixture):
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """(1 - eps) of the best head's cross-entropy, eps shared by the others; and both terms.
 
-        Arguments as DeterministicUNet.loss. The best head is found for every case of its own.
+        Arguments as DeterministicUNet.loss. Every case has its own best head.
         """
         losses = cross_entropy(self.outputs(image, self.count), valid_label(label, mask))  # (M, B)
         best = losses.min(0).values
@@ -212,56 +219,45 @@ class MHeads(Mixture):
         return loss, {"best": best.detach().mean(), "others": others.detach().mean()}
 
 
-class DropoutUNet(nn.Module):
-    """One U-Net; a sample is one random dropout mask, the same in training and sampling.
+class DropoutUNet(DeterministicUNet):
+    """One U-Net; a sample is one random dropout mask, in training as in sampling.
 
-    The encoder's levels before the first dropout are computed once for all samples, in the default
-    a seventh of the network's multiplications; the rest once a sample.
+    `predict` uses none: the usual approximation of the mean over masks. The encoder's levels before
+    the first dropout are computed once for all samples (by default a seventh of the network's
+    multiplications), the rest once a sample.
     """
 
     Config = DropoutUNetConfig
-    TRAINING, QUICK_TRAINING = TRAINING, QUICK_TRAINING
     QUICK_CONFIG = QUICK_CONFIG | dict(dropout_blocks=1)  # of three levels
 
     def __init__(self, config: DropoutUNetConfig = DropoutUNetConfig()):
-        super().__init__()
-        self.config = c = config
+        c = config
         if not (0 < c.p < 1 and 1 <= c.dropout_blocks < len(c.channels)):
             raise ValueError(f"p={c.p}, dropout_blocks={c.dropout_blocks}: p is between 0 and 1, "
                              f"dropout_blocks 1 to {len(c.channels) - 1}, as the image is never "
                              "dropped")
-        self.threshold = NormalDist().inv_cdf(c.p)  # normal noise falls below it with probability p
-        self.unet = core(c)
-        self.head = CONV[c.dims](c.channels[0], c.num_classes, 1)
-        init_orthogonal(self)
-
-    def dropout(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x (B, ...) with a share p of zeros and the rest scaled by 1/(1 - p).
-
-        F.dropout takes no generator, and would give every process of a run the same masks.
-        """
-        dropped = standard_normal(x.shape, x, generator) < self.threshold
-        return x.masked_fill(dropped, 0) / (1 - self.config.p)
+        if c.norm != "none":
+            raise ValueError(f"norm={c.norm!r}: dropout_unet is the paper's, without a norm")
+        super().__init__(c)
 
     def outer(self, image: Tensor) -> list[Tensor]:
         """Features of the encoder's levels before the first dropout, fine to coarse."""
-        features, x = [], pad_to_multiple(image, self.unet.multiple)
-        for block in self.unet.encoder[: -self.config.dropout_blocks]:
-            x = block(self.unet.pool(x, 2) if features else x)
-            features.append(x)
-        return features
+        blocks = self.unet.encoder[: -self.config.dropout_blocks]
+        return encode(blocks, pad_to_multiple(image, self.unet.multiple))
 
     def inner(self, features: list[Tensor], size,
               generator: torch.Generator | None = None) -> Tensor:
         """The rest: from the features of `outer`, logits (B, K, *size) under a new mask."""
+        c = self.config
         *skips, x = features
-        for block in self.unet.encoder[-self.config.dropout_blocks :]:
+        for block in self.unet.encoder[-c.dropout_blocks :]:
             skips.append(x)
-            x = block(self.dropout(self.unet.pool(x, 2), generator))
+            x = block(dropout(halve(x), c.p, generator))
         for depth, block in enumerate(self.unet.decoder):
-            x = F.interpolate(x, scale_factor=2, **self.unet.up)
-            x = torch.cat([skips.pop(), x], 1)
-            x = block(self.dropout(x, generator) if depth < self.config.dropout_blocks else x)
+            x = torch.cat([skips.pop(), double(x)], 1)
+            if depth < c.dropout_blocks:
+                x = dropout(x, c.p, generator)
+            x = block(x)
         return self.head(center_crop(x, size))
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -270,18 +266,11 @@ class DropoutUNet(nn.Module):
         loss = cross_entropy(logits, valid_label(label, mask)).mean()
         return loss, {"cross_entropy": loss.detach()}
 
-    forward = loss
-
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (n, B, K, *S), a mask of its own for every sample and case."""
+        """Logits (n, B, K, *S); every sample of every case has its own mask."""
         features = self.outer(image)
         return torch.stack([self.inner(features, image.shape[2:], generator) for _ in range(n)])
-
-    @torch.no_grad()
-    def predict(self, image: Tensor) -> Tensor:
-        """Probabilities (B, K, *S) without dropout, the usual stand-in for the mean over masks."""
-        return self.head(self.unet(image)).float().softmax(1)
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,

@@ -6,35 +6,31 @@
     python bench.py --models ssn phiseg --rounds 9 --json bench.json
     python bench.py --tables costs                        # what a method adds to its U-Net
     python bench.py --tables scaling --models ssn         # against side, batch, samples, rank
-    python bench.py --tables evaluation                   # a test split: network, metrics, pictures
-    python bench.py --tables processes                    # two processes beside one
+    python bench.py --tables evaluation                   # a test split: network beside metrics
 
 How to read it. Machines are noisy, so trust ratios: what is compared runs in turn, A B A B, and
 a figure is the median over the rounds; a ratio is the median of the rounds' own ratios, +- half
 the distance of its quartiles. All models have their default configuration, the papers' LIDC one.
     step      forward, loss, backward and optimiser as train.py does them, for a batch
-    / plain   against the same model as it comes: float32, eager, contiguous, unfused optimiser
+    / plain   against the same model as built: float32, eager, contiguous, unfused optimiser
     / convs   against its convolutions alone, same precision and layout, forward and backward: no
-              norm, activation, upsampling, loss or optimiser. 1 cannot be reached by removing
-              overhead; only by fusing what stands between into the convolutions can it be neared
+              norm, activation, upsampling, loss or optimiser. 1 is a bound; only fused kernels
+              approach it
     GFLOP     of a step, by torch's counter; on a GPU also the share of the measured matrix rate
     sample    n samples of one image, and the same n in multiples of one sample
     memory    peak of a step beyond what the model and its optimiser hold
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
-import tempfile
 import time
 import weakref
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -47,9 +43,7 @@ import models
 import train
 from common import UserError, cross_entropy, pick_device
 from sources.files import write_text
-from ssn import SSN
 
-TABLES = ("models", "costs", "scaling", "evaluation", "processes")
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
@@ -82,9 +76,9 @@ def ratio(a: list, b: list) -> tuple[float, float]:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make while it is on; `peak` of those alive.
+    """Counts the bytes of the tensors that operations create while it is on; `peak` of those alive.
 
-    Independent of the allocator, so it repeats exactly; what an operation uses inside is not seen.
+    Independent of the allocator, so it repeats exactly; memory inside an operation is not counted.
     """
 
     def __init__(self):
@@ -113,7 +107,7 @@ class Allocations(TorchDispatchMode):
 
 def peak_memory(function, device) -> int:
     """Bytes that `function` needs at its worst, beyond what stood before."""
-    function()  # what is made once, like the optimiser's state, is not counted
+    function()  # what is created once, like the optimiser's state, is not counted
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -140,13 +134,6 @@ def matrix_rate(device, dtype) -> float:
     return 2 * side**3 / statistics.median(in_turn({"": lambda: a @ a}, 5, device)[""])
 
 
-def copy_rate(device) -> float:
-    """Bytes read and written a second by a large copy."""
-    a = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
-    b = torch.empty_like(a)
-    return 8 * a.numel() / statistics.median(in_turn({"": lambda: b.copy_(a)}, 5, device)[""])
-
-
 class Convolutions(TorchFunctionMode):
     """Notes every convolution and linear layer that runs while it is on."""
 
@@ -162,8 +149,8 @@ class Convolutions(TorchFunctionMode):
 
 
 def convolutions_alone(function, backward: bool):
-    """A function that runs, one by one, the convolutions and linear layers that `function` runs: on
-    tensors of the same shape and layout, with their gradients if `backward`."""
+    """A function that runs the convolutions and linear layers of `function` one by one, on tensors
+    of the same shape and layout, with their gradients if `backward`."""
     with Convolutions() as noted:
         function()
 
@@ -195,7 +182,7 @@ class Bench:
     """A model with inputs, and the functions to be timed."""
 
     def __init__(self, name: str, options, *, plain=False, batch=None, side=None, **fields):
-        self.device = options.device
+        self.name, self.device = name, options.device
         torch.manual_seed(0)
         model = models.build(name, fields)
         self.model = model.to(self.device) if plain else models.place(model, self.device)
@@ -237,8 +224,7 @@ def table_of_models(options) -> list[dict]:
     if options.device.type == "cuda":
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
         rate = matrix_rate(options.device, dtype)
-        print(f"measured limits: {rate / 1e12:.0f} Tflop/s ({dtype}), "
-              f"{copy_rate(options.device) / 1e9:.0f} GB/s", flush=True)
+        print(f"measured limit: {rate / 1e12:.0f} Tflop/s ({dtype})", flush=True)
     for name in options.models:
         b, plain = Bench(name, options), Bench(name, options, plain=True)
         flops = operations(plain.step)
@@ -271,71 +257,62 @@ def table_of_models(options) -> list[dict]:
 
 
 def table_of_costs(options) -> list[dict]:
-    """What the methods add to a deterministic U-Net, the ratios that their papers' designs hang on.
+    """What a method adds to its own U-Net, or to the convolutions of its samples."""
+    rows, device = [], options.device
 
-    The U-Net of a method is its own backbone, with one 1-wide convolution to the classes.
-    """
-    rows, n = [], 100
-
-    def add(what, times, a, b):
-        rows.append({"what": what, "ratio": ratio(times[a], times[b]),
-                     "ms": 1e3 * statistics.median(times[a])})
+    def add(what, numerator, denominator):
+        rows.append({"what": what, "ratio": ratio(numerator, denominator),
+                     "ms": 1e3 * statistics.median(numerator)})
         show(rows)
 
-    b = Bench("ssn", options)
-    label = b.label
+    ssn = Bench("ssn", options)
+    unet = Bench("ssn", options)
+    network = nn.Sequential(unet.model.backbone, unet.model.mean)  # SSN without its distribution
+    unet.loss = lambda image, label: (cross_entropy(network(image), label).mean(), {})
+    unet.optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    times = in_turn({"ssn": ssn.step, "unet": unet.step}, options.rounds, device)
+    add("ssn: step with 20 samples / cross-entropy step", times["ssn"], times["unet"])
 
-    def of_mean(image, label):  # the same network without its distribution
-        return cross_entropy(b.model.mean(b.model.backbone(image)), label).mean(), {}
+    prob_unet = Bench("prob_unet", options)
+    head = list(prob_unet.model.comb)[-1]  # a 1 x 1 convolution to the classes
+    for bench, network in ((ssn, network), (prob_unet, nn.Sequential(prob_unet.model.unet, head))):
+        bench.model.eval()
+        network.eval()
+        with torch.no_grad(), bench.autocast():
+            times = in_turn({"samples": lambda: bench.sample(100),
+                             "unet": lambda: network(bench.image[:1])}, options.rounds, device)
+        add(f"{bench.name}: 100 samples / one U-Net pass", times["samples"], times["unet"])
 
-    plain = torch.optim.Adam([*b.model.backbone.parameters(), *b.model.mean.parameters()],
-                             fused=True)
-    times = in_turn({"ssn": b.step, "unet": lambda: train.train_step(
-        of_mean, plain, b.image, label, 1e-6, b.autocast())}, options.rounds, options.device)
-    add("ssn: step with 20 samples / cross-entropy step", times, "ssn", "unet")
+    for name in ("phiseg", "hpunet", "vae_unet"):
+        bench = Bench(name, options)
+        bench.model.eval()
+        times = in_turn({"1": lambda: bench.sample(1), "17": lambda: bench.sample(17),
+                         "convs 1": convolutions_alone(lambda: bench.sample(1), backward=False),
+                         "convs 17": convolutions_alone(lambda: bench.sample(17), backward=False)},
+                        options.rounds, device)
+        samples = [many - one for one, many in zip(times["1"], times["17"])]
+        convs = [many - one for one, many in zip(times["convs 1"], times["convs 17"])]
+        add(f"{name}: 16 more samples / their convolutions alone", samples, convs)
 
-    def unet_of(model):
-        if isinstance(model, SSN):
-            return lambda: model.mean(model.backbone(b.image[:1]))
-        head = list(model.comb)[-1]  # to the classes
-        return lambda: head(model.unet(b.image[:1]))
-
-    for name in ("ssn", "prob_unet"):
-        model = Bench(name, options).model.eval()
-        unet = unet_of(model)
-        with torch.no_grad(), b.autocast():
-            times = in_turn({"n": lambda: model.sample(b.image[:1], n), "unet": unet},
-                            options.rounds, options.device)
-        add(f"{name}: {n} samples / one U-Net pass", times, "n", "unet")
-    for name in [m for m in ("phiseg", "hpunet", "vae_unet") if m in models.MODELS]:
-        c = Bench(name, options)
-        c.model.eval()
-        alone = {k: convolutions_alone(lambda: c.sample(k), backward=False)
-                 for k in (1, 17)}
-        times = in_turn({"1": lambda: c.sample(1), "17": lambda: c.sample(17),
-                         "convs 1": alone[1], "convs 17": alone[17]}, options.rounds,
-                        options.device)
-        half = {"sample": [y - x for x, y in zip(times["1"], times["17"])],
-                "convs": [y - x for x, y in zip(times["convs 1"], times["convs 17"])]}
-        add(f"{name}: 16 more samples / their convolutions alone", half, "sample", "convs")
     torch.manual_seed(0)
     y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
-    far = ((x - 64) ** 2 + (y - 64) ** 2).sqrt()  # lesion-like: discs of 15 to 25 pixels
-    radius = 20 + 5 * torch.randn(104, 1, 1)
-    probs = torch.sigmoid(radius[:100] - far)
-    probs = torch.stack([1 - probs, probs], 1)[:, None].to(options.device)  # (100, 1, 2, H, W)
+    distance = ((x - 64) ** 2 + (y - 64) ** 2).sqrt()
+    radius = 20 + 5 * torch.randn(104, 1, 1)  # lesion-like: discs of 15 to 25 pixels
+    probs = torch.sigmoid(radius[:100] - distance)
+    probs = torch.stack([1 - probs, probs], 1)[:, None].to(device)  # (100, 1, 2, H, W)
     hard = models.labels_of(probs, 2)
-    readers = (far < radius[100:]).byte()[None].to(options.device)
+    labels = (distance < radius[100:]).byte()[None].to(device)  # (1, 4, H, W)
 
     def every_metric():
-        metrics.sample_scores(hard, readers)
-        metrics.ncc(probs, readers)
-        metrics.sample_dice(hard, readers)
-        metrics.gamma_map(probs), metrics.uncertainty_map(probs)
+        metrics.sample_scores(hard, labels)
+        metrics.ncc(probs, labels)
+        metrics.sample_dice(hard, labels)
+        metrics.gamma_map(probs)
+        metrics.uncertainty_map(probs)
 
-    times = in_turn({"metrics": every_metric, "": lambda: None}, options.rounds, options.device)
-    rows.append({"what": "all metrics of a case: 100 samples, 4 readers", "ratio": None,
-                 "ms": 1e3 * statistics.median(times["metrics"])})
+    times = in_turn({"metrics": every_metric}, options.rounds, device)["metrics"]
+    rows.append({"what": "all metrics of a case: 100 samples, 4 annotators", "ratio": None,
+                 "ms": 1e3 * statistics.median(times)})
     show(rows)
     return rows
 
@@ -366,83 +343,43 @@ def table_of_scaling(options) -> list[dict]:
 
 
 def table_of_evaluation(options) -> list[dict]:
-    """A test split of made scenes, 100 samples, every metric and picture: where the time goes."""
+    """A test split of synthetic scenes, 100 samples, every metric: where the time goes."""
     rows = []
     for name in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            split = ["--data", "shapes", "--data-args", f"n={5 * options.cases}",
-                     f"size={options.image_size}"]
-            with contextlib.redirect_stdout(None):
-                settings, _ = train.settle(train.parse(
-                    ["--model", name, *split, "--out", folder, "--steps", "1"]))
-                first, test = data.load("shapes", ("train", "test"), **settings["data_args"])
-                model = models.place(train.first_model(settings, test), options.device)
-                optimizer = torch.optim.Adam(model.parameters())
-                stream = data.batches(first.to(options.device), options.batch_size, 0)
-                for _ in range(50):  # metrics cost more on the noise of an untrained model
-                    train.train_step(model, optimizer, *next(stream), 1e-3,
-                                     contextlib.nullcontext())
-                train.begin_files(Path(folder), settings, {}, model, 0)
-                models.save(Path(folder) / "best.pt", name, model, optimizer, 50, 0.0)
-            network = [0.0]
-            kept = models.load
-
-            def timed(function):
-                def call(*args, **kwargs):
-                    start = time.perf_counter()
-                    out = function(*args, **kwargs)
-                    if options.device.type == "cuda":
-                        torch.cuda.synchronize(options.device)
-                    network[0] += time.perf_counter() - start
-                    return out
-                return call
-
-            def load(*args):
-                loaded = kept(*args)
-                for method in ("sample", "predict", "log_likelihood", "reconstruct"):
-                    if hasattr(loaded, method):
-                        setattr(loaded, method, timed(getattr(loaded, method)))
-                return loaded
-
-            models.load = load
-            try:
-                start = time.perf_counter()
-                evaluate.report(folder, device=options.device, quiet=True)
-                total = time.perf_counter() - start
-            finally:
-                models.load = kept
-            rows.append({"model": name, "images": len(test), "seconds": total,
-                         "images/s": len(test) / total, "network": network[0] / total,
-                         "metrics and pictures": 1 - network[0] / total})
+        bench = Bench(name, options, num_classes=4)
+        first, test = data.load("shapes", ("train", "test"), n=5 * options.cases,
+                                size=options.image_size)
+        stream = data.batches(first.to(options.device), options.batch_size, seed=0)
+        for _ in range(50):  # metrics cost more on the noise of an untrained model
+            train.train_step(bench.model, bench.optimizer, *next(stream), 1e-3, bench.autocast())
+        network = []  # seconds
+        for method in ("sample", "predict", "log_likelihood", "reconstruct"):
+            if hasattr(bench.model, method):
+                setattr(bench.model, method, timed(getattr(bench.model, method), network))
+        start = time.perf_counter()
+        evaluate.score(bench.model, test.to(options.device), evaluate.SAMPLES)
+        total = time.perf_counter() - start
+        rows.append({"model": name, "images": len(test), "seconds": total,
+                     "images/s": len(test) / total, "network": sum(network) / total,
+                     "metrics": 1 - sum(network) / total})
         show(rows)
     return rows
 
 
-def table_of_processes(options) -> list[dict]:
-    """Weak scaling on the CPU: W processes of one thread, each with the whole batch size."""
-    rows = []
-    for name in options.models:
-        times = {}
-        for world in (1, 2):
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(one_process, (world, name, options, folder), world)
-                times[world] = json.loads((Path(folder) / "0").read_text())
-        rows.append({"model": name, "1 process ms": 1e3 * times[1], "2 processes ms":
-                     1e3 * times[2], "efficiency": times[1] / times[2]})
-        show(rows)
-    return rows
+def timed(function, seconds: list):
+    """`function`, each of whose calls adds its seconds to the list."""
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        out = function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return out
+    return call
 
 
-def one_process(rank, world, name, options, folder):
-    """A process of `table_of_processes`: writes its seconds a step."""
-    torch.set_num_threads(1)
-    train.keep_freed_memory()
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    b = Bench(name, options)
-    b.loss = models.distribute(b.model, options.device) if world > 1 else b.model
-    times = in_turn({"": b.step}, options.rounds, options.device)[""]
-    (Path(folder) / str(rank)).write_text(json.dumps(statistics.median(times)))
-    dist.destroy_process_group()
+TABLES = {"models": table_of_models, "costs": table_of_costs, "scaling": table_of_scaling,
+          "evaluation": table_of_evaluation}
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -469,7 +406,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--tables", nargs="+", choices=TABLES, default=["models"])
     p.add_argument("--models", nargs="+", metavar="NAME",
                    help=f"of {' '.join(models.MODELS)} (default: all but the ensemble, which is "
-                   "many unet; evaluation, scaling, processes: ssn)")
+                   "many unet; evaluation and scaling: ssn)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the step")
@@ -497,8 +434,6 @@ def main(argv=None) -> int:
             if name not in models.MODELS:
                 raise UserError(f"--models {name}: choose from {', '.join(models.MODELS)}")
         train.keep_freed_memory()
-        make = {"models": table_of_models, "costs": table_of_costs, "scaling": table_of_scaling,
-                "evaluation": table_of_evaluation, "processes": table_of_processes}
         machine = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" \
             else f"{torch.get_num_threads()} threads"
         print(f"torch {torch.__version__}, {options.device} ({machine}), {options.precision}"
@@ -506,10 +441,10 @@ def main(argv=None) -> int:
               f"{options.image_size} x {options.image_size}, {options.rounds} rounds", flush=True)
         given, results = options.models, {}
         for name in options.tables:
-            options.models = given or ([m for m in models.MODELS if m != "ensemble"]
-                                       if name == "models" else ["ssn"])
-            print(f"\n{name}: {make[name].__doc__.splitlines()[0]}", flush=True)
-            results[name] = make[name](options)
+            every = [m for m in models.MODELS if m != "ensemble"] if name == "models" else ["ssn"]
+            options.models = given or every
+            print(f"\n{name}: {TABLES[name].__doc__.splitlines()[0]}", flush=True)
+            results[name] = TABLES[name](options)
         if options.json:
             write_text(options.json, json.dumps(results, indent=2) + "\n")
         return 0

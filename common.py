@@ -4,10 +4,11 @@ Alphabet of shapes, used in every file:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
 
-Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / pictures.
+Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / progress.
 """
 
 import ast
+import json
 import os
 import sys
 import time
@@ -30,29 +31,34 @@ def key_values(option: str, items: list[str]) -> dict:
     result = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{option} {item}: write it as key=value")
+        if not equals or len(item) > 1000:
+            raise UserError(f"{option} {item[:80]}: write key=value, up to 1000 characters")
         try:
             result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            json.dumps(result[key], allow_nan=False)  # as config.json will keep it
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             result[key] = value
     return result
 
 
 # ------------------------------------------------------------------------ noise and Gaussians
 
-LOG_STD_BOUND = 10.0  # std stays within exp(+-10), so exp(2 * log_std) is finite in float32
+# A std stays within exp(+-4), 0.018 to 55, so the KL of two that differ in std alone is at most
+# exp(16) / 2. Images that were not standardised (x 255) begin with a KL of 1e11 nats under a bound
+# of 10 and still have 6e3 after 300 steps; under 4, these are 3e6 and 6.
+LOG_STD_BOUND = 4.0
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
-    """Smoothly into (-10, 10), close to the identity where networks live. float32.
+    """Smoothly into (-4, 4), close to the identity where networks live. float32.
 
     An unbounded log sigma is the most frequent cause of a NaN in the KL of a conditional VAE.
     """
     return LOG_STD_BOUND * torch.tanh(x.float() / LOG_STD_BOUND)
 
 
-def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None, *,
+                    draw=torch.randn) -> Tensor:
     """Float32 noise of `shape`, whose first axis is the batch, on the device of `like`.
 
     With a generator, on the generator's device first, so one seed gives one result everywhere.
@@ -60,12 +66,24 @@ def standard_normal(shape, like: Tensor, generator: torch.Generator | None = Non
     the whole global batch and keeps its own rows: W processes see exactly the noise one would.
     """
     if generator is not None:
-        noise = torch.randn(shape, generator=generator, device=generator.device)
-        return noise.to(like.device)
+        return draw(shape, generator=generator, device=generator.device).to(like.device)
     shared = dist.is_initialized() and torch.is_grad_enabled()
     world, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
-    noise = torch.randn((world * shape[0], *shape[1:]), device=like.device)
+    noise = draw((world * shape[0], *shape[1:]), device=like.device)
     return noise[rank * shape[0] : (rank + 1) * shape[0]]
+
+
+def uniform(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """As `standard_normal`, but uniform on [0, 1)."""
+    return standard_normal(shape, like, generator, draw=torch.rand)
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """x (B, ...) with a share p of zeros and the rest scaled by 1/(1 - p).
+
+    F.dropout takes no generator, and would give every process of a run the same masks.
+    """
+    return x.masked_fill(uniform(x.shape, x, generator) < p, 0) / (1 - p)
 
 
 class DiagonalNormal:
@@ -75,13 +93,8 @@ class DiagonalNormal:
     """
 
     def __init__(self, mean: Tensor, log_std: Tensor):
-        self.mean = mean.float()
-        self.log_std = bounded_log_std(log_std)
-
-    @property
-    def std(self) -> Tensor:
-        """exp(log_std), of the shape of `mean`."""
-        return self.log_std.exp()
+        self.mean, self.log_std = mean.float(), bounded_log_std(log_std)
+        self.std = self.log_std.exp()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One reparameterised draw, differentiable in mean and log_std; shape of `mean`."""
@@ -104,38 +117,35 @@ class DiagonalNormal:
 class LowRankNormal:
     """N(mean, F F^T + diag(D)) over whole logit maps (SSN Eq. 5).
 
-    mean (B, K, *S), factor F (B, R, K, *S) with R >= 0, diagonal D (B, K, *S) of variances > 0.
-    A draw is mean + F e1 + sqrt(D) e2: nothing is factored or inverted, so no covariance is
-    too ill-conditioned to sample from. R = 0 leaves independent normals.
+    mean (B, K, *S), factor F (B, R, K, *S) or None for independent normals, diagonal D
+    (B, K, *S) of variances > 0. A draw is mean + F e1 + sqrt(D) e2: nothing is factored or
+    inverted, so no covariance is too ill-conditioned to sample from.
     """
 
-    def __init__(self, mean: Tensor, factor: Tensor, diagonal: Tensor):
-        self.mean, self.factor, self.diagonal = mean.float(), factor.float(), diagonal.float()
-
-    @property
-    def variance(self) -> Tensor:
-        """Marginal variance of every logit, (B, K, *S)."""
-        return self.factor.square().sum(1) + self.diagonal
+    def __init__(self, mean: Tensor, factor: Tensor | None, diagonal: Tensor):
+        self.mean, self.diagonal = mean.float(), diagonal.float()
+        self.factor = None if factor is None else factor.float()
 
     def sample(self, n: int, generator: torch.Generator | None = None, *,
-               antithetic: bool = False, temperature: float | Tensor = 1.0) -> Tensor:
+               antithetic: bool = False, temperature: float = 1.0) -> Tensor:
         """n reparameterised draws, (n, B, K, *S) float32.
 
         antithetic: draws n/2 .. n-1 mirror draws 0 .. n/2-1 about the mean. An average over
             them varies less, but they are not independent: for a loss, not for a picture.
         temperature: T scales the covariance, N(mean, T Sigma); 0 returns the mean n times.
         """
-        batch, rank = self.factor.shape[:2]
+        batch = len(self.mean)
         drawn = (n + 1) // 2 if antithetic else n
         # autocast would run the product in bfloat16 and round every sample
         with torch.autocast(self.mean.device.type, enabled=False):
-            noise = standard_normal((batch, drawn, *self.mean.shape[1:]), self.mean, generator)
-            deviation = noise * self.diagonal.sqrt().unsqueeze(1)  # (B, n, K, *S)
-            if rank:
-                noise = standard_normal((batch, drawn, rank), self.mean, generator)
-                deviation = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
-                deviation = deviation.view(batch, drawn, *self.mean.shape[1:])
-            if not isinstance(temperature, float) or temperature != 1:
+            shape = batch, drawn, *self.mean.shape[1:]
+            deviation = standard_normal(shape, self.mean, generator)  # (B, n, K, *S)
+            deviation = deviation * self.diagonal.sqrt().unsqueeze(1)
+            if self.factor is not None:
+                noise = standard_normal((batch, drawn, self.factor.shape[1]), self.mean, generator)
+                product = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
+                deviation = product.view(shape)
+            if temperature != 1:
                 deviation = deviation * temperature**0.5
             mean = self.mean.unsqueeze(1)
             samples = mean + deviation
@@ -162,7 +172,7 @@ def valid_label(label: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def one_hot(label: Tensor, num_classes: int, size) -> Tensor:
-    """Label map (B, *S) -> float32 (B, K, *size), what the posterior nets see of a reader.
+    """Label map (B, *S) -> float32 (B, K, *size), as the posterior nets take it.
 
     Centred in `size` as `pad_to_multiple` centres an image; the padding and ignored pixels (255)
     are zero in every class.
@@ -174,20 +184,15 @@ def one_hot(label: Tensor, num_classes: int, size) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """-sum_i log softmax(logits_i)[label_i] over each case's pixels, in nats.
+    """-sum_i log softmax(logits_i)[label_i] over each case's pixels, in nats: (..., B) float32.
 
-    logits (..., B, K, *S), label int64 (B, *S), 255 ignored -> (..., B) float32. Leading axes
-    (samples) share the label.
+    logits (..., B, K, *S), label int64 (B, *S) with 255 ignored, shared by the leading axes.
     """
-    lead = logits.shape[: logits.dim() - label.dim() - 1]  # () or (n,)
-    label = label.expand(*lead, *label.shape)
-    logits = logits.float()
-    if lead:
-        logits, flat = logits.flatten(0, 1), label.flatten(0, 1)
-    else:
-        flat = label
-    pixels = F.cross_entropy(logits, flat, ignore_index=IGNORE, reduction="none")
-    return pixels.flatten(1).sum(1).view(*lead, -1)
+    lead = logits.dim() - label.dim() - 1  # number of leading axes
+    label = label.expand(*logits.shape[:lead], *label.shape)
+    pixels = F.cross_entropy(logits.float().flatten(0, lead), label.flatten(0, lead),
+                             ignore_index=IGNORE, reduction="none")
+    return pixels.flatten(1).sum(1).view(label.shape[: lead + 1])
 
 
 # -------------------------------------------------------------------------------------- U-Net
@@ -199,6 +204,11 @@ POOL = {"average": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
         "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}}
 
 
+def batch_norm(dims: int, channels: int) -> nn.Module:
+    """As in PHiSeg's and SSN's code: TensorFlow's epsilon, averages that move by 1 % a step."""
+    return BATCH_NORM[dims](channels, eps=1e-3)
+
+
 def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1,
                kernel: int = 3, norm: str = "batch") -> nn.Sequential:
     """`convs` times: size-keeping convolution, normalisation ("batch" or "none"), ReLU."""
@@ -208,54 +218,67 @@ def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1
         layers.append(CONV[dims](in_channels if i == 0 else out_channels, out_channels, kernel,
                                  padding=kernel // 2, bias=norm != "batch"))
         if norm == "batch":
-            layers.append(BATCH_NORM[dims](out_channels))
+            layers.append(batch_norm(dims, out_channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
+def encode(blocks, x: Tensor) -> list[Tensor]:
+    """Features of every level of an encoder, fine to coarse: `blocks` with `halve` in between."""
+    features = []
+    for block in blocks:
+        x = block(halve(x) if features else x)
+        features.append(x)
+    return features
+
+
+def halve(x: Tensor) -> Tensor:
+    """Average pooling, which all five papers use; for even sizes the same as bilinear halving."""
+    return POOL["average"][x.dim() - 2](x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """(B, C, *S) at twice the size, linearly interpolated."""
+    return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=False)
+
+
 class UNet(nn.Module):
-    """U-Net body: image (B, in_channels, *S) -> features (B, channels[0], *S), any size.
+    """U-Net body: image (B, in_channels, *S) -> features (B, out_channels, *S), any size.
 
     channels: one entry a resolution level, fine to coarse; each level is `convs` 3-wide
         convolutions, half the size of the one before.
     dims: spatial axes, 1 to 3.
     norm: "batch" (PHiSeg, SSN) or "none" (Probabilistic U-Net).
-    down: "average" (all five papers; for even sizes the same as bilinear halving) or "max"
-        (the first U-Net).
-    up: "linear" or "nearest", then concatenation with the skip connection.
+    wide: a level of the decoder has the width of the coarser level (SSN), not of its own.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
-                 convs: int = 3, norm: str = "batch", down: str = "average", up: str = "linear"):
+                 convs: int = 3, norm: str = "batch", wide: bool = False):
         super().__init__()
         check_choice("norm", norm, ("batch", "none"))
-        check_choice("down", down, tuple(POOL))
-        check_choice("up", up, ("linear", "nearest"))
-        self.pool = POOL[down][dims]
-        self.up = {"linear": dict(mode=LINEAR[dims], align_corners=False),
-                   "nearest": dict(mode="nearest")}[up]
+        if not channels:
+            raise ValueError("channels is empty: give one number for each resolution level")
         self.multiple = 2 ** (len(channels) - 1)
         self.encoder = nn.ModuleList(
             conv_block(dims, before, after, convs=convs, norm=norm)
             for before, after in zip((in_channels, *channels), channels))
-        self.decoder = nn.ModuleList(  # coarse to fine
-            conv_block(dims, below + skip, skip, convs=convs, norm=norm)
-            for below, skip in zip(channels[:0:-1], channels[-2::-1]))
+        self.decoder = nn.ModuleList()  # coarse to fine
+        width = channels[-1]
+        for coarser, skip in zip(channels[:0:-1], channels[-2::-1]):
+            after = coarser if wide else skip
+            self.decoder.append(conv_block(dims, width + skip, after, convs=convs, norm=norm))
+            width = after
+        self.out_channels = width
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every level, fine to coarse; sizes must be multiples of `multiple`."""
-        features = []
-        for level, block in enumerate(self.encoder):
-            x = block(self.pool(x, 2) if level else x)
-            features.append(x)
-        return features
+        return encode(self.encoder, x)
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """From the coarsest features up, each level joined by its skip connection."""
+        """From the coarsest features to the finest, each level joined by its skip connection."""
         *skips, x = features
         for block in self.decoder:
-            x = F.interpolate(x, scale_factor=2, **self.up)
-            x = block(torch.cat([skips.pop(), x], 1))
+            x = block(torch.cat([skips.pop(), double(x)], 1))
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,6 +339,18 @@ def init_orthogonal(module: nn.Module) -> None:
                 nn.init.trunc_normal_(m.bias, std=1e-3, a=-2e-3, b=2e-3)
 
 
+def init_he(module: nn.Module) -> None:
+    """Normal weights that keep the variance through a ReLU, biases zero (He et al. 2015).
+
+    The initialisation of PHiSeg's code, and of the U-Net that SSN takes from it.
+    """
+    for m in module.modules():
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
 def check_choice(name: str, value, allowed) -> None:
     """ValueError naming the option, what was given and what is allowed."""
     if value not in allowed:
@@ -343,19 +378,34 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """(device, rank, world size); joins the group when torchrun started this process."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = pick_device(device_name)
-    if "WORLD_SIZE" in os.environ:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        # the others wait while rank 0 draws, which may take long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=24))
+    if "WORLD_SIZE" not in os.environ:
+        return device, 0, 1
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    try:
+        world, rank, local, _ = [int(os.environ[name]) for name in names]
+    except (KeyError, ValueError):
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: start with "
+                        f"torchrun, which sets {', '.join(names)}, or unset it") from None
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{local}")
+        torch.cuda.set_device(device)
+    # the others wait while rank 0 draws, which may take long
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=24))
     return device, rank, world
 
 
 # ------------------------------------------------------------------------------------ progress
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print; a stdout that is closed, full or lacks a character never stops a run."""
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
+    except (AttributeError, OSError, ValueError):
+        sys.stdout = None
 
 
 class Progress:
@@ -363,7 +413,7 @@ class Progress:
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False):
         self.total, self.first, self.quiet = total, done, quiet
-        self.terminal = sys.stdout.isatty()
+        self.terminal = bool(sys.stdout and not sys.stdout.closed and sys.stdout.isatty())
         self.start, self.shown, self.note = time.monotonic(), 0.0, ""
 
     def update(self, done: int, note: str | None = None, line: bool = False) -> None:
@@ -377,13 +427,12 @@ class Progress:
         left = duration((self.total - done) / rate) if rate else "?"
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
         text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
-        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n",
-              flush=True)
+        say(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
 
     def say(self, text: str) -> None:
         """A line of its own, above the progress line."""
         if not self.quiet:
-            print(f"\r\x1b[K{text}" if self.terminal else text, flush=True)
+            say(f"\r\x1b[K{text}" if self.terminal else text)
 
 
 def duration(seconds: float) -> str:

@@ -1,133 +1,173 @@
-"""Every data set: made ones whose distribution of label maps is known, and real ones from files.
+"""Every data set: synthetic ones, whose label maps have known probabilities, and ones in files.
 
-    train, val = data.load("shapes", ("train", "val"))           # two `Split`s: tensors in memory
-    stream = data.batches(train.to("cuda"), 12, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
-    image, label = next(stream)                                  # (B, C, *S) float32, (B, *S) int64
+    train, val = data.load("shapes", ("train", "val"))     # two `Split`s: tensors in memory
+    augmentation = data.DATASETS["shapes"].augmentation
+    stream = data.batches(train.to("cuda"), 12, seed=0, augmentation=augmentation)
+    image, label = next(stream)                            # (B, C, *S) float32, (B, *S) int64
 
     python data.py                                # lists the data sets
-    python data.py show --data shapes             # a table, and a PNG with every reader's outlines
+    python data.py show --data shapes             # a table, and a PNG with all label maps
     python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
 
-A `Split` is moved to the device whole. Batches are drawn, cropped and augmented there, so training
-never waits for a worker or a copy. Batch number `step` is a pure function of (seed, step): a run
-that stops at step s goes on exactly with `start=s`, and several processes see what one would see.
+sources/README.md describes every file layout. A `Split` is moved to the device whole. Batches are
+drawn, cropped and augmented there, so training never waits for a worker or a copy. Batch number
+`step` is a pure function of (seed, step): a run that stops at step s continues exactly with
+`start=s`, and several processes together see what one would see.
 
 Shapes: N cases, B batch, C channels, K classes, A annotators, *S space. 255 means ignore.
 """
 
 import argparse
 import functools
+import inspect
 import itertools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.pictures import COLORS, new_figure, paint_image, save_figure
+import metrics
+from analysis.pictures import paint_image, paint_label, save_grid
 from common import IGNORE, UserError, key_values, reflect_index
-from sources.base import (SPLITS, Split, check_known, gather, measure_case, random_classes,
-                          relabel, seeded_generator, spline)
+from sources.base import (SPLITS, Split, assign, check_known, collect, locate, random_classes,
+                          relabel, seeded_generator)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
-from sources.files import DataError, size_text
+from sources.files import DataError, error_line, size_text
 from sources.lidc import HDF5, read_lidc
 from sources.lidc_archive import LIDC_WINDOW, build_lidc
 from sources.own import read_folder, read_npz
 from sources.synapse import read_synapse
 from sources.synthetic import (make_cells, make_lesions3d, make_modes, make_organs, make_shapes,
                                make_toy1d)
+from sources.warp import Warp, apply_warp, center_start, draw_warp
 
 
-def load(name: str, split: str | Sequence[str] = "train", path=None, **options):
+def load(name: str, split: str | Sequence[str] = "train", path=None, /, **options):
     """The `split` ("train", "val", "test" or "all") of the data set `name`, as a `Split`.
 
     A sequence of splits gives a list and reads the source once. `path` is the file or folder of a
-    real set; without it, datasets/<name> in the working folder. `DATASETS` lists names and options;
-    all sets take hide, see `hide`; real ones split_file, a JSON file {"train": [names of cases or
-    groups], "val": [...], "test": [...]}, such as `Split.parts` holds. Cases named nowhere in it
-    are left out.
-    Raises DataError for anything the user can mend.
+    real set; without it, datasets/<name> in the working folder. `options` are the keyword arguments
+    of the set's reader in `DATASETS`, and for every set
+      hide        per cent of each image to hide, see `hide`
+      split_file  (real sets) a JSON file {"train": [names of cases or groups], "val": [...],
+                  "test": [...]}, such as `Split.parts` holds; cases not listed are left out.
+    Raises DataError for anything the user can correct.
     """
     source = DATASETS[check_known("data set", name, DATASETS)]
-    wanted = [check_known("split", part, (*SPLITS, "all"))
-              for part in ([split] if isinstance(split, str) else split)]
-    values = _checked_options(name, source, options)
-    percent = values.pop("hide")
-    if percent > 99:
-        raise DataError(f"{name} option hide={percent}: give per cent of the image, 0 to 99")
-    if source.real:
-        whole, parts, whole.parts = gather(name, path, source, wanted, values.pop("split_file"),
-                                            values)
-    elif path is None:
-        whole, parts = source.read(**values)
-        whole.parts = {part: [whole.names[i] for i in rows] for part, rows in parts.items()}
+    if "path" in options:
+        if path is not None:
+            raise DataError(f"path is given twice, {path} and {options['path']}: give one")
+        path = str(options.pop("path"))
+    wanted = [split] if isinstance(split, str) else list(split)
+    for which in wanted:
+        check_known("split", which, (*SPLITS, "all"))
+    options = _check_options(name, source, options)
+    percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
+
+    if not source.layout:
+        if path is not None:
+            raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
+        whole, rows = source.read(**options)
+        whole.parts = {which: [whole.names[i] for i in rows[which]] for which in SPLITS}
     else:
-        raise DataError(f"{name} is made, not read from {path}: leave the path out")
-    splits = [whole if part == "all" else whole.subset(parts[part]) for part in wanted]
+        try:
+            place = locate(name, path, source)
+            # A split file may move any case to any split.
+            everything = split_file or "all" in wanted
+            listing = source.read(place, SPLITS if everything else wanted, **options)
+        except OSError as error:  # such as a folder that may not be opened
+            raise DataError(f"{path or name}: not a readable data set: "
+                            f"{error_line(error)}") from error
+        if not listing.cases:
+            raise DataError(f"{place}: holds no cases; it should be {source.layout}")
+        rows = assign(place, listing, wanted, split_file)
+        names = {which: [listing.cases[i].name for i in rows[which]] for which in SPLITS}
+        if "all" in wanted:
+            whole = collect(place, listing, range(len(listing.cases)))
+        else:  # the cases of each split in one run, so that `subset` can give a view
+            needed, runs = [], {}
+            for which in SPLITS:
+                if which in wanted or not listing.apart:
+                    runs[which] = range(len(needed), len(needed) + len(rows[which]))
+                    needed += rows[which]
+            whole, rows = collect(place, listing, needed), runs
+        whole.parts = names
+
+    splits = [whole if which == "all" else whole.subset(rows[which]) for which in wanted]
     if percent:
-        splits = [hide(part, percent) for part in splits]
+        splits = [hide(one, percent) for one in splits]
     return splits[0] if isinstance(split, str) else splits
 
 
-def hide(split: Split, percent: int, copies: int = 4) -> Split:
-    """The task of HPU-Net's Fig. 5: so much of every image is hidden, from a random side of it, and
-    the label map outside is known. A model segments what it sees and makes up what it does not.
-
-    Every case comes `copies` times, each time with another label map, drawn by its odds, and
-    another side. Images (N * copies, C + K + 1, *S): image and one-hot known labels, both 0 where
-    hidden, and 1 there; labels (N * copies, 1, *S), the whole map.
-    """
-    size, generator = split.images.shape[2:], seeded_generator(percent, len(split))
-    maps = torch.multinomial(split.probabilities.cpu(), copies, replacement=True, generator=generator)
-    rows = torch.arange(len(split)).repeat_interleave(copies)
-    labels = torch.stack([split.subset([row]).all_maps().labels[0, number]
-                          for row, number in zip(rows.tolist(), maps.flatten().tolist())])
-    hidden = torch.zeros(len(rows), 1, *size, dtype=torch.bool)
-    for row, side in enumerate(torch.randint(2 * len(size), (len(rows),), generator=generator)):
-        axis, end = divmod(side.item(), 2)
-        depth = round(size[axis] * percent / 100)
-        hidden[row].narrow(1 + axis, end * (size[axis] - depth), depth).fill_(True)
-    classes = torch.arange(split.num_classes).view(-1, *[1] * len(size))
-    known = torch.cat([split.images[rows], (labels[:, None] == classes).float()], 1)
-    images = torch.cat([known.masked_fill(hidden, 0), hidden.float()], 1)
-    groups, names = ([kept[row] for row in rows.tolist()] for kept in (split.groups, split.names))
-    names = [f"{name}-{i % copies}" for i, name in enumerate(names)]
-    return replace(split, images=images, labels=labels[:, None], weights=None, groups=groups,
-                   names=names, instances=None, flips=None, exact=False)
-
-
-def _checked_options(name: str, source: "Source", given: dict) -> dict:
-    """The options of a set, those given and the defaults of the others."""
-    table = source.options | ({"split_file": ("", str)} if source.real else {}) | {"hide": (0, 0)}
-    values = {key: default for key, (default, _) in table.items()}
+def _check_options(name: str, source: "Source", given: dict) -> dict:
+    """`given`, if the set has such options and values; see `sources.synthetic` on annotations."""
+    allowed = {key: parameter.annotation
+               for key, parameter in inspect.signature(source.read).parameters.items()
+               if parameter.kind is parameter.KEYWORD_ONLY}
+    if source.layout:
+        allowed["split_file"] = str
+    allowed["hide"] = int
     for key, value in given.items():
-        allowed = table[check_known(f"{name} option", key, table)][1]
-        if isinstance(allowed, tuple):
-            good, hint = value in allowed, f"choose from {', '.join(allowed)}"
-        elif allowed is str:
+        kind = allowed[check_known(f"{name} option", key, allowed)]
+        if get_origin(kind) is Literal:
+            good, hint = value in get_args(kind), f"choose from {', '.join(get_args(kind))}"
+        elif kind is str:
             good, hint = isinstance(value, (str, Path)), "give a text"
         else:
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= allowed
-            hint = f"give a whole number >= {allowed}"
+            least = 0 if kind is int else get_args(kind)[1]
+            good = isinstance(value, int) and not isinstance(value, bool)
+            good = good and least <= value < 2**31
+            hint = f"give a whole number >= {least}"
+        if good and key == "hide":
+            good, hint = value <= 99, "give per cent of the image, 0 to 99"
         if not good:
-            raise DataError(f"{name} option {key}={value!r}: {hint}")
-        values[key] = value
-    return values
+            raise DataError(f"{name} option {key}={repr(value)[:60]}: {hint}")
+    return given
+
+
+def hide(split: Split, percent: int, copies: int = 4) -> Split:
+    """The task of HPU-Net's Fig. 5: a part of every image is hidden, and the labels of the rest are
+    given. A model segments what it is shown and completes what it is not.
+
+    Each case comes `copies` times, each time with another label map, drawn by its probability, and
+    hidden from another random side. Images (N * copies, C + K + 1, *S): the image and its one-hot
+    known labels, both 0 where hidden, and a channel that is 1 there; labels (N * copies, 1, *S),
+    the whole map.
+    """
+    size, generator = split.images.shape[2:], seeded_generator(percent, len(split))
+    maps = torch.multinomial(split.probabilities.cpu(), copies, replacement=True,
+                             generator=generator)
+    rows = torch.arange(len(split)).repeat_interleave(copies)
+    labels = split.label_maps(rows, maps.flatten())
+    sides = torch.randint(2 * len(size), (len(rows),), generator=generator)
+    sides = sides.view(-1, *[1] * len(size))
+    hidden = torch.zeros(len(rows), *size, dtype=torch.bool)
+    for axis, have in enumerate(size):
+        depth = round(have * percent / 100)
+        line = torch.arange(have).view(-1, *[1] * (len(size) - axis - 1))
+        hidden |= (sides == 2 * axis) & (line < depth)
+        hidden |= (sides == 2 * axis + 1) & (line >= have - depth)
+    classes = torch.arange(split.num_classes).view(-1, *[1] * len(size))
+    known = torch.cat([split.images[rows], (labels[:, None] == classes).float()], 1)
+    images = torch.cat([known.masked_fill(hidden[:, None], 0), hidden[:, None].float()], 1)
+    return replace(split, images=images, labels=labels[:, None], weights=None,
+                   groups=[group for group in split.groups for _ in range(copies)],
+                   names=[f"{name}-{i}" for name in split.names for i in range(copies)],
+                   instances=None, flips=None, exact=False)
 
 
 def center(split: Split, size: int | Sequence[int]) -> Split:
     """Centre crop or pad to `size`: images by reflection, labels with 255, instances with -1."""
     shape = split.images.shape[2:]
-    lines = [torch.arange(want, device=split.images.device) + _center_start(have, want)
+    lines = [torch.arange(want, device=split.images.device) + center_start(have, want)
              for have, want in zip(shape, _as_size(size, shape))]
 
     def cut(tensor: Tensor, fill: int | None = None) -> Tensor:
@@ -143,18 +183,13 @@ def center(split: Split, size: int | Sequence[int]) -> Split:
                    instances=instances)
 
 
-def _center_start(have: int, want: int) -> int:
-    """Where a central window of `want` pixels starts; padding and cropping back are inverse."""
-    return (have - want) // 2 if have >= want else -((want - have) // 2)
-
-
 def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[int, ...]:
     if size is None:
         return tuple(shape)
     sizes = (size,) * len(shape) if isinstance(size, int) else tuple(size)
     if len(sizes) != len(shape) or min(sizes) < 1:
-        raise DataError(f"size {size} for images of {size_text(shape)}: give one number from 1 up, or "
-                        f"{len(shape)} of them")
+        raise DataError(f"size {size} for images of {size_text(shape)}: give one number from 1 up, "
+                        f"or {len(shape)} of them")
     return sizes
 
 
@@ -180,19 +215,12 @@ class Augmentation:
         return any((self.rotation, self.shear, self.scale, self.translation, self.elastic))
 
 
-# The papers name these transformations and give no magnitudes: the numbers are ours. Where odds
-# hang on a width or a shape (shapes, lesions3d) nothing is resampled, so that they stay exact.
+# The papers name these transformations and give no magnitudes: the numbers are ours. Where
+# probabilities depend on a width or a shape (shapes, lesions3d) nothing is resampled, so that they
+# stay exact.
 _FULL = Augmentation(flip=(-2, -1), quarter_turns=True, rotation=30, shear=0.1, scale=0.15,
                      translation=2, elastic=3)
 _MILD = Augmentation(rotation=10, shear=0.05, scale=0.1, translation=4, elastic=2)
-
-
-class _Warp(NamedTuple):
-    """Output pixel o of row b shows the source at  centre + matrix (start + o - centre) + shift."""
-
-    matrix: Tensor  # (B, d, d)
-    start: Tensor  # (B, d) corner of the output window
-    knots: Tensor | None  # (B, d, *k) control points of the shift, in pixels
 
 
 def augment(images: Tensor, labels: Tensor, augmentation: Augmentation,
@@ -206,88 +234,9 @@ def augment(images: Tensor, labels: Tensor, augmentation: Augmentation,
     cropped (DataError).
     """
     size = _as_size(size, images.shape[2:])
-    warp = _draw_warp(augmentation, len(images), images.shape[2:], size, generator)
-    warp = _Warp(*(part if part is None else part.to(images.device) for part in warp))
-    return _apply_warp(images, labels, warp, size, augmentation.resamples)
-
-
-def _draw_warp(augmentation: Augmentation, count: int, shape, size, generator) -> _Warp:
-    dims, device = len(shape), generator.device
-    if dims == 1 and (augmentation.resamples or augmentation.quarter_turns):
-        raise DataError("1D images cannot be turned or deformed: give Augmentation(flip=(-1,))")
-
-    def uniform(bound: float, *more: int) -> Tensor:  # (count, *more) in +-bound
-        return bound * (2 * torch.rand(count, *more, generator=generator, device=device) - 1)
-
-    def whole(high: int) -> Tensor:  # (count,) in 0..high-1
-        return torch.randint(high, (count,), generator=generator, device=device)
-
-    def turn(cos: Tensor, sin: Tensor, i: int, j: int) -> Tensor:  # in the plane of axes i and j
-        matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
-        matrix[:, i, i], matrix[:, j, j], matrix[:, i, j], matrix[:, j, i] = cos, cos, -sin, sin
-        return matrix
-
-    matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
-    for axis in augmentation.flip:
-        matrix[:, axis, axis] = 1.0 - 2 * whole(2)
-    if augmentation.quarter_turns:
-        quarter = whole(4) if shape[-2] == shape[-1] else 2 * whole(2)
-        circle = torch.tensor([0.0, 1.0, 0.0, -1.0], device=device)
-        matrix = matrix @ turn(circle[(quarter + 1) % 4], circle[quarter], -2, -1)
-    if augmentation.rotation:
-        for i, j in itertools.combinations(range(dims), 2):
-            angle = uniform(math.radians(augmentation.rotation))
-            matrix = matrix @ turn(angle.cos(), angle.sin(), i, j)
-    if augmentation.shear:
-        diagonal = torch.eye(dims, device=device)
-        matrix = matrix @ (diagonal + (1 - diagonal) * uniform(augmentation.shear, dims, dims))
-    if augmentation.scale:
-        matrix = matrix * uniform(math.log1p(augmentation.scale)).exp()[:, None, None]
-
-    start = torch.stack([whole(have - want + 1) if have > want else
-                         torch.full((count,), _center_start(have, want), device=device)
-                         for have, want in zip(shape, size)], 1).float()
-    if augmentation.translation:
-        start = start + uniform(augmentation.translation, dims)
-    knots = None
-    if augmentation.elastic:
-        # A cubic spline over m intervals has m + 3 control points.
-        counts = [max(round(want / augmentation.elastic_spacing), 1) + 3 for want in size]
-        knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator,
-                                                   device=device)
-    return _Warp(matrix, start, knots)
-
-
-def _apply_warp(images: Tensor, labels: Tensor, warp: _Warp, size, resamples: bool):
-    shape, (count, channels) = images.shape[2:], images.shape[:2]
-
-    def spread(values: Tensor, axis: int | None = None) -> Tensor:  # (B,) or (B, size[axis])
-        return values.view(count, *[-1 if i == axis else 1 for i in range(len(size))])
-
-    lines = [spread(torch.arange(want, device=images.device) + warp.start[:, i, None]
-                    - (have - 1) / 2, i) for i, (have, want) in enumerate(zip(shape, size))]
-    # Sums, not a matrix product, whose TF32 mode would move whole pixels between pixels.
-    where = [sum(spread(warp.matrix[:, i, j]) * line for j, line in enumerate(lines))
-             + (have - 1) / 2 for i, have in enumerate(shape)]  # d of (B, *size), source pixels
-    if warp.knots is not None:
-        where = [axis + shift for axis, shift in zip(where, spline(warp.knots, size).unbind(1))]
-
-    flat, outside = 0, False
-    for axis, have in zip(where, shape):
-        index = axis.round().long()
-        outside = outside | (index < 0) | (index >= have)
-        flat = flat * have + reflect_index(index, have)
-    flat = flat.flatten(1)  # (B, pixels of the output)
-    labels = labels.flatten(1).gather(1, flat).view(count, *size).masked_fill(outside, IGNORE)
-    if resamples:
-        # align_corners counts -1..1 from the first pixel's centre to the last's, and mirrors there.
-        grid = [2 * axis / max(have - 1, 1) - 1 for axis, have in zip(where, shape)]
-        images = F.grid_sample(images, torch.stack(grid[::-1], -1), "bilinear",
-                               padding_mode="reflection", align_corners=True)
-    else:
-        flat = flat[:, None].expand(-1, channels, -1)
-        images = images.flatten(2).gather(2, flat).view(count, channels, *size)
-    return images, labels
+    warp = draw_warp(augmentation, len(images), images.shape[2:], size, generator)
+    warp = Warp(*(part if part is None else part.to(images.device) for part in warp))
+    return apply_warp(images, labels, warp, size, augmentation.resamples)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -299,8 +248,8 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
             ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless training batches: images (B, C, *S) float32 and label maps (B, *S) int64.
 
-    Cases come in seeded permutations chained end to end. Each draws one reader by `weights`, among
-    `annotators` (reader indices) where given; a set with instances draws new labels for them. Batch
+    Cases come in seeded permutations chained end to end. Each draws one annotator by `weights`,
+    among `annotators` (indices) where given; a set with instances draws new classes for them. Batch
     `step` depends on (seed, step) alone, and the stream begins at `start`. `batch_size` counts the
     rows of all `world` processes; this one gets the rows of `rank`. All choices are drawn on the
     host, so they are the same on every device, and sent ahead without waiting.
@@ -315,75 +264,67 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
     augmentation = augmentation or Augmentation()
     device, shape = split.images.device, split.images.shape[2:]
     size = _as_size(size, shape)
-    odds = _reader_odds(split, annotators)
+    weights = _annotator_weights(split, annotators)
     ids = 0 if split.instances is None else int(split.instances.max()) + 1
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
-    def ship(tensor: Tensor | None) -> Tensor | None:
-        """My rows, to the device; only from pinned memory does the copy not make the host wait."""
+    def send(tensor: Tensor | None) -> Tensor | None:
+        """This rank's rows, on the device; only a copy from pinned memory does not block."""
         if tensor is None:
             return None
         tensor = tensor[mine].pin_memory() if device.type == "cuda" else tensor[mine]
         return tensor.to(device, non_blocking=True)
 
-    @functools.lru_cache(maxsize=2)
-    def permutation(epoch: int) -> Tensor:
-        return torch.randperm(len(split), generator=seeded_generator(seed, 0, epoch))
-
     def draw(step: int) -> tuple[Tensor, Tensor]:
-        first, offset = divmod(step * batch_size, len(split))
-        last = ((step + 1) * batch_size - 1) // len(split)
-        order = torch.cat([permutation(epoch) for epoch in range(first, last + 1)])
-        rows = order[offset:offset + batch_size]
-        # Drawn for the whole batch whatever the rank: `ship` cuts afterwards.
+        rows = _rows(len(split), batch_size, seed, step)
+        # Drawn for the whole batch on every rank; `send` selects its rows afterwards.
         generator = seeded_generator(seed, 1, step)
         if split.instances is None:
-            # A race of exponential clocks of rates `odds` (in logarithms): a rate of 0 never wins,
-            # and there is no cumulative sum to round past the last reader.
-            chances = torch.rand(odds[rows].shape, generator=generator, dtype=torch.float64)
-            reader = (chances.log() / odds[rows]).argmax(1)
-            case, reader = ship(rows), ship(reader)
-            labels = split.labels[case, reader] if split.flips is None else relabel(
-                split.labels[case, 0], split.flips[case, reader])
+            annotator = torch.multinomial(weights[rows], 1, generator=generator)[:, 0]
+            cases = send(rows)
+            labels = split.label_maps(cases, send(annotator))
         else:
             table = random_classes(batch_size, ids, split.fixed, split.num_classes, generator)
-            case = ship(rows)
-            labels = relabel(split.instances[case], ship(table))
-        warp = _Warp(*map(ship, _draw_warp(augmentation, batch_size, shape, size, generator)))
-        images, labels = _apply_warp(split.images[case], labels, warp, size, augmentation.resamples)
+            cases = send(rows)
+            labels = relabel(split.instances[cases], send(table))
+        warp = draw_warp(augmentation, batch_size, shape, size, generator)
+        images, labels = apply_warp(split.images[cases], labels, Warp(*map(send, warp)), size,
+                                     augmentation.resamples)
         return images, labels.long()
 
     return map(draw, itertools.count(start))
 
 
-def _reader_odds(split: Split, annotators: Sequence[int] | None) -> Tensor:
-    """(N, A) float64 odds of the readers, on the host, those outside `annotators` at 0."""
-    odds = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
-    count = odds.shape[1]
+def _rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The cases (B,) of batch `step`, out of permutations of 0..count-1 chained end to end."""
+    first, offset = divmod(step * batch_size, count)
+    last = ((step + 1) * batch_size - 1) // count
+    order = torch.cat([_permutation(count, seed, epoch) for epoch in range(first, last + 1)])
+    return order[offset:offset + batch_size]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=seeded_generator(seed, 0, epoch))
+
+
+def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor:
+    """(N, A) float64 weights of the annotators, on the host; 0 for those not in `annotators`."""
+    weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
+    weights = weights.double()
     if annotators is None:
-        return odds.double()
+        return weights
     if split.instances is not None:
-        raise DataError("annotators: this set draws its labels from instances and has no readers")
+        raise DataError("annotators: a set with instances has none, its labels are drawn at random")
+    count = weights.shape[1]
     if not set(annotators) or not set(annotators) <= set(range(count)):
         raise DataError(f"annotators {list(annotators)}: choose from 0 to {count - 1}")
-    odds = odds.double() * torch.tensor([float(a in annotators) for a in range(count)])
-    unread = (odds.sum(1) == 0).nonzero().flatten().tolist()
-    if unread:
-        raise DataError(f"annotators {list(annotators)}: none of them read {len(unread)} of the "
-                        f"cases ({split.names[unread[0]]!r} is one); name more readers")
-    return odds
-
-
-# ------------------------------------------------------------------------------------- made sets
-
-
-# ------------------------------------------------------------------------------------- real sets
-
-
-# ------------------------------------------------------------------------- what is in one file
-
-
-# ------------------------------------------------------------------------------------ the readers
+    weights = weights * torch.tensor([float(a in annotators) for a in range(count)])
+    without = (weights.sum(1) == 0).nonzero().flatten().tolist()
+    if without:
+        raise DataError(f"annotators {list(annotators)}: none of them labelled {len(without)} of "
+                        f"the cases ({split.names[without[0]]!r} is one); name more annotators")
+    return weights
 
 
 # ----------------------------------------------------------------------------------------- table
@@ -391,198 +332,136 @@ def _reader_odds(split: Split, annotators: Sequence[int] | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """One line of the table below."""
+    """A data set: how it is read and described. Its options are the keyword arguments of `read`,
+    which gives, of synthetic sets, (the whole Split, {split: indices}), of others a `Listing`."""
 
-    read: Callable  # (**options) -> whole Split, {split: indices}; real: (path, splits, **options)
+    read: Callable
     doc: str
     augmentation: Augmentation  # of training batches
-    options: dict[str, tuple]  # name: (default, smallest number, choices or str)
+    layout: str = ""  # real: what to put where, for the message when nothing is found
     suffixes: tuple[str, ...] = ()  # of files that are the set
-    layout: str = ""  # what to put where, told when nothing is found
     marks: tuple[str, ...] = ()  # what a folder holds that is the set (patterns)
-
-    @property
-    def real(self) -> bool:
-        """Whether it is read from files; made sets are not."""
-        return bool(self.layout)
 
 
 DATASETS: dict[str, Source] = {
-    "toy1d": Source(make_toy1d, "made: 21 pixels, two label maps", Augmentation(),
-                     {}),
-    "shapes": Source(make_shapes, "made: ambiguous class, border and presence; 12 maps of known odds",
-                     Augmentation(flip=(-2, -1), quarter_turns=True),
-                     {"n": (1000, 3), "size": (64, 32), "seed": (0, 0)}),
-    "modes": Source(make_modes, "made: street scenes, five classes flip; 32 maps of known odds",
-                    Augmentation(flip=(-1,)),
-                     {"n": (500, 3), "size": (64, 48), "seed": (0, 0)}),
-    "cells": Source(make_cells, "made: cells and membranes, each cell one of 15 classes at random",
-                    _FULL,
-                     {"n": (500, 3), "size": (64, 32), "seed": (0, 0)}),
-    "organs": Source(make_organs, "made: five organs with blurred borders, three readers",
-                     _MILD,
-                     {"n": (400, 12), "size": (96, 48), "seed": (0, 0)}),
-    "lesions3d": Source(make_lesions3d, "made: a sure and a faint lesion in 3D; 6 maps of known odds",
-                        Augmentation(flip=(-3, -2, -1), quarter_turns=True),
-                     {"n": (60, 3), "size": (48, 32), "seed": (0, 0)}),
-    "lidc": Source(read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", _FULL,
-                     {},
-                   (".pickle", ".pkl", ".npz", *HDF5),
-                   "a pickle {key: {image, masks, series_uid}} (data_lidc.pickle, linked from "
-                   "github.com/stefanknegt/Probabilistic-Unet-Pytorch), the PNG tree "
-                   "{train,val,test}/{images,gt}/<patient>/ (gs://hpunet-data/lidc_crops), an .npz "
-                   "as for the data set npz (python data.py build-lidc makes it of the archive's "
-                   "DICOM and XML), HDF5 of groups train, val, test with images and labels",
-                   tuple(f"{part}/images" for part in SPLITS)),
-    "npz": Source(read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D",
-                  _MILD,
-                     {"num_classes": (0, 0)}, (".npz",),
-                  "an .npz with images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels "
-                  "(N, A, H, W) or (N, A, D, H, W), and if wanted weights, groups, names, "
-                  "num_classes"),
-    "folder": Source(read_folder, "your own: pictures or NIfTI volumes, a folder for each reader",
-                     _MILD,
-                     {"num_classes": (0, 0), "masks": ("classes", ("classes", "binary"))}, (),
-                     "a folder with images/NAME.png, labels/READER/NAME.png and, if wanted, "
-                     "groups.csv of lines NAME,GROUP; also .tif, .jpg (images), .nii.gz",
-                     ("images",)),
-    "em": Source(read_em, "sections of electron microscopy, each cell one of 15 classes at random",
-                 _FULL,
-                     {"tile": (256, 0)}, (".npz",),
-                 "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with "
-                 "train-input.tif and train-labels.tif (snemi3d.grand-challenge.org)",
-                 ("train-input.tif",)),
-    "cityscapes": Source(read_cityscapes, "street scenes; five classes flip, or cars are coloured",
-                         Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8, elastic=3),
-                     {"task": ("modes", ("modes", "cars")), "factor": (0, 0)}, (),
-                         "a folder with leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/"
-                         "<city>/ (leftImg8bit_trainvaltest and gtFine_trainvaltest of "
-                         "cityscapes-dataset.com)", ("leftImg8bit",)),
-    "synapse": Source(read_synapse, "abdominal CT, slice by slice, eight organs",
-                      _MILD,
-                     {"size": (224, 0)}, (),
-                      "a folder with train_npz/caseXXXX_sliceYYY.npz and test_vol_h5/"
-                      "caseXXXX.npy.h5 (github.com/Beckschen/TransUNet, datasets/README.md)",
-                      ("train_npz", "test_vol_h5")),
-    "brats": Source(read_brats, "brain tumours in 3D, four channels of MR, three classes", Augmentation(flip=(-2, -1), quarter_turns=True),
-                     {}, (),
-                    "a folder of folders, one a patient, with *_flair, *_t1, *_t1ce, *_t2 and "
-                    "*_seg.nii.gz (the training data of BraTS 2017 to 2021)",
-                    ("*/*_seg.nii*", "*/*/*_seg.nii*")),
+    "toy1d": Source(make_toy1d, "synthetic: 21 pixels, two label maps", Augmentation()),
+    "shapes": Source(
+        make_shapes, "synthetic: class, border and presence ambiguous; 12 maps, known probability",
+        Augmentation(flip=(-2, -1), quarter_turns=True)),
+    "modes": Source(
+        make_modes, "synthetic: street scenes, five classes flip; 32 maps of known probability",
+        Augmentation(flip=(-1,))),
+    "cells": Source(
+        make_cells, "synthetic: cells and membranes, each cell one of 15 classes at random", _FULL),
+    "organs": Source(
+        make_organs, "synthetic: five organs with blurred borders, three annotators", _MILD),
+    "lesions3d": Source(
+        make_lesions3d, "synthetic: a certain and a faint 3D lesion; 6 maps of known probability",
+        Augmentation(flip=(-3, -2, -1), quarter_turns=True)),
+    "lidc": Source(
+        read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", _FULL,
+        "a pickle {key: {image, masks, series_uid}} (linked from github.com/stefanknegt/"
+        "Probabilistic-Unet-Pytorch), PNGs in {train,val,test}/{images,gt}/<patient>/ "
+        "(gs://hpunet-data/lidc_crops), an .npz (python data.py build-lidc) or HDF5",
+        (".pickle", ".pkl", ".npz", *HDF5), tuple(f"{part}/images" for part in SPLITS)),
+    "npz": Source(
+        read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D", _MILD,
+        "an .npz with images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
+        "(N, A, D, H, W), and optionally weights, groups, names, num_classes", (".npz",)),
+    "folder": Source(
+        read_folder, "your own: pictures or NIfTI volumes, a folder for each annotator", _MILD,
+        "a folder with images/NAME.png, labels/ANNOTATOR/NAME.png and optionally groups.csv of "
+        "lines NAME,GROUP; also .tif, .jpg (images), .nii.gz", marks=("images",)),
+    "em": Source(
+        read_em, "sections of electron microscopy, each cell one of 15 classes at random", _FULL,
+        "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with train-input.tif "
+        "and train-labels.tif (snemi3d.grand-challenge.org)", (".npz",), ("train-input.tif",)),
+    "cityscapes": Source(
+        read_cityscapes, "street scenes; five classes flip, or each car has a random class",
+        Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8, elastic=3),
+        "a folder with leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/ "
+        "(leftImg8bit_trainvaltest and gtFine_trainvaltest of cityscapes-dataset.com)",
+        marks=("leftImg8bit",)),
+    "synapse": Source(
+        read_synapse, "abdominal CT, slice by slice, eight organs", _MILD,
+        "a folder with train_npz/caseXXXX_sliceYYY.npz and test_vol_h5/caseXXXX.npy.h5 "
+        "(github.com/Beckschen/TransUNet, datasets/README.md)", marks=("train_npz", "test_vol_h5")),
+    "brats": Source(
+        read_brats, "brain tumours in 3D, four channels of MR, three classes",
+        Augmentation(flip=(-2, -1), quarter_turns=True),
+        "a folder of folders, one a patient, with *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz "
+        "(the training data of BraTS 2017 to 2021)", marks=("*/*_seg.nii*", "*/*/*_seg.nii*")),
 }
-
-
-# ---------------------------------------------------------- LIDC-IDRI from the archive's own files
-#
-# build-lidc goes the papers' way (Prob. U-Net, arXiv:1806.05034, Sec. 4.1 and App. H.1; HPU-Net,
-# arXiv:1905.13077, App. C), a function a step. What they leave open is settled like this:
-#
-#   readings  of the second, unblinded round. A nodule >= 3 mm is one with outlines; those of a
-#             single point, smaller, and non-nodules are left out. Readers are numbered as in the
-#             XML, where their order means nothing. Fewer than four: the others' maps are 255.
-#   masks     LIDC's outlines run over the first pixels *outside* the nodule. Inside are the pixel
-#             centres strictly inside the polygon, by the even-odd rule, in whole numbers. A hole
-#             (inclusion FALSE) takes away its inside and its outline.
-#   lesions   are found in the scan, not slice by slice: nodules of different readers whose boxes
-#             (rows, columns, slices) share a voxel are one, and so on from nodule to nodule. A crop
-#             shows the masks of its own lesion only.
-#   slices    are dropped where |SliceLocation| and |ImagePositionPatient[-1]| differ by more than
-#             0.01 mm; a slice without SliceLocation stays.
-#   crops     The slice, from its corner on, is cut into pixels of 0.5 mm; at their centres images
-#             are interpolated linearly, and masks take the nearest pixel. The middle of the box
-#             round all the lesion's masks lies in the crop's pixel (size // 2, size // 2). Outside
-#             the slice there is air. A slice on which no mask has a pixel left is no case.
-#   window    -1000 to 400 HU become 0 to 1, stored as the nearest of 256 steps of 5.5 HU.
-
-
-# So much for one series; from here on: all files, processes, resuming, writing.
 
 
 # ----------------------------------------------------------------------------------- command line
 
 
-def show(name: str, path=None, split: str = "train", out=None, **options) -> str:
-    """A table of the data set, and a contact sheet of `split` with every reader's outline.
-
-    The sheet is a PNG, `out` or <name>.png. Shares, empty masks and diversity are those of readers
-    drawn by their odds. Raises DataError as `load` does.
-    """
+def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
+    """A table of the data set, and a PNG (`out`, or <name>.png) of cases of `split` with their
+    label maps. Raises DataError as `load` does."""
+    options = options or {}
     if split == "all":
-        parts = {split: load(name, split, path, **options)}
+        splits = {split: load(name, split, path, **options)}
     else:
         try:
-            parts = dict(zip(SPLITS, load(name, SPLITS, path, **options)))
-        except DataError:  # perhaps only another split is not there
-            parts = {split: load(name, split, path, **options)}
+            splits = dict(zip(SPLITS, load(name, SPLITS, path, **options)))
+        except DataError:  # perhaps only another split is missing
+            splits = {split: load(name, split, path, **options)}
     out = Path(out or f"{name}.png")
-    _contact_sheet(parts[split], out, f"{name}, {split}")
-    columns = [_summary(part) for part in parts.values()]
-    lines = [f"{'':12}" + "".join(f"{part:>18}" for part in parts)]
+    _plot_cases(splits[split], out)
+    columns = [_summary(one) for one in splits.values()]
+    lines = [f"{'':12}" + "".join(f"{which:>18}" for which in splits)]
     lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
 
 
-def _summary(part: Split) -> dict[str, str]:
-    """The table's rows of one split."""
-    odds = part.probabilities
-    cases = [measure_case(part.subset([i]).all_maps().labels[0], odds[i], part.num_classes)
-             for i in range(len(part))]
-    mean = {key: np.mean([np.asarray(case[key]) for case in cases], 0) for key in cases[0]}
-    missing = (part.labels == IGNORE).flatten(2).all(2).float().mean()
-    rows = {"cases": f"{len(part)}", "groups": f"{len(set(part.groups))}",
-            "channels": f"{part.images.shape[1]}", "size": size_text(part.images.shape[2:]),
-            "intensity": f"{part.images.min():.3g} to {part.images.max():.3g}",
-            "readers": f"{odds.shape[1]}", "missing": f"{missing:.1%}",
-            "empty masks": f"{mean['empty']:.1%}", "diversity": f"{mean['diversity']:.3f}"}
-    for value in (*range(part.num_classes), IGNORE):
-        if value < part.num_classes or mean["shares"][value]:
-            title = f"class {value}" if value < IGNORE else "ignored"
-            rows[title] = f"{mean['shares'][value]:.2%}"
+def _summary(split: Split) -> dict[str, str]:
+    """The table's rows of one split: means over cases, of annotators drawn by probability.
+
+    diversity: E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4).
+    """
+    weights = split.probabilities
+    shares, empty, diversity = torch.zeros(256), 0.0, 0.0
+    for i in range(len(split)):
+        labels = split.subset([i]).all_maps().labels[0]  # (A, *S)
+        counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)]).float()
+        iou = metrics.pairwise_iou(labels, labels, split.num_classes).float()  # (A, A)
+        shares += weights[i] @ counts / counts[0].sum() / len(split)
+        empty += float(weights[i] @ (counts[:, 1:IGNORE].sum(1) == 0).float()) / len(split)
+        diversity += float(1 - weights[i] @ iou @ weights[i]) / len(split)
+    rows = {"cases": f"{len(split)}", "groups": f"{len(set(split.groups))}",
+            "channels": f"{split.images.shape[1]}", "size": size_text(split.images.shape[2:]),
+            "intensity": f"{split.images.min():.3g} to {split.images.max():.3g}",
+            "annotators": f"{weights.shape[1]}",
+            "missing": f"{1 - split.present.float().mean():.1%}",
+            "empty masks": f"{empty:.1%}", "diversity": f"{diversity:.3f}"}
+    rows |= {f"class {k}": f"{shares[k]:.2%}" for k in range(split.num_classes)}
+    if shares[IGNORE]:
+        rows["ignored"] = f"{shares[IGNORE]:.2%}"
     return rows
 
 
-def _contact_sheet(part: Split, out: Path, title: str, count: int = 12) -> None:
-    """A PNG of cases spread over the split (of volumes, the slice with most foreground), with the
-    readers' outlines in their colours, of at most the eight likeliest, or the instances' borders.
-    """
-    from matplotlib.colors import to_rgb
-    from matplotlib.lines import Line2D
-
-    rows = sorted({round(i) for i in np.linspace(0, len(part) - 1, count)})
-    across = min(4, len(rows))
-    figure, axes = new_figure(-(-len(rows) // across), across, panel=2.2, title=title)
-    for ax, i in zip(axes.flat, rows):
-        case = part.subset([i]).all_maps()
-        image, labels, odds = case.images[0], case.labels[0], case.probabilities[0]
-        ids = None if case.instances is None else case.instances[0]
+def _plot_cases(split: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
+    """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
+    it, each with its annotator's number and probability."""
+    pictures, notes = {}, {}
+    for i in np.linspace(0, len(split) - 1, min(cases, len(split))).round().astype(int).tolist():
+        case, name = split.subset([i]).all_maps(), split.names[i][-36:]
+        image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
             z = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
-            image, labels, ids = image[:, z], labels[:, z], ids if ids is None else ids[z]
+            image, labels = image[:, z], labels[:, z]
         if image.dim() == 2:  # a line, shown as a band
             image, labels = image[:, None].repeat(1, 5, 1), labels[:, None].repeat(1, 5, 1)
-        picture = paint_image(image)
-        if ids is not None:
-            border = torch.zeros_like(ids, dtype=torch.bool)
-            border[1:] |= ids[1:] != ids[:-1]
-            border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-            picture[border] = torch.tensor(to_rgb(COLORS[0]))
-        ax.imshow(picture.numpy(), interpolation="nearest")
-        ax.set_title(part.names[i][-36:], fontsize=6)
-        likeliest = odds.argsort(descending=True, stable=True)[:len(COLORS)].tolist()
-        for order, reader in enumerate(likeliest if ids is None else []):
-            for value in range(1, part.num_classes):
-                mask = labels[reader] == value
-                if odds[reader] > 0 and mask.any() and not mask.all():
-                    # Thinner and thinner, so that an outline drawn twice shows both colours.
-                    ax.contour(mask.numpy(), [0.5], colors=[COLORS[reader % len(COLORS)]],
-                               linewidths=2 * 0.7**order)
-    readers = part.probabilities.shape[1]
-    if part.instances is None and 1 < readers <= len(COLORS):
-        figure.legend([Line2D([], [], color=color) for color in COLORS[:readers]],
-                      [f"reader {reader}" for reader in range(readers)], fontsize=7,
-                      ncols=readers, loc="outside lower center")
-    save_figure(figure, out)
+        pictures[name] = [paint_image(image)]
+        likeliest = case.probabilities[0].sort(descending=True, stable=True)
+        for probability, number in zip(likeliest.values[:maps], likeliest.indices[:maps]):
+            if probability > 0:
+                notes[name, len(pictures[name])] = f"{number}: {probability:.2f}"
+                pictures[name].append(paint_label(labels[number], image))
+    save_grid(out, pictures, ["image", "label maps"], notes)
 
 
 def main(argv=None) -> int:
@@ -590,14 +469,14 @@ def main(argv=None) -> int:
     sets = "\n".join(f"  {name:12}{source.doc}" for name, source in DATASETS.items())
     parser = argparse.ArgumentParser(
         prog="python data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"The data sets, and what to see and build of them.\n\n{sets}")
+        description=f"Lists, shows and builds data sets.\n\n{sets}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    see = commands.add_parser("show", help="a table, and a PNG with every reader's outlines")
-    see.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
-    see.add_argument("--path", help="its file or folder (default datasets/<data>)")
-    see.add_argument("--data-args", nargs="+", metavar="K=V", default=[], help="its options")
-    see.add_argument("--split", default="train", choices=[*SPLITS, "all"])
-    see.add_argument("--out", help="the PNG (default <data>.png)")
+    look = commands.add_parser("show", help="a table, and a PNG of cases and their label maps")
+    look.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
+    look.add_argument("--path", help="its file or folder (default datasets/<data>)")
+    look.add_argument("--data-args", nargs="+", metavar="K=V", default=[], help="its options")
+    look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
+    look.add_argument("--out", help="the PNG (default <data>.png)")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__.partition("`read`")[0])
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
@@ -605,6 +484,8 @@ def main(argv=None) -> int:
     cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")
     cut.add_argument("--window", type=float, nargs=2, default=LIDC_WINDOW, metavar="HU",
                      help="what becomes 0 and what 1 (default -1000 400)")
+    cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
+                     help="whether the outlines belong to the nodules (default exclude)")
     cut.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
                      help="processes (default %(default)s)")
@@ -614,22 +495,20 @@ def main(argv=None) -> int:
         if command == "build-lidc":
             build_lidc(**args)
         elif command == "show":
-            options = key_values("--data-args", args.pop("data_args"))
-            for key in options.keys() & {"name", *args}:
-                raise DataError(f"--data-args {key}=...: no data set has such an option")
-            print(show(args.pop("data"), **args, **options))
+            options = key_values("--data-args", args["data_args"])
+            print(show(args["data"], args["path"], args["split"], args["out"], options))
         else:
             parser.print_help()
         return 0
-    except (DataError, UserError, ImportError) as error:
+    except (UserError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}; what was done before "
-              "stands", file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename or ''}; what was finished before "
+              "is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; rerun to resume", file=sys.stderr)
         return 130
 
 

@@ -1,26 +1,29 @@
 """Measures of distributions over segmentations, of single segmentations, and of instance maps.
 
-Samples are hard label maps `samples (n, B, *S)`, references are `labels (B, A, *S)` of A readers
-(annotators), with optional reader probabilities `weights (B, A)`. Label maps are integer tensors on
+Samples are hard label maps `samples (n, B, *S)`, references are `labels (B, A, *S)` of A
+annotators, with their optional probabilities `weights (B, A)`. Label maps are integer tensors on
 any device. A result is one value per case, (B,), unless said otherwise.
 
   * Class 0 is background; measures average over the foreground classes 1..K-1. To score only some
     of them, as Eq. 7 of the Probabilistic U-Net does, map the others to 0 in samples and labels.
-  * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. A reader who is
-    255 everywhere is missing and has no influence, like any reader of weight 0.
-  * NaN has one meaning: this case has no value. It comes from cases without any reader, and from
+  * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. An annotator
+    who is 255 everywhere is missing and has no influence, like any annotator of weight 0.
+  * NaN has one meaning: this case has no value. It comes from cases without any annotator, and from
     `dice_present` without foreground, `hausdorff95` with one empty surface, `rand_error` and
     `average_precision` without target instances. `bootstrap` and `paired_test` leave it out.
 
-All pairs of maps meet in one matrix product per class, in chunks of BUDGET elements. Products of
-zeros and ones are exact in float32 (TF32 too) and are added up as integers: the counts are exact.
+All pairs of maps are compared in one matrix product per class, in chunks of BUDGET elements.
+Products of zeros and ones are exact in float32 (TF32 too) and are added up as integers: the counts
+are exact. Everything is computed in float32, whatever autocast says.
 """
+
 import math
 
 import numpy as np
 import torch
 
-IGNORE = 255
+from common import IGNORE
+
 BUDGET = 2**20  # elements of a temporary (4 MB); keeps a chunk's counts below float32's 2^24, too
 
 
@@ -44,11 +47,11 @@ def _overlaps(maps, num_classes):
 
     inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
     """
-    top = maps.amax((0, 1))  # (P,): 0 where all maps are background, 255 where one ignores
-    seen = (top > 0) & (top < IGNORE)
-    # All-background pixels never count; where they are few, copying the others costs more.
-    clear = maps.mT if 4 * seen.sum() > 3 * len(top) and top.max() < IGNORE else maps.mT[:, seen]
-    mixed = maps.mT[:, top == IGNORE]  # (B, P'', N), as `clear` is (B, P', N)
+    highest = maps.amax((0, 1))  # (P,)
+    ignored = highest == IGNORE
+    # background in every map, a pixel counts for no class: less to multiply without these
+    clear = maps.mT[:, (highest > 0) & ~ignored]  # (B, P', N)
+    mixed = maps.mT[:, ignored]  # (B, P'', N), ignored by some map
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
     for k in range(1, num_classes):
         inter = 0
@@ -73,7 +76,7 @@ def _iou(maps, num_classes, empty):
 
 
 def _annotator_weights(labels, weights):
-    """(B, A) probabilities of the readers: 0 for missing ones, NaN in cases without any reader."""
+    """(B, A) probabilities of the annotators: 0 for missing ones, NaN in cases without any."""
     present = labels.flatten(2).amin(2) < IGNORE
     if weights is None:
         weights = present.float()
@@ -86,11 +89,11 @@ def _annotator_weights(labels, weights):
 
 
 def _iou_of_all(samples, labels, num_classes, weights, empty):
-    """IoU (B, n + A, n + A) of samples and labels; pixels labelled by no reader count nowhere."""
-    maps = _joint(samples, labels, num_classes)
-    own, readers = maps.split([len(samples), labels.shape[1]], 1)
-    readers = readers.masked_fill((weights == 0)[:, :, None], IGNORE)
-    own |= readers.amin(1, keepdim=True).eq(IGNORE).byte() * IGNORE  # in place; x | 255 = 255
+    """IoU (B, n + A, n + A) of samples and labels; pixels no annotator labelled count nowhere."""
+    maps = _joint(samples, labels, num_classes)  # (B, n + A, P)
+    missing = (weights == 0)[:, :, None]
+    unlabelled = maps[:, len(samples) :].masked_fill(missing, IGNORE).amin(1) == IGNORE  # (B, P)
+    maps[:, : len(samples)].masked_fill_(unlabelled[:, None], IGNORE)
     return _iou(maps, num_classes, empty)
 
 
@@ -109,9 +112,10 @@ def pairwise_iou(a, b, num_classes=2, empty=1.0):
 
 def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, counts=None):
     """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n samples, for each n of
-    `counts` (default: all of them): the next three functions, at the price of one.
+    `counts` (default: all of them): all measures of pairs at the price of one.
 
-    Like ged, it leaves out pixels no reader labelled; `sample_diversity` alone sees no labels.
+    diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4),
+    without pixels that no annotator labelled, as in ged.
     """
     most, weights = len(samples), _annotator_weights(labels, weights)
     iou_of_all = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, most + A, same)
@@ -130,8 +134,8 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
 
         D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')] = u^T IoU u,  u = (1/n .. 1/n, -w_1 .. -w_A)
 
-    This is the V-statistic: the pairs of a map with itself are counted. Pixels no reader labelled
-    are left out of the pairs of samples, too.
+    This is the V-statistic: the pairs of a map with itself are counted. Pixels that no annotator
+    labelled are left out of the pairs of samples, too.
     """
     weights = _annotator_weights(labels, weights)
     return _ged(_iou_of_all(samples, labels, num_classes, weights, empty), weights)
@@ -140,21 +144,16 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
 def _ged(iou, weights):
     n = iou.shape[1] - weights.shape[1]
     u = torch.cat([iou.new_full((len(iou), n), 1 / n), -weights.to(iou)], 1)
-    return torch.einsum("bi,bij,bj->b", u, iou, u)
-
-
-def sample_diversity(samples, num_classes=2, empty=1.0):
-    """E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4)."""
-    no_labels = samples[:0].movedim(0, 1)
-    return 1 - _iou(_joint(samples, no_labels, num_classes), num_classes, empty).mean((1, 2))
+    with torch.autocast(iou.device.type, enabled=False):  # bfloat16 would be wrong by 1e-3
+        return torch.einsum("bi,bij,bj->b", u, iou, u)
 
 
 def hungarian_iou(samples, labels, num_classes=2, weights=None, empty=1.0):
-    """Mean IoU of the best 1:1 matching of samples and readers (Kohl et al. 2019, App. B.1).
+    """Mean IoU of the best 1:1 matching of samples and annotators (Kohl et al. 2019, App. B.1).
 
     In the paper both sets are repeated to their least common multiple. The same optimum is found by
-    transporting masses 1/n of the samples to masses 1/A of the readers, or to their weights.
-    Matching the readers to only the best of the samples gives higher numbers that do not compare.
+    transporting masses 1/n of the samples to masses 1/A of the annotators, or to their weights.
+    Matching the annotators to only the best of the samples gives higher numbers, not comparable.
     """
     n, weights = len(samples), _annotator_weights(labels, weights)
     iou = _iou(_joint(samples, labels, num_classes), num_classes, empty)
@@ -169,15 +168,15 @@ def _matched_iou(iou, weights):
 def _transport(value, weights):
     """max sum(T * value) over T >= 0 (n, A) with rows adding up to 1/n and columns to weights.
 
-    Successive shortest paths: sample after sample goes where the loss is least, and may push
-    earlier ones on from reader to reader. Only the readers are nodes of the search, since the best
-    way from reader j to reader k is the sample, of those at j, that loses least by the move.
+    Successive shortest paths. Sample after sample goes to the annotator with room where the loss is
+    least, and may push earlier samples on to other annotators on the way. Only annotators are nodes
+    of the search: the best way from annotator j to k is the sample at j that loses least by moving.
     """
-    if np.isnan(weights).any():  # no reader
+    if np.isnan(weights).any():  # no annotator
         return math.nan
     n, A = value.shape
     eps = 1e-9  # of a sample; what rounding leaves
-    room = n * weights / weights.sum()  # in samples
+    room = n * weights / weights.sum()  # of every annotator, in samples
     sent = np.zeros((n, A))
     loss_by_move = value[:, :, None] - value[:, None, :]  # (n, A, A): sample i from j to k
     for i in range(n):
@@ -185,19 +184,12 @@ def _transport(value, weights):
         while left > eps:
             moves = np.where(sent[:, :, None] > eps, loss_by_move, np.inf)
             mover, step = moves.argmin(0), moves.min(0)  # (A, A)
-            loss, before = -value[i], np.full(A, -1)
-            while True:  # Bellman-Ford
-                through = loss[:, None] + step
-                better = through.min(0) < loss - 1e-12  # the margin keeps rounding from cycling
-                if not better.any():
-                    break
-                before = np.where(better, through.argmin(0), before)
-                loss = np.where(better, through.min(0), loss)
-            end = first = np.where(room > eps, loss, np.inf).argmin()
-            moved = []  # (sample, from reader, to reader)
-            while before[first] >= 0:
-                moved.append((mover[before[first], first], before[first], first))
-                first = before[first]
+            loss, previous = _shortest_paths(-value[i], step)
+            first = end = np.where(room > eps, loss, np.inf).argmin()
+            moved = []  # (sample, from annotator, to annotator), the last move first
+            while previous[first] >= 0:
+                moved.append((mover[previous[first], first], previous[first], first))
+                first = previous[first]
             amount = min(left, room[end], *(sent[s, j] for s, j, _ in moved))
             for s, j, k in moved:
                 sent[s, j] -= amount
@@ -208,11 +200,24 @@ def _transport(value, weights):
     return (sent * value).sum() / n
 
 
+def _shortest_paths(start, step):
+    """Bellman-Ford: the least loss (A,) of reaching each annotator, entering at j for start[j] and
+    going from j to k for step[j, k]; and the annotator before it on that way, or -1."""
+    loss, previous = start, np.full(len(start), -1)
+    while True:
+        through = loss[:, None] + step
+        better = through.min(0) < loss - 1e-12  # the margin keeps rounding from cycling
+        if not better.any():
+            return loss, previous
+        previous = np.where(better, through.argmin(0), previous)
+        loss = np.where(better, through.min(0), loss)
+
+
 def mode_frequencies(samples, modes, num_classes=2, empty=1.0):
     """Share of samples whose nearest mode is each of modes (B, M, *S), as (B, M); ties are split.
 
     Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). A mode that is 255
-    everywhere is missing and nobody's nearest.
+    everywhere is missing and no sample's nearest.
     """
     iou = _iou(_joint(samples, modes, num_classes), num_classes, empty)
     missing = modes.flatten(2).amin(2) == IGNORE
@@ -223,19 +228,36 @@ def mode_frequencies(samples, modes, num_classes=2, empty=1.0):
 
 # ---- maps of uncertainty ------------------------------------------------------------------------
 
-def _chunks(probs):
-    """probs (n, B, K, *S) in groups of samples, in float32 at least: sums and 1e-8 need it."""
-    dtype = torch.promote_types(probs.dtype, torch.float32)
-    return (chunk.to(dtype) for chunk in probs.split(max(1, BUDGET // probs[0].numel())))
+class Moments:
+    """Mean, mean logarithm and variance over samples that are added one at a time, so that no more
+    than one has to be in memory. The functions below take it in place of `probs`.
+    """
 
+    def __init__(self, probs=()):
+        self.count = 0
+        for sample in probs:
+            self.add(sample)
 
-def _gamma(probs):
-    """The gamma map (B, *S) and E_s[log(s + 1e-8)], (B, K, *S)."""
-    mean = mean_log = 0
-    for s in _chunks(probs):
-        mean = mean + s.sum(0) / len(probs)
-        mean_log = mean_log + (s + 1e-8).log_().sum(0) / len(probs)
-    return -(mean * mean_log).sum(1), mean_log
+    def add(self, probs):
+        """One more sample's probabilities (B, K, *S), kept in float32 at least: 1e-8 needs it."""
+        probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+        if self.count == 0:
+            self.mean, self.mean_log, self.squares = (torch.zeros_like(probs) for _ in range(3))
+        self.count += 1
+        change = probs - self.mean
+        self.mean += change / self.count
+        self.squares += change * (probs - self.mean)  # Welford: exactly 0 where all are equal
+        self.mean_log += ((probs + 1e-8).log_() - self.mean_log) / self.count
+
+    @classmethod
+    def of(cls, probs):
+        """`probs` (n, B, K, *S), or Moments, as Moments."""
+        return probs if isinstance(probs, cls) else cls(probs)
+
+    @property
+    def variance(self):
+        """Variance over the samples, added over the classes, (B, *S)."""
+        return self.squares.sum(1) / self.count
 
 
 def gamma_map(probs):
@@ -244,55 +266,57 @@ def gamma_map(probs):
     probs (n, B, K, *S) are probabilities, not logits. As CE(y, s) = -sum_k y_k log(s_k + 1e-8) is
     linear in y, the samples enter only by their mean and their mean log.
     """
-    return _gamma(probs)[0]
+    moments = Moments.of(probs)
+    return -(moments.mean * moments.mean_log).sum(1)
 
 
 def ncc(probs, labels, weights=None):
-    """PHiSeg's S_NCC: does the model vary where the readers contradict it? In -1..1.
+    """PHiSeg's S_NCC: does the model vary where annotators contradict its samples? In -1..1.
 
         E_y[NCC(E_s[CE(mean, s)], E_s[CE(y, s)])]          (Baumgartner et al. 2019, Eq. 5)
 
-    the normalised cross-correlation (Pearson's, over pixels) of the gamma map with each reader's
-    error map, averaged over the readers. probs (n, B, K, *S). With a constant map it is 0.
+    the normalised cross-correlation (Pearson's, over pixels) of the gamma map with each annotator's
+    error map, averaged over the annotators. probs (n, B, K, *S). With a constant map it is 0.
     """
-    if probs.shape[1:2] != labels.shape[:1] or probs.shape[3:] != labels.shape[2:]:
-        raise ValueError(f"probs (n, B, K, *S) and labels (B, A, *S) must share B and *S, "
-                         f"got {tuple(probs.shape)} and {tuple(labels.shape)}")
-    gamma, mean_log = _gamma(probs)
-    error, valid = _reader_errors(mean_log, labels)
-    correlation = _correlation(gamma.flatten(1)[:, None], error, valid)
+    moments = Moments.of(probs)
+    error, valid = _annotator_errors(moments, labels)
+    gamma = gamma_map(moments).flatten(1)[:, None].expand_as(error)
+    # Pearson's correlation over the valid pixels, (B, A)
+    correlation = (_standardised(gamma, valid) * _standardised(error, valid)).sum(-1)
     return (_annotator_weights(labels, weights) * correlation).sum(1)
 
 
 def error_map(probs, labels, weights=None):
-    """PHiSeg's average error E_y,s[CE(y, s)] over readers y and samples s, as (B, *S) nats.
+    """PHiSeg's average error E_y,s[CE(y, s)] over annotators y and samples s, as (B, *S) nats.
 
     What `gamma_map` should look like (Baumgartner et al. 2019, Fig. 3). probs (n, B, K, *S). The
-    mean is over the readers that do not ignore the pixel; 0 where all do.
+    mean is over the annotators that do not ignore the pixel; 0 where all do.
     """
-    error, valid = _reader_errors(_gamma(probs)[1], labels)
+    error, valid = _annotator_errors(Moments.of(probs), labels)
     weights = _annotator_weights(labels, weights)[:, :, None] * valid
     mean = (weights * error).sum(1) / weights.sum(1).clamp(min=1e-12)
     return mean.view(len(labels), *labels.shape[2:])
 
 
-def _reader_errors(mean_log, labels):
-    """CE of each reader's one-hot map with the samples, (B, A, P), and where it is valid."""
+def _annotator_errors(moments, labels):
+    """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
+    mean_log = moments.mean_log
+    if mean_log.shape[:1] != labels.shape[:1] or mean_log.shape[2:] != labels.shape[2:]:
+        raise ValueError(f"probs (n, B, K, *S) and labels (B, A, *S) must share B and *S, got "
+                         f"{(moments.count, *mean_log.shape)} and {tuple(labels.shape)}")
     labels = labels.flatten(2).long()  # (B, A, P)
     valid = labels != IGNORE
     return -mean_log.flatten(2).gather(1, labels * valid), valid
 
 
-def _correlation(a, b, valid):
-    """Pearson's correlation over the last axis where valid; 0 where a or b is constant."""
-    def standardised(x):  # mean 0, norm 1
-        x = x.masked_fill(~valid, 0)
-        mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
-        rest = (x - mean).masked_fill(~valid, 0)
-        norm = rest.norm(dim=-1, keepdim=True)
-        constant = norm <= 1e-6 * x.norm(dim=-1, keepdim=True)  # what is left is rounding
-        return (rest / norm).masked_fill(constant, 0)
-    return (standardised(a) * standardised(b)).sum(-1)
+def _standardised(x, valid):
+    """x (B, A, P) with mean 0 and norm 1 over valid pixels; 0 elsewhere, and if x is constant."""
+    x = x.masked_fill(~valid, 0)
+    mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    rest = (x - mean).masked_fill(~valid, 0)
+    norm = rest.norm(dim=-1, keepdim=True)
+    constant = norm <= 1e-6 * x.norm(dim=-1, keepdim=True)  # what is left is rounding
+    return (rest / norm).masked_fill(constant, 0)
 
 
 def uncertainty_map(probs):
@@ -301,20 +325,23 @@ def uncertainty_map(probs):
     probs (n, B, K, *S); the variances of the K probabilities are added. Hard samples go in as
     one-hot maps: a variance of class numbers would mean nothing. Without variance the map is 0.
     """
-    mean = square = 0
-    for s in _chunks(probs):
-        deviation = s - probs[0]  # from a sample: no rounding where all are equal
-        mean = mean + deviation.sum(0) / len(probs)
-        square = square + deviation.square().sum(0) / len(probs)
-    var = (square - mean.square()).clamp(min=0).sum(1)
-    peak = var.flatten(1).amax(1).clamp(min=1e-10)  # less is rounding
-    return var / peak.view(-1, *[1] * (var.dim() - 1))
+    variance = Moments.of(probs).variance
+    peak = variance.flatten(1).amax(1).clamp(min=1e-10)  # less is rounding
+    return variance / peak.view(-1, *[1] * (variance.dim() - 1))
+
+
+def entropy_map(probs):
+    """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e.
+
+    probs (n, B, K, *S).
+    """
+    return torch.special.entr(Moments.of(probs).mean).sum(1)
 
 
 # ---- one prediction and its references ----------------------------------------------------------
 
 def dice(pred, labels, num_classes=2, weights=None):
-    """Dice 2 |a b| / (|a| + |b|) of pred (B, *S) with each reader, mean over classes and readers.
+    """Dice 2 |a b| / (|a| + |b|) of pred (B, *S), mean over classes and annotators.
 
     SSN's DSC: any prediction where the annotation is empty is worth 0; both empty, 1.
     """
@@ -328,9 +355,9 @@ def sample_dice(samples, labels, num_classes=2, weights=None):
 
 
 def dice_present(pred, labels, num_classes=2, weights=None):
-    """Dice, mean over the readers and classes that are not empty in the reference: SSN's DSC_nod.
+    """Dice, mean over the annotators and classes not empty in the reference: SSN's DSC_nod.
 
-    NaN where no reader has any foreground.
+    NaN where no annotator has any foreground.
     """
     dices, present = (x[:, :, 0] for x in _dice(pred[None], labels, num_classes))  # (K-1, B, A)
     share = _annotator_weights(labels, weights) * present
@@ -396,10 +423,9 @@ def rand_error(pred, target):
     """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
 
     As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
-    included): is a pair within one object? Pixels of target 0 are out; a pixel of pred 0 is an
-    object of its own. (SNEMI3D's script divides the number of these by the image size, which makes
-    them vanish.) 255 is an id like others: set pixels to be ignored to 0 in target. Without
-    foreground in target: NaN.
+    included): is a pair within one object? A pixel of pred 0 is an object of its own (SNEMI3D's
+    script divides the number of these by the image size, so they vanish). 255 is an id like
+    others: set pixels to be ignored to 0 in target. Without foreground in target: NaN.
     """
     errors = []
     for p, t in _pairs_of_maps(pred, target):
@@ -419,10 +445,9 @@ def average_precision(pred, target, confidence=None):
     The Cityscapes scheme (Kohl et al. 2019, App. B.3): a predicted object is right if its IoU with
     a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
     is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
-    confidence is the mean of the map `confidence` (B, *S) over it (in the paper, the samples' mean
-    probability of the object classes); without a map all objects rank equal. Cityscapes has one
-    curve for all images; here each image has its own. Set pixels to be ignored to 0 in both maps.
-    Without objects in target: NaN.
+    confidence is the mean of the map `confidence` (B, *S) over it; without a map all rank equal.
+    Cityscapes has one curve for all images; here each image has its own. Set pixels to be ignored
+    to 0 in both maps. Without objects in target: NaN.
     """
     thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
     curves = []
@@ -450,9 +475,9 @@ def average_precision(pred, target, confidence=None):
 
 
 def connected_components(mask):
-    """Ids (B, *S) int64 of what hangs together in mask (B, *S) bool: pixels that share a side.
+    """Ids (B, *S) int64 of the connected parts of mask (B, *S) bool; pixels connect by their sides.
 
-    0 where the mask is false; ids are above 0, but not counted up.
+    0 where the mask is false; ids are above 0, but not consecutive.
     """
     size = mask[0].numel()
     ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
@@ -463,7 +488,7 @@ def connected_components(mask):
                 target = high.narrow(axis, here, side - 1)
                 torch.maximum(target, ids.narrow(axis, there, side - 1), out=target)
         high *= mask
-        # and then what has that id's own pixel by now, so that ids travel ever further
+        # then the id that the pixel it names has by now, so that ids travel ever further
         known = torch.cat([high.new_zeros(len(high), 1), high.flatten(1)], 1)
         high = known.gather(1, high.flatten(1)).view_as(ids)
         if torch.equal(high, ids):
@@ -492,21 +517,19 @@ def _contingency(pred, target):
 # ---- statistics over cases ----------------------------------------------------------------------
 
 def bootstrap(values, resamples=1000, seed=0):
-    """{"mean", "stderr", "n", "low", "high"} of one value per case; NaN cases have none.
+    """{"mean", "stderr", "n"} of one value per case; NaN cases have none.
 
-    Standard error and 95% interval are those of the means of `resamples` draws of all n cases with
-    replacement; cases count as independent. Without any case, all but n are NaN.
+    The standard error is that of the means of `resamples` draws of all n cases with replacement;
+    cases count as independent. Without any case, mean and stderr are NaN.
     """
     values = _float64(values)
     values = values[~np.isnan(values)]
     n = len(values)
     if n == 0:
-        return {"mean": math.nan, "stderr": math.nan, "n": 0, "low": math.nan, "high": math.nan}
+        return {"mean": math.nan, "stderr": math.nan, "n": 0}
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(n, size=n)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "stderr": float(np.std(means)), "n": n,
-            "low": float(low), "high": float(high)}
+    return {"mean": float(values.mean()), "stderr": float(np.std(means)), "n": n}
 
 
 def paired_test(a, b, resamples=10000, seed=0):

@@ -1,8 +1,10 @@
-"""The ten models by name; build, save and load them."""
+"""The ten models by name; build, save and load them, and draw samples for a whole split.
+
+    model = models.load("runs/ssn-shapes-0")         # its best.pt, in eval mode
+    samples = model.sample(image, 16)                # (16, B, K, H, W) logits
+"""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,17 +12,18 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
-
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
 from common import UserError
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
-from sources.files import write_atomically
+from sources.runs import check_state, load_checkpoint
 from ssn import SSN
 from vae_unet import VAEUNet
 
+CHUNK = 2**28  # logits of samples at once, 1 GiB
 
 MODELS = {
     "ssn": SSN,
@@ -34,63 +37,54 @@ MODELS = {
     "ensemble": EnsembleUNet,
     "m_heads": MHeads,
 }
+LARGEST = 10**9  # parameters; the largest default model, the ensemble, has 1.9e8
+MOST_TENSORS = 5_000  # of parameters; the ensemble has 896
 
 
-def build(name: str, fields: dict) -> nn.Module:
-    """The model `name` with these fields of its config, the others at their defaults."""
+def build(name: str, fields: dict, device="cpu") -> nn.Module:
+    """The model `name` with these fields of its config, the others at their defaults.
+
+    Built on the device "meta" first, which takes no memory. Raises UserError where the fields are
+    not the model's, do not fit, or make a model too large to be meant.
+    """
     if name not in MODELS:
         raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
     Model = MODELS[name]
     known = {f.name for f in dataclasses.fields(Model.Config)}
     if unknown := sorted(fields.keys() - known):
         raise UserError(f"--model-args {unknown[0]}: {name} knows {', '.join(sorted(known))}")
+    count = tensors = 0
+
+    def limit(module, parameter_name, parameter):
+        nonlocal count, tensors
+        count, tensors = count + (0 if parameter is None else parameter.numel()), tensors + 1
+        if count > LARGEST or tensors > MOST_TENSORS:
+            raise ValueError(f"it has more than {LARGEST:,} parameters or {MOST_TENSORS:,} tensors")
+
+    hook = register_module_parameter_registration_hook(limit)
     try:
-        return Model(Model.Config(**fields))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} cannot be built: {error}") from error
-
-
-def save(path, name, model, optimizer, step, best) -> None:
-    """One checkpoint, whole or not at all."""
-    content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
-                   optimizer=optimizer.state_dict(), step=step, best=best)
-    try:
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
-        if not isinstance(error, OSError) and "write" not in reason:
-            raise
-        kept = "the checkpoint before it stands" if Path(path).exists() else "none was there before"
-        raise UserError(f"cannot save {path} at step {step}: {reason.splitlines()[0]}; {kept}; "
-                        "make room and --resume") from error
-
-
-def load_checkpoint(path) -> dict:
-    """What `save` wrote; nothing in the file is executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["model"], content["config"], content["state"]
-        return content
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one with train.py") from None
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of train.py ({reason})") from error
+        for value in fields.values():
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(number, int) and number > 10**6 for number in numbers):
+                raise ValueError("a number above 1,000,000")  # constructors would loop for ever
+        config = Model.Config(**fields)
+        with torch.device("meta"):
+            model = Model(config)
+    except Exception as error:  # constructors given nonsense raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{name} cannot be built: {reason}") from error
+    finally:
+        hook.remove()
+    return model if device == "meta" else Model(config)
 
 
 def load(path, device="cpu") -> nn.Module:
-    """The trained model of a checkpoint, in eval mode.
-
-        model = train.load("runs/ssn-shapes-0/best.pt")
-        samples = model.sample(image, 16)                # (16, B, K, H, W) logits
-    """
+    """The trained model of a run's folder (its best.pt) or of a checkpoint file, in eval mode."""
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
+    check_state(path, build(content["model"], content["config"], "meta"), content["state"])
     model = build(content["model"], content["config"])
-    try:
-        model.load_state_dict(content["state"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit a {content['model']} of its config: "
-                        f"{str(error).splitlines()[1].strip()[:100]}") from error
+    model.load_state_dict(content["state"])
     return place(model, device).eval()
 
 
@@ -102,31 +96,32 @@ def place(model, device) -> nn.Module:
 
 
 def sample_batches(model, split, n, seed=0, rank=0, world=1):
-    """Yield (some cases of `split` as a Split, n samples of each: logits (n, B, K, *S)), all of it;
-    or of several processes' shares, batch rank, rank + world, ...
+    """Yield (some cases of `split` as a Split, chunks of n samples of each); the whole split, or
+    under torchrun every world-th batch.
 
-    Draws depend on (seed, batch) alone. As many cases at once as keep the logits under 128 MiB.
+    As many cases at once as keep their logits under 128 MiB, at most 32. The chunks are those of
+    `sample_chunks`, to be used up before the next batch. Draws depend on (seed, batch) alone.
     """
     batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
     for start in range(rank * batch, len(split), world * batch):
         part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
         generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
         torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
-        yield part, model.sample(part.images, n, generator).float()
+        yield part, sample_chunks(model, part.images, n, split.num_classes, generator)
+
+
+def sample_chunks(model, image, n, num_classes, generator, **options):
+    """Yield n samples of images (B, C, *S) as float32 logits (m, B, K, *S): all at once, or, of
+    large volumes, as many at a time as CHUNK allows."""
+    cycle = getattr(model, "count", 1)  # baselines whose samples are their outputs in turn
+    chunk = max(1, CHUNK // (num_classes * image[:, 0].numel() * cycle)) * cycle
+    for start in range(0, n, chunk):
+        yield model.sample(image, min(chunk, n - start), generator, **options).float()
 
 
 def labels_of(scores, axis: int):
     """The class of the highest score, uint8. (argmax is 30 times slower on a CPU.)"""
     return scores.max(axis).indices.byte()
-
-
-def read_config(folder: Path) -> dict:
-    """The run's config.json."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
-                        "that train.py wrote") from None
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):

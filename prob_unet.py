@@ -1,12 +1,12 @@
 """Probabilistic U-Net (Kohl et al., NeurIPS 2018, arXiv:1806.05034), its ablations, and the
 Image2Image VAE it is compared with.
 
-One image, many plausible masks. A latent vector z of a few numbers says which one, and a prior net
-says how likely each z is for this image:
+One image, many plausible masks. A vector z of a few numbers says which one, and a prior net says
+how likely each z is for this image:
         z_i ~ P(. | X) = N(mu_prior(X), diag(sigma_prior(X)^2)),                       (Eq. 1)
         S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
-f_comb is three 1x1 convolutions, so a sample costs those and no more. A posterior net, which sees
-the reader's mask Y too, finds the z that stands for Y during training (Eq. 3), by minimising
+f_comb is three 1x1 convolutions, so a sample costs those and no more. In training, a posterior net
+that is given the annotator's mask Y as well finds the z that stands for Y (Eq. 3). The loss is
         L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) ),    (Eq. 4)
 which for beta = 1 is -ELBO. What varies between samples is aleatoric uncertainty: what the image
 leaves open.
@@ -21,10 +21,12 @@ Differences from the paper
   2. The nets predict log sigma, and it is bounded (common.bounded_log_std), so that the KL cannot
      overflow; the authors' exp of an unbounded number can.
   3. Learning rate: the paper gives both ends and "in 5 steps"; here each is by 10^-0.4, 40k apart.
-  4. Down-sampling is average pooling, which for even sizes is bilinear halving. Any size is
-     padded by reflection. In the posterior's one-hot mask, padding and ignored pixels (255)
-     are zero in every class.
-  5. 1D and 3D work as well (`dims`); the paper is 2D.
+  4. Up-sampling is bilinear without `align_corners`, which the authors' code sets. Average pooling
+     stands for bilinear halving; for even sizes they are the same.
+  5. Weights start orthogonal, as the paper says; the authors' code takes He's normal ones.
+  6. Any size is padded by reflection. The posterior's one-hot mask (minus 0.5, as in the authors'
+     code) is -0.5 in every class for padding and ignored pixels (255).
+  7. 1D and 3D work as well (`dims`); the paper is 2D.
 
     python prob_unet.py              # a small one with a 2D latent, under a minute on a CPU
                                      # -> prob_unet_samples.png, prob_unet_latent.png
@@ -39,10 +41,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import (CONV, POOL, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy,
+from common import (CONV, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy, encode,
                     init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
 
-CHUNK = 2**20  # feature values computed at once when sampling: 4 MB, what a CPU's cache holds
+CHUNK = 2**20  # feature values computed at once when sampling: 4 MB fit into a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ProbUNetConfig:
     comb_layers: int = 3  # 1-wide convolutions of f_comb, the last one to the classes
     beta: float = 1.0  # weight of the KL; only at 1 is the loss a bound of -log p(y | x)
     prior: str = "conditional"  # or "fixed": N(0, 1) for every image
-    posterior: str = "image_and_mask"  # what it sees; or "mask"
+    posterior: str = "image_and_mask"  # what it is given; or "mask"
     z_enters: str = "after"  # the decoder; or "input": beside the image, so a sample costs a U-Net
 
 
@@ -68,7 +70,7 @@ class ProbUNet(nn.Module):
     Config = ProbUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((40_000 * k, 10 ** (-0.4 * k)) for k in range(1, 6)))
-    # one convolution a level: this initialisation lets deeper stacks without a norm start slowly
+    # one convolution a level: without a norm, deeper stacks start slowly from orthogonal weights
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64), convs=1)
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((800, 0.5), (1150, 0.2), (1350, 0.05)), batch_size=4,
                           steps=1500)
@@ -83,14 +85,15 @@ class ProbUNet(nn.Module):
         if min(c.latent_dim, c.comb_layers - 1) < 1:
             raise ValueError(f"latent_dim={c.latent_dim}, comb_layers={c.comb_layers}: latent_dim "
                              "is at least 1, comb_layers at least 2")
-        width, at_input = c.channels[0], c.z_enters == "input"
+        at_input = c.z_enters == "input"
         self.unet = UNet(c.in_channels + at_input * c.latent_dim, c.channels, dims=c.dims,
                          convs=c.convs, norm="none")
+        width = self.unet.out_channels
         self.prior_net = GaussianNet(c, c.in_channels) if c.prior == "conditional" else None
-        seen = c.num_classes + (c.in_channels if c.posterior == "image_and_mask" else 0)
-        self.posterior_net = GaussianNet(c, seen)
+        given = c.num_classes + (c.in_channels if c.posterior == "image_and_mask" else 0)
+        self.posterior_net = GaussianNet(c, given)
 
-        # f_comb; the first layer is in two halves, see "Differences" 1
+        # f_comb, its first layer in two halves: difference 1
         self.from_features = CONV[c.dims](width, width, 1)
         self.from_z = None if at_input else nn.Linear(c.latent_dim, width, bias=False)
         self.comb = nn.Sequential()
@@ -108,10 +111,10 @@ class ProbUNet(nn.Module):
     def posterior(self, image: Tensor, label: Tensor) -> DiagonalNormal:
         """Q(z | Y, X) of Eq. 3: where in latent space the masks `label` (B, *S) lie."""
         image = pad_to_multiple(image, self.unet.multiple)
-        seen = one_hot(label, self.config.num_classes, image.shape[2:])
+        given = one_hot(label, self.config.num_classes, image.shape[2:]) - 0.5
         if self.config.posterior == "image_and_mask":
-            seen = torch.cat([image, seen], 1)
-        return self.posterior_net(seen)
+            given = torch.cat([image, given], 1)
+        return self.posterior_net(given)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 4: (loss in nats, summed over pixels and averaged over the batch; its terms).
@@ -129,25 +132,24 @@ class ProbUNet(nn.Module):
     forward = loss
 
     def _shared(self, image):
-        """All that the samples of an image have in common, (B, ., *S)."""
+        """What the samples of an image have in common, computed once: (B, ., *S)."""
         return self.from_features(self.unet(image)) if self.from_z else image
 
     def _logits(self, shared, z):
-        """`_shared` and latents z (n, B, N) -> (n, B, K, *S): what each sample costs."""
+        """`_shared` (B, ., *S) and latents z (n, B, N) -> logits (n, B, K, *S)."""
         if self.from_z:
             bias = self.from_z(z)  # (n, B, width)
-            x = (shared + bias.view(*bias.shape, *[1] * self.config.dims)).flatten(0, 1)
+            x = (shared.flatten(2) + bias[..., None]).unflatten(3, shared.shape[2:]).flatten(0, 1)
         else:
             size = shared.shape[2:]
-            z_map = z.view(*z.shape, *[1] * len(size)).expand(*z.shape, *size)
+            z_map = z[..., None].expand(*z.shape, size.numel()).unflatten(3, size)
             x = torch.cat([shared.expand(len(z), *shared.shape), z_map], 2).flatten(0, 1)
             x = self.from_features(self.unet(x))
         return self.comb(x).unflatten(0, z.shape[:2])
 
     def _chunk(self, shared):
         """How many samples to compute at once, so that memory does not grow with n."""
-        pixels = shared.shape[2:].numel()
-        return max(1, CHUNK // (len(shared) * self.config.channels[0] * pixels))
+        return max(1, CHUNK // (shared[:, 0].numel() * self.config.channels[0]))
 
     @torch.no_grad()
     def decode(self, image: Tensor, z: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ class ProbUNet(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
-        """Logits (B, K, *S) at the posterior's mean: how well z can say `label`."""
+        """Logits (B, K, *S) at the posterior's mean: how well a z can describe `label`."""
         return self.decode(image, self.posterior(image, label).mean.unsqueeze(0))[0]
 
     @torch.no_grad()
@@ -179,24 +181,27 @@ class ProbUNet(nn.Module):
                        mask: Tensor | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling (Burda et al. 2016), (B,):
 
-            log (1/n) sum_i P_c(y | S(x, z_i)) P(z_i | x) / Q(z_i | y, x),  z_i ~ Q.
+            log (1/n) sum_i P_c(y | S(x, z_i)) P(z_i | x) / M(z_i),  M = (Q + P) / 2,
 
-        On average n = 1 gives the ELBO; more samples tighten the bound.
+        half of the z_i drawn from the posterior Q, half from the prior P: where Q is off, P's
+        draws still count. n = 1 draws from Q alone and gives, on average, the ELBO.
         """
         label = valid_label(label, mask)
         prior, posterior = self.prior(image), self.posterior(image, label)
         shared = self._shared(image)
-        log_weight = []  # of each sample, (B,)
-        for part in draw(posterior, n).split(self._chunk(shared)):
-            log_prob = -cross_entropy(self._logits(shared, part), label)
-            log_weight += [log_p + prior.log_prob(z) - posterior.log_prob(z)
-                           for log_p, z in zip(log_prob, part)]
-        return torch.stack(log_weight).logsumexp(0) - math.log(n)
+        z = torch.cat([draw(posterior, n - n // 2), draw(prior, n // 2)])
+        log_prob = [-cross_entropy(self._logits(shared, part), label)
+                    for part in z.split(self._chunk(shared))]
+        p = torch.stack([prior.log_prob(sample) for sample in z])  # (n, B)
+        q = torch.stack([posterior.log_prob(sample) for sample in z])
+        share = torch.tensor(n // 2 / n)  # of the prior; its log may be -inf
+        mixture = torch.logaddexp(q + torch.log(1 - share), p + torch.log(share))
+        return (torch.cat(log_prob) + p - mixture).logsumexp(0) - math.log(n)
 
 
 @dataclass(frozen=True)
 class Image2ImageVAEConfig(ProbUNetConfig):
-    """The point of the grid that the paper takes for a baseline, with its best LIDC settings."""
+    """The point of the grid that is the paper's baseline, with its best settings for LIDC."""
 
     latent_dim: int = 3
     beta: float = 10.0
@@ -206,48 +211,41 @@ class Image2ImageVAEConfig(ProbUNetConfig):
 
 
 class Image2ImageVAE(ProbUNet):
-    """Image2Image VAE (Sec. 3.2): prior and posterior do not see the image. 19.64 M parameters."""
+    """Image2Image VAE (Sec. 3.2): prior and posterior ignore the image. 19.64 M parameters."""
 
     Config = Image2ImageVAEConfig
 
 
 class GaussianNet(nn.Module):
-    """Prior or posterior net: a U-Net's encoder, global average pooling, 1-wide convolution.
-
-    (B, in_channels, *S), sizes multiples of the U-Net's -> DiagonalNormal of (B, N).
-    """
+    """Prior or posterior net: a U-Net's encoder, global average pooling, one linear layer."""
 
     def __init__(self, c: ProbUNetConfig, in_channels: int):
         super().__init__()
-        self.pool = POOL["average"][c.dims]
         self.levels = nn.ModuleList(
             conv_block(c.dims, before, after, convs=c.convs, norm="none")
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.head = nn.Linear(c.channels[-1], 2 * c.latent_dim)
 
     def forward(self, x):
-        for i, block in enumerate(self.levels):
-            x = block(self.pool(x, 2) if i else x)
-        mean, log_std = self.head(x.flatten(2).mean(2)).chunk(2, 1)
+        coarsest = encode(self.levels, x)[-1]
+        mean, log_std = self.head(coarsest.flatten(2).mean(2)).chunk(2, 1)  # (B, N) each
         return DiagonalNormal(mean, log_std)
 
 
 def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = None) -> Tensor:
     """n draws of each case's latents, (n, B, N)."""
     batch, latents = normal.mean.shape
-    noise = standard_normal((batch, n, latents), normal.mean, generator)
-    return normal.mean + normal.std * noise.transpose(0, 1)
+    noise = standard_normal((batch, n, latents), normal.mean, generator).transpose(0, 1)
+    return normal.mean + normal.std * noise
 
 
 # ----------------------------------------------------------------------------------- pictures
 
 
 if __name__ == "__main__":
-    import time
-    from analysis.paper_figures import plot_latent_map, plot_prob_unet_samples
-
     import data
     import metrics
+    from analysis.paper_figures import plot_latent_map, plot_prob_unet_samples
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
@@ -256,21 +254,18 @@ if __name__ == "__main__":
                                     beta=3.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
-    start, steps = time.monotonic(), 1500
-    for step, (image, label) in zip(range(1, steps + 1), batches):
-        optimizer.param_groups[0]["lr"] = 2e-3 if step < 0.6 * steps else 4e-4
+    for step, (image, label) in zip(range(1, 1501), batches):
+        optimizer.param_groups[0]["lr"] = 2e-3 if step < 900 else 4e-4
         optimizer.zero_grad()
         loss, terms = model(image, label)
         loss.backward()
         optimizer.step()
         if step % 150 == 0:
-            print(f"step {step}/{steps}, {time.monotonic() - start:.0f} s: reconstruction "
-                  f"{terms['reconstruction']:.0f} nats, kl {terms['kl']:.1f} nats", flush=True)
+            print(f"step {step}/1500: reconstruction {terms['reconstruction']:.0f} nats, "
+                  f"kl {terms['kl']:.1f} nats", flush=True)
     test = test.subset(range(50))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
-    alone = model.predict(test.images).argmax(1)[None]
-    print("GED: 16 samples {:.3f}, the prediction alone {:.3f}".format(
-        *(metrics.ged(s, test.labels, 4, test.weights).mean() for s in (samples, alone))))
+    print(f"GED of 16 samples: {metrics.ged(samples, test.labels, 4, test.weights).mean():.3f}")
     plot_prob_unet_samples(model, test.subset(range(4)), "prob_unet_samples.png")
     likeliest = test.weights[0].topk(6).indices
     plot_latent_map(model, test.images[0], test.labels[0, likeliest], "prob_unet_latent.png")

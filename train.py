@@ -2,14 +2,17 @@
 
     python train.py --model ssn --data shapes --quick          # about a minute on two CPU cores
     python train.py --model ssn --data lidc --device cuda      # the paper's model and settings
-    python train.py --resume runs/ssn-lidc-0                   # goes on where it stopped
+    python train.py --resume runs/ssn-lidc-0                   # resumes where it stopped; may be
+                                                               # given other --steps and --lr
     torchrun --nproc_per_node=4 train.py --model ssn --data lidc --device cuda
 
 A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     config.json   every setting, package versions
-    split.json    the cases of every part; --data-args split_file=... takes it for another run
+    split.json    the cases of every split; --data-args split_file=... uses it for another run
     log.jsonl     an object every 50 steps, and one every validation; curves.png draws it
     last.pt       the latest checkpoint; best.pt the one of lowest validation GED
+                  (Rand error for sets with instances)
+    lock          held while a process trains here, so that no second one does
 and at the end what evaluate.py writes for best.pt.
 
 All randomness of step t is a function of (seed, t) alone, so a run that was killed at any moment
@@ -20,12 +23,9 @@ and resumed gives the same weights, bit for bit on a CPU, as one that was not; a
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import importlib.util
-import json
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -38,21 +38,17 @@ from torch import nn
 
 import data
 import evaluate
-from analysis.pictures import plot_curves, read_log
+from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
-from models import MODELS, build, distribute, load_checkpoint, place, save
-from sources.files import write_text
-
+from models import MODELS, build, distribute, place
+from sources.runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log,
+                          restore, save, writing)
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
 QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
-
-# What decides a run's result. A resumed run must agree on all of it but the length.
-SETTINGS = dict(model="ssn", data="shapes", path=None, steps=None, batch_size=None, lr=None, seed=0,
-                precision="fp32", image_size=None, annotators="all", augment=True, quick=False,
-                model_args={}, data_args={})
+LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -66,17 +62,21 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="updates of the weights (default: the paper's)")
     p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
+    p.add_argument("--lr-drops", nargs="+", metavar="STEP:FACTOR",
+                   help="from STEP on, FACTOR times --lr (default: the paper's schedule)")
     p.add_argument("--seed", type=int)
-    p.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: autocast")
+    p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
+                   help="fp32: PyTorch's defaults; tf32: matrix products and convolutions of a GPU "
+                   "round their inputs to 10 bits; bf16: autocast")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
-    p.add_argument("--annotators", help="readers to learn from: all, or numbers like 0 or 1,2")
+    p.add_argument("--annotators", help="whom to learn from: all, or numbers like 0 or 1,2")
     p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
-                   help="leave the data set's augmentation out")
+                   help="train without the data set's augmentation")
     p.add_argument("--model-args", nargs="+", metavar="K=V", help="fields of the model's config")
     p.add_argument("--data-args", nargs="+", metavar="K=V", help="options of the data set")
     p.add_argument("--out", help="the run's folder (default runs/<model>-<data>-<seed>)")
-    p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run")
+    p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="resume a run")
     p.add_argument("--quick", action="store_const", const=True,
                    help="a narrow model and few steps: one to three minutes on two CPU cores")
     args = p.parse_args(argv)
@@ -85,67 +85,102 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-# ----------------------------------------------------------------------- model and checkpoints
-
-
 # ------------------------------------------------------------------------------------ settings
 
 
 def settle(args) -> tuple[dict, Path]:
-    """(every setting of the run, its folder); refuses to overwrite a run or to resume another."""
+    """(every setting of the run, its folder); refuses to resume a run as another."""
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
+    settings = {key: default for key, (_, default) in SETTINGS.items()} | given
+    named = args.resume if isinstance(args.resume, str) else args.out
+    folder = Path(named or "runs/{model}-{data}-{seed}".format(**settings))
+    if "\0" in str(folder):
+        raise UserError(f"{str(folder)!r} cannot be a folder's name")
     if args.resume:
-        named = args.resume if args.resume is not True else args.out
-        folder = Path(named or default_folder(SETTINGS | given))
-        try:
-            settings = json.loads((folder / "config.json").read_text())["settings"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"--resume {folder}: no run there (config.json is missing or broken); "
-                            "leave --resume out to begin one") from None
-        for key, value in given.items():
-            if key not in ("steps", "path") and plain(value) != settings[key]:
-                raise UserError(f"--resume {folder}: {key} was {settings[key]} there and is "
+        before = read_config(folder)["settings"]
+        for key, value in plain(given).items():
+            if key not in CHANGEABLE and value != before[key]:
+                raise UserError(f"--resume {folder}: {key} was {before[key]} there and is "
                                 f"{value} now; leave it out, or begin another run with --out")
-        return settings | plain(given), folder
-    settings = SETTINGS | given
-    folder = Path(args.out or default_folder(settings))
-    if (folder / "last.pt").exists():
-        raise UserError(f"{folder} holds a run already: --resume goes on with it, --out DIR begins "
-                        "another beside it")
+        settings = before | plain(given)
+    for key, (low, high) in LIMITS.items():
+        if settings[key] is not None and not low <= settings[key] <= high:
+            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: give a whole number from "
+                            f"{low} to {high}")
+    if settings["lr"] is not None and not 0 < settings["lr"] < float("inf"):
+        raise UserError(f"--lr {settings['lr']}: give a finite number above 0")
     return settings, folder
 
 
-def default_folder(settings) -> str:
-    """Where a run goes without --out."""
-    return "runs/{model}-{data}-{seed}".format(**settings)
+def annotators(text: str):
+    """"all" -> None, "0" -> (0,), "1,2" -> (1, 2)."""
+    if text == "all":
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
 
 
-def plain(value):
-    """As it comes back from JSON: tuples are lists."""
-    return json.loads(json.dumps(value))
+def lr_drops(texts: list[str]) -> list[tuple[int, float]]:
+    """["1000:0.1"] -> [(1000, 0.1)], sorted."""
+    try:
+        pairs = [text.split(":") for text in texts]
+        drops = sorted((int(step), float(factor)) for step, factor in pairs)
+    except (ValueError, AttributeError):
+        drops = [(0, 0)]
+    if not all(0 < factor < float("inf") for _, factor in drops):
+        raise UserError(f"--lr-drops {' '.join(map(str, texts))}: write STEP:FACTOR, both numbers, "
+                        "like 1000:0.1")
+    return drops
 
 
 def learning_rate(step: int, training: dict) -> float:
-    """Piecewise constant: `lr` times the factor of the last of `lr_drops` (step, factor) passed.
-
-    Steps are absolute, so N steps and N more are the same as 2 N.
-    """
-    factors = [f for first, f in training.get("lr_drops", ()) if step >= first]
-    return training["lr"] * (factors[-1] if factors else 1.0)
-
-
-# --------------------------------------------------------------------------- several processes
+    """`lr` times the factor of the last of `lr_drops` (step, factor) passed, and, where the recipe
+    has a `poly_power`, times (1 - step / steps) to that power."""
+    factors = [factor for first, factor in training.get("lr_drops", ()) if step >= first]
+    lr = training["lr"] * (factors[-1] if factors else 1.0)
+    if power := training.get("poly_power"):
+        lr *= (1 - step / training["steps"]) ** power
+    return lr
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
+# ----------------------------------------------------------- model, optimiser, checkpoint
 
-    Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+def first_model(settings, split) -> nn.Module:
+    """The run's model for this data, its initial weights a function of the seed."""
+    Model = MODELS.get(settings["model"])
+    fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes)
+    if Model and hasattr(Model.Config, "dims"):
+        fields["dims"] = split.images.dim() - 2
+    if Model and settings["quick"]:
+        fields |= Model.QUICK_CONFIG
+    torch.manual_seed(settings["seed"])
+    return build(settings["model"], fields | settings["model_args"])
+
+
+def recipe(model, settings) -> dict:
+    """How this run trains: the paper's settings, --quick's, then those given."""
+    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
+    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
+    if settings["lr_drops"]:
+        training |= dict(lr_drops=lr_drops(settings["lr_drops"]), poly_power=0)
+    return training
+
+
+def make_optimizer(model, training: dict):
+    """The optimiser that `training` names; no weight decay for model.no_weight_decay's names."""
+    names = getattr(model, "no_weight_decay", ())
+    groups = [dict(params=[p for name, p in model.named_parameters() if name not in names])]
+    if names:
+        free = [p for name, p in model.named_parameters() if name in names]
+        groups.append(dict(params=free, weight_decay=0.0))
+    options = {k: training[k] for k in ("lr", "weight_decay", "momentum", "alpha") if k in training}
+    if training["optimizer"] == "rmsprop":  # has no fused form
+        return torch.optim.RMSprop(groups, **options)
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
+    return kind(groups, fused=True, **options)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -160,7 +195,8 @@ def train_step(loss_of, optimizer, image, label, lr, autocast):
         loss, terms = loss_of(image, label)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, float("inf"))  # infinite: measures, clips nothing
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.linalg.vector_norm(torch.stack(norms))  # torch.nn.utils has it from 2.6 on
     optimizer.step()
     return {"loss": loss.detach(), **terms, "gradient": norm}
 
@@ -178,19 +214,18 @@ class Stop:
         self.signal = number
         self.restore()
 
-    def restore(self) -> None:
-        """Signals do what they did before, now that there is nothing to save."""
+    def restore(self):
+        """Signals do what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def agreed(self, device) -> bool:
         """True on every process once one was asked, so that none waits for another for ever."""
-        if not dist.is_initialized():
-            return bool(self.signal)
-        asked = torch.tensor(self.signal, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.signal = int(asked)
-        return bool(self.signal)
+        if dist.is_initialized():
+            asked = torch.tensor(self.signal, device=device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.signal = int(asked)
+        return self.signal > 0
 
 
 class Terms:
@@ -200,7 +235,7 @@ class Terms:
     """
 
     def __init__(self):
-        self.sum, self.count, self.bad = None, 0, None
+        self.sum, self.count, self.bad, self.since = None, 0, None, time.monotonic()
 
     def add(self, step: int, terms: dict) -> None:
         """Count in the terms of one step, tensors on the device."""
@@ -212,209 +247,181 @@ class Terms:
         self.count += 1
         self.bad = torch.where(values.isfinite(), self.bad, self.bad.clamp(max=step))
 
-    def check(self) -> None:
-        """UserError naming the step and the term of the first non-finite value, if there is one."""
-        if self.bad is not None and (step := self.bad.min().item()) < float("inf"):
-            # of the terms that failed together, the loss and the gradient are the consequence
-            failed = [n for n, b in zip(self.names, self.bad.tolist()) if b == step]
-            name = min(failed, key=["loss", "gradient"].count)
-            raise UserError(f"step {int(step)}: {name} is not finite (it failed first); the last "
-                            "good checkpoint stands. Try a lower --lr, or look at the images' "
-                            "scale")
+    def failed(self) -> str | None:
+        """The step and the term of the first non-finite value, if there is one."""
+        if self.bad is None or (step := self.bad.min().item()) == float("inf"):
+            return None
+        # of the terms that failed together, the loss and the gradient are the consequence
+        names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad == step]
+        return f"step {step:.0f}: {min(names, key=['loss', 'gradient'].count)}"
 
     def read(self) -> dict:
-        """{name: mean since the last read}, averaged over processes."""
-        self.check()
+        """{name: mean since the last read}, over all processes; how many steps, and their time."""
         mean = self.sum / self.count
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        self.sum.zero_()
-        self.count = 0
-        return dict(zip(self.names, mean.tolist()))
+        now = time.monotonic()
+        seconds, count = (now - self.since) / self.count, self.count
+        self.sum, self.count, self.since = torch.zeros_like(self.sum), 0, now
+        return dict(zip(self.names, mean.tolist())) | dict(steps=count, seconds_per_step=seconds)
+
+
+def refuse_non_finite(terms, model, step, folder) -> None:
+    """UserError where the loss, the gradient or a weight is not finite: none such is ever saved."""
+    finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
+    if failed := terms.failed() or (None if finite else f"step {step}: a weight"):
+        advice = "nothing was saved: begin again with a lower --lr"
+        if (folder / "last.pt").exists():
+            advice = f"last.pt stands: --resume {folder} with a lower --lr"
+        raise UserError(f"{failed} is not finite (it failed first); {advice}, or look at the "
+                        "images' scale")
 
 
 def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False) -> int:
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
+    if not resume and (folder / "last.pt").exists():
+        raise UserError(f"{folder} holds a run already: --resume continues it, --out DIR begins "
+                        "another beside it")
     stop = Stop()
     keep_freed_memory()
     device, rank, world = start_processes(device_name)
-    main = rank == 0
+    torch.set_float32_matmul_precision("high" if settings["precision"] == "tf32" else "highest")
 
     train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
                                        **settings["data_args"])
     model = place(first_model(settings, train_split), device)
-    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
-    training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
-    steps = training["steps"]
-    if min(steps, training["batch_size"], training["lr"]) <= 0:
-        raise UserError("--steps, --batch-size and --lr are above 0")
-    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
-    momentum = dict(momentum=training["momentum"]) if "momentum" in training else {}
-    optimizer = kind(model.parameters(), lr=training["lr"], fused=True,
-                     weight_decay=training["weight_decay"], **momentum)
-
+    training = recipe(model, settings)
+    optimizer = make_optimizer(model, training)
     start, best = 0, float("inf")
     if resume and (folder / "last.pt").exists():
-        content = load_checkpoint(folder / "last.pt")
-        if content["model"] != settings["model"] or \
-                plain(content["config"]) != plain(dataclasses.asdict(model.config)):
-            raise UserError(f"{folder / 'last.pt'}: holds a {content['model']} of another config "
-                            "than the run's config.json; begin another run with --out")
-        model.load_state_dict(content["state"])
-        optimizer.load_state_dict(content["optimizer"])
-        start, best = content["step"], content["best"]
+        start, best = restore(folder / "last.pt", settings, model, optimizer)
 
-    size = settings["image_size"]
+    size, steps = settings["image_size"], training["steps"]
     if size is not None:
         val_split = data.center(val_split, size)
-    train_split = train_split.to(device)
     every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
+    augmentation = data.DATASETS[settings["data"]].augmentation if settings["augment"] else None
     stream = data.batches(
-        train_split, training["batch_size"], settings["seed"], start=start, size=size, rank=rank,
-        world=world, annotators=readers(settings["annotators"]),
-        augmentation=data.DATASETS[settings["data"]].augmentation
-        if settings["augment"] else None)
+        train_split.to(device), training["batch_size"], settings["seed"], start=start, size=size,
+        rank=rank, world=world, annotators=annotators(settings["annotators"]),
+        augmentation=augmentation)
 
-    if main:
-        begin_files(folder, settings, training, model, start)
-        write_text(folder / "split.json", json.dumps(train_split.parts, indent=1) + "\n")
-    loss_of = distribute(model, device) if world > 1 else model
-    missing = compile and lacks_compiler(device)
-    if compile and not missing:
-        loss_of = compiled(loss_of)
-    autocast = torch.autocast(device.type, torch.bfloat16) if settings["precision"] == "bf16" \
-        else contextlib.nullcontext()
-    progress = Progress(steps, start, quiet=not main)
+    if rank == 0:
+        begin(folder, settings, training, model, train_split, start)
+    progress = Progress(steps, start, quiet=rank > 0)
     progress.say(f"{settings['model']} on {settings['data']}: {len(train_split)} training cases, "
                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}"
                  + (f", {world} processes" if world > 1 else "")
-                 + (f", going on at step {start}" if resume else "") + f" -> {folder}")
-    if missing:
-        progress.say(f"--compile: {missing}; going on without it, at the usual speed")
-    terms, saved_at, logged_at = Terms(), time.monotonic(), time.monotonic()
+                 + (f", resumed at step {start}" if resume else "") + f" -> {folder}")
+    loss_of = distribute(model, device) if world > 1 else model
+    if compile and (missing := lacks_compiler(device)):
+        progress.say(f"--compile: {missing}; training without it, at the usual speed")
+    elif compile:
+        loss_of = compiled(loss_of)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+    if not train_split.parts.get("test"):
+        progress.say("no test split: this run will be judged on its validation split")
+
     validate_every = max(LOG_EVERY, min(5000, steps // 10))
+    terms, saved_at, stopping = Terms(), time.monotonic(), False
     model.train()
     step = start
     while True:
         finished = step >= steps
-        stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
-        validating = step > start and (step % validate_every == 0 or finished) and not stopping
+        validating = step > start and (step % validate_every == 0 or finished)
+        saving = validating or stopping or time.monotonic() - saved_at > SAVE_EVERY
+        if saving:
+            refuse_non_finite(terms, model, step, folder)
 
         if validating:
-            terms.check()
-            ged = evaluate.score(model, val_split, full=False)["ged_16"].mean().item()
-        if main and validating:
-            append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
-            progress.update(step, f"validation GED {ged:.4f}", line=True)
-            if ged < best:
-                best = ged
-                save(folder / "best.pt", settings["model"], model, optimizer, step, best)
-            plot_curves(folder)
+            name, value = evaluate.validation_score(model, val_split)  # lower is better
+            if rank == 0:
+                append(folder / "log.jsonl", {"step": step, f"val_{name}": value})
+                progress.update(step, f"validation {name} {value:.4f}", line=True)
+                if value < best:
+                    best = value
+                    with writing(folder / "best.pt", step):
+                        save(folder / "best.pt", settings["model"], model, optimizer, step, best)
 
-        if main and (validating or stopping or time.monotonic() - saved_at > SAVE_EVERY):
-            terms.check()  # a checkpoint is only ever a good one
-            save(folder / "last.pt", settings["model"], model, optimizer, step, best)
+        if saving and rank == 0:
+            with writing(folder / "last.pt", step):
+                save(folder / "last.pt", settings["model"], model, optimizer, step, best)
             saved_at = time.monotonic()
+            with writing(folder / "curves.png", step):
+                plot_curves(folder / "curves.png", read_log(folder))
 
         if finished or stopping:
             break
 
         torch.manual_seed(settings["seed"] * 1_000_003 + step)
         image, label = next(stream)
-        result = train_step(loss_of, optimizer, image, label, learning_rate(step, training),
-                            autocast)
+        lr = learning_rate(step, training)
+        terms.add(step + 1, train_step(loss_of, optimizer, image, label, lr, autocast))
         step += 1
 
-        terms.add(step, result)
         progress.update(step)
-        if step % LOG_EVERY == 0 or step in (1, steps):
-            count, means, now = terms.count, terms.read(), time.monotonic()
-            if main:
-                append(folder / "log.jsonl",
-                       {"step": step, "lr": learning_rate(step - 1, training), **means,
-                        "seconds_per_step": (now - logged_at) / count})
+        stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
+        if step % LOG_EVERY == 0 or step in (1, steps) or stopping:
+            refuse_non_finite(terms, model, step, folder)
+            means = terms.read()
+            if rank == 0:
+                append(folder / "log.jsonl", {"step": step, "lr": lr, **means})
                 progress.update(step, f"loss {means['loss']:.4g}", line=True)
-            logged_at = time.monotonic()
 
     stop.restore()
     del loss_of  # freed after its group is gone, DistributedDataParallel can hang
     gc.collect()
-    if finished:
-        samples = QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES
+    if stopping:
+        progress.say(f"stopped and saved at step {step}; resume with: "
+                     f"python train.py --resume {folder}")
+    else:
         if world > 1:
             dist.barrier()  # until best.pt is there
-        evaluate.report(folder, samples=samples, device=device)
-    else:
-        progress.say(f"stopped and saved at step {step}; go on with: "
-                     f"python train.py --resume {folder}")
+        evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
+                        samples=QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES,
+                        device=device)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    return 0 if finished else 128 + stop.signal
+    return 128 + stop.signal if stopping else 0
 
 
-def first_model(settings, split) -> nn.Module:
-    """The run's model for this data, its initial weights a function of the seed."""
-    Model = MODELS.get(settings["model"])
-    fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes)
-    if Model and hasattr(Model.Config, "dims"):
-        fields["dims"] = split.images.dim() - 2
-    if Model and settings["quick"]:
-        fields |= Model.QUICK_CONFIG
-    torch.manual_seed(settings["seed"])
-    return build(settings["model"], fields | settings["model_args"])
+# ------------------------------------------------------------------------------- the machine
 
 
 def compiled(loss_of):
-    """torch.compile, with eager mode's random numbers: a run with it is the same as one without."""
+    """torch.compile with eager mode's random numbers: a run with it is the same as one without."""
     return torch.compile(loss_of, options={"fallback_random": True})
 
 
 def lacks_compiler(device) -> str | None:
     """What torch.compile needs and this machine lacks, or None."""
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        names = [os.environ.get("CC"), "gcc", "clang", "cc"]
-        return None if any(map(shutil.which, filter(None, names))) else "no C compiler was found"
-    name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return None if shutil.which(name) else f"no C++ compiler ({name}) was found"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
+    return None if shutil.which(name) else f"no compiler ({name}) was found"
 
 
-def readers(text: str):
-    """"all" -> None, "0" -> (0,), "1,2" -> (1, 2)."""
-    if text == "all":
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
+
+    Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def begin_files(folder, settings, training, model, start) -> None:
-    """config.json, and log.jsonl cut back to the step the run goes on from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    import matplotlib
-    import numpy
-
-    config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
-                  parameters=sum(p.numel() for p in model.parameters()),
-                  versions=dict(python=platform.python_version(), torch=torch.__version__,
-                                numpy=numpy.__version__, matplotlib=matplotlib.__version__))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
-        half.unlink()
-    log = folder / "log.jsonl"
-    kept = [line for line in read_log(folder) if line["step"] <= start]
-    write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
+# ------------------------------------------------------------------------ the command line
 
 
-def append(path, entry: dict) -> None:
-    """One more line of JSON."""
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+ADVICE = {"more than 1 value per channel": "batch norm cannot learn from a single value a channel: "
+          "raise --batch-size or --image-size"} | dict.fromkeys(
+    ("out of memory", "allocate memory", "not enough memory"),
+    "out of memory: lower --batch-size or --image-size")
 
 
 def main(argv=None) -> int:
@@ -422,23 +429,19 @@ def main(argv=None) -> int:
     try:
         args = parse(argv)
         settings, folder = settle(args)
-        return train(settings, folder, args.device, args.compile, bool(args.resume))
-    except (UserError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}; "
-              "what was saved before stands", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        first = os.environ.get("RANK", "0") == "0"  # the only process of torchrun that writes
+        with own(folder) if first else contextlib.nullcontext():
+            return train(settings, folder, args.device, args.compile, bool(args.resume))
+    except UserError as error:
+        text = str(error)
+    except OSError as error:  # a folder that may not be written
+        text = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+    except (RuntimeError, ValueError) as error:
+        text = next((advice for sign, advice in ADVICE.items() if sign in str(error)), None)
+        if text is None:
             raise
-        print("error: batch norm cannot learn from a single value a channel: raise --batch-size or "
-              "--image-size", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of memory: lower --batch-size or --image-size", file=sys.stderr)
-        return 2
+    print(f"error: {text}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,13 @@
+"""What can be asked of a trained model beyond its scores, and how it is drawn."""
+
+import contextlib
+import os
+
+# With an MPLBACKEND that names no backend, matplotlib cannot be imported; nothing here needs one.
+backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+
+if backend:
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend

@@ -1,4 +1,4 @@
-"""Objects found by sampling."""
+"""Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H), their scores and picture."""
 
 import itertools
 
@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
-
-from analysis.pictures import short_name
+from analysis.pictures import paint_image, paint_label, save_grid
 from common import POOL, center_crop
-from models import labels_of, sample_batches
 
 
 @torch.no_grad()
@@ -20,25 +18,26 @@ def cluster_instances(samples: Tensor, alpha: int | None = None,
 
     samples (n, *S), n label maps of one image, in which every class but 0 stands for objects (map
     others to 0 first) -> instance ids (*S) int64, 0 the background. Greedy: a random pixel gathers
-    all that are left within Hamming distance alpha, counted on one-hot vectors, where a sample that
-    differs counts twice; by default alpha = n, as in the paper: up to half of them may differ.
+    all remaining ones within Hamming distance alpha, counted on one-hot vectors, where a sample
+    that differs counts twice. The default, alpha = n, is the paper's: half of them may differ.
     """
-    votes, alpha = samples.flatten(1).T.byte(), len(samples) if alpha is None else alpha
+    alpha = len(samples) if alpha is None else alpha
     if alpha < 0:
         raise ValueError(f"alpha={alpha}: a distance, from 0 up")
-    # the first pixel left of a random order is a random one of those left
+    classes = samples.flatten(1).T.byte()  # (P, n)
+    # pixels in random order: the first that remains is a random one of those that remain
     device = "cpu" if generator is None else generator.device
-    left = torch.randperm(len(votes), generator=generator, device=device).to(votes.device)
-    votes, ids = votes[left], torch.zeros_like(left)
-    prototype = torch.zeros_like(votes[0])  # of the background
+    pixels = torch.randperm(len(classes), generator=generator, device=device).to(classes.device)
+    classes, ids = classes[pixels], torch.zeros_like(pixels)
+    prototype = torch.zeros_like(classes[0])  # of the background
     for instance in itertools.count():
-        far = 2 * (votes != prototype).sum(1) > alpha
-        ids[left[~far]] = instance
+        far = 2 * (classes != prototype).sum(1) > alpha
+        ids[pixels[~far]] = instance
         rows = far.nonzero()[:, 0]  # copies rows faster than the mask itself
-        votes, left = votes[rows], left[rows]
-        if not len(left):
+        classes, pixels = classes[rows], pixels[rows]
+        if not len(pixels):
             return ids.view(samples.shape[1:])
-        prototype = votes[0]
+        prototype = classes[0]
 
 
 @torch.no_grad()
@@ -53,14 +52,8 @@ def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = T
     nothing.
     """
     size, dims, reach = ids.shape, ids.dim(), box // 2
-
-    def surviving(ids):
-        high, low = (POOL["max"][dims](t[None, None].float(), erosion, 1, erosion // 2)[0, 0]
-                     for t in (ids, -ids))  # equal: nothing else within the box
-        return ids[high == -low]
-
     thin, counts = ids.unique(return_counts=True)
-    chosen = (thin > 0) & ~torch.isin(thin, surviving(ids))
+    chosen = (thin > 0) & ~torch.isin(thin, _surviving(ids, erosion))
     thin, counts = thin[chosen], counts[chosen]
 
     ids = F.pad(ids, [reach] * 2 * dims)  # with background, which has no vote
@@ -70,58 +63,90 @@ def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = T
     paintable = torch.isin(flat, thin).nonzero()[:, 0]
     for instance, area in zip(thin.tolist(), counts.tolist()):
         pixels = paintable[flat[paintable] == instance]
-        if len(pixels) > area and (surviving(center_crop(ids, size)) == instance).any():
+        grown = len(pixels) > area  # painting over others has made it thicker
+        if grown and (_surviving(center_crop(ids, size), erosion) == instance).any():
             continue
-        seen = flat[pixels[:, None] + around]  # (P, box^dims)
-        others, which = seen.unique(return_inverse=True)
+        neighbours = flat[pixels[:, None] + around]  # (P, box^dims)
+        others, which = neighbours.unique(return_inverse=True)
         votes = torch.zeros(len(pixels), len(others), device=ids.device)
-        votes.scatter_add_(1, which, ((seen > 0) & (seen != instance)).float())
+        votes.scatter_add_(1, which, ((neighbours > 0) & (neighbours != instance)).float())
         count, winner = votes.max(1)
         flat[pixels] = others[winner].where(count > 0, instance if keep else 0)
     return center_crop(ids, size).contiguous()
 
 
-@torch.no_grad()
-def instances(model, split, n=16, alpha=None) -> tuple[dict, list[dict]]:
-    """Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H) against the split's ids:
-    {name: (N,)}, and a few cases for `plot_instances`.
+def _surviving(ids: Tensor, erosion: int) -> Tensor:
+    """Ids of the pixels whose `erosion` wide box lies within their instance."""
+    pool = POOL["max"][ids.dim()]
+    high = pool(ids[None, None].float(), erosion, 1, erosion // 2)[0, 0]
+    low = -pool(-ids[None, None].float(), erosion, 1, erosion // 2)[0, 0]
+    return ids[high == low]
 
-    rand_error_<n>, ap_<n>, ap50_<n> of the clusters of n samples, with _<alpha> behind it if it is
-    given (see hpunet.cluster_instances); an object's confidence is the samples' mean probability,
-    over it, of the classes that stand for objects: those from split.fixed up. To other classes it
-    is all background, and so are pixels of theirs. rand_error_components: what a deterministic
-    network could do, the connected components of the foreground in `predict`. Pixels of id -1
-    count nowhere.
+
+def objects(maps: Tensor, first: int) -> Tensor:
+    """Label maps, or instance ids, with the classes or ids from `first` up counted from 1, all
+    others 0. int64."""
+    return (maps.long() - first + 1).clamp(min=0)
+
+
+def find_instances(samples: Tensor, alpha: int | None = None, first: int = 1) -> Tensor:
+    """Objects in the samples' label maps (n, B, H, W), whose classes from `first` up stand for
+    objects: clustered and cleaned instance ids (B, H, W)."""
+    erosion, box = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's: 256 pixels
+    found = []
+    for maps in objects(samples, first).unbind(1):
+        ids = cluster_instances(maps, alpha, torch.Generator().manual_seed(0))
+        found.append(clean_instances(ids, erosion, box, keep=first == 1))
+    return torch.stack(found)
+
+
+def rand_errors(batch, found: Tensor) -> Tensor:
+    """Rand error of instance ids (B, H, W) against those of a batch (a Split), which leaves out
+    pixels of id -1; (B,)."""
+    known = batch.instances >= 0
+    return metrics.rand_error(found * known, objects(batch.instances, batch.fixed))
+
+
+def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor) -> dict:
+    """{name: (B,)}: rand_error, ap and ap50 of the ids `found` (B, H, W), and
+    rand_error_components, of the connected parts of the foreground in the label map `prediction`:
+    what a deterministic network can do.
+
+    An object's confidence is the mean over it of the probability of the classes that stand for
+    objects; probs (B, K, H, W) are the samples' means.
     """
-    scores, shown, device, first = {}, [], split.images.device, split.fixed
-    generator = torch.Generator().manual_seed(0)
+    known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
+    confidence = probs[:, batch.fixed :].sum(1)
+    components = metrics.connected_components(objects(prediction, batch.fixed) > 0)
+    return {"rand_error": rand_errors(batch, found),
+            **metrics.average_precision(found * known, truth, confidence),
+            "rand_error_components": rand_errors(batch, components)}
 
-    def objects(maps):  # object classes, or ids, from 1; 0 for all else
-        return (maps.long() - first + 1).clamp(min=0)
 
-    for part, logits in sample_batches(model, split, n):
-        samples = objects(labels_of(logits, 2))  # (n, B, H, W)
-        foreground = logits.softmax(2)[:, :, first:].sum(2).mean(0)
-        boxes = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's are for 256
-        found = torch.stack([clean_instances(cluster_instances(s, alpha, generator), *boxes,
-                                             keep=first == 1)
-                             for s in samples.unbind(1)]).to(device)
-        parts = metrics.connected_components(
-            objects(labels_of(model.predict(part.images), 1)) > 0)
-        known, truth = part.instances >= 0, objects(part.instances)
-        batch = metrics.average_precision(found * known, truth, foreground)
-        batch["rand_error"] = metrics.rand_error(found * known, truth)
-        batch = {f"{name}_{n}" + f"_{alpha}" * bool(alpha): values
-                 for name, values in batch.items()}
-        batch["rand_error_components"] = metrics.rand_error(parts * known, truth)
-        for name, values in batch.items():
-            scores.setdefault(name, []).append(values.double().cpu())
-        again = None
+@torch.no_grad()
+def instances_to_show(model, batch, shown: dict, found: Tensor, samples: Tensor) -> list[dict]:
+    """The arrays that `plot_instances` takes, of those cases of a batch that are in shown {name:
+    its name in pictures}; samples (n, B, H, W)."""
+    cases = []
+    for i, name in enumerate(batch.names):
+        if name not in shown:
+            continue
+        truth = objects(batch.instances[i], batch.fixed).where(batch.instances[i] >= 0, -1)
+        case = dict(image=batch.images[i], truth=truth, found=found[i],
+                    samples=objects(samples[:6, i], batch.fixed), again=torch.zeros_like(truth))
         if hasattr(model, "reconstruct"):
-            again = objects(labels_of(
-                model.reconstruct(part.images, part.labels[:, 0].long()), 1))
-        for i in range(len(part) if len(shown) < 4 else 0):
-            shown.append(dict(name=short_name(part, i), image=part.images[i], found=found[i],
-                              truth=truth[i].where(known[i], -1), samples=samples[:, i],
-                              again=truth[i] * 0 if again is None else again[i]))
-    return {name: torch.cat(values).numpy() for name, values in scores.items()}, shown[:4]
+            logits = model.reconstruct(batch.images[i : i + 1], batch.labels[i : i + 1, 0].long())
+            case["again"] = objects(logits[0].argmax(0), batch.fixed)
+        cases.append({"name": shown[name]} | {key: values.cpu() for key, values in case.items()})
+    return cases
+
+
+def plot_instances(path: str, cases: list[dict]) -> None:
+    """HPU-Net's Fig. 4, a row a case: a dict of arrays name, image (C, H, W), truth and found
+    (H, W) instance ids, again (H, W) the reconstruction of a label map, samples (n, H, W)."""
+    rows = {}
+    for case in cases:
+        maps = (case["truth"], case["found"], case["again"], *case["samples"][:6])
+        rows[case["name"]] = [paint_image(case["image"]), *(paint_label(m) for m in maps)]
+    save_grid(path, rows, ["image", "truth", "clustered", "reconstruction",
+                           *(f"sample {i}" for i in range(1, 7))])

@@ -9,27 +9,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 import metrics
-import models
-
 from analysis.pictures import (COLORS, new_plot, paint_image, paint_label, paint_map, save_figure,
-                               save_grid)
-from common import IGNORE, Progress, UserError, pick_device, reflect_pad
-from models import labels_of, read_config, sample_batches
+                               save_grid, spread)
+from common import IGNORE, Progress, UserError, reflect_pad
+from models import labels_of, sample_batches
 from sources.files import write_text
 
-
 CORRUPTIONS = {"blur": (1, 2, 4, 8), "patch": (5, 10, 20, 40), "noise": (0.25, 0.5, 1, 2)}
-
-
 UNITS = {"blur": "blur, sigma in pixels", "patch": "patch, % of the side",
          "noise": "noise, in std of the images"}
-
-
-OOD_CASES, OOD_SAMPLES = 64, 10
-
-
+CASES, SAMPLES = 64, 10
 MARGIN = 5  # pixels round the predicted foreground that count
 
 
@@ -89,50 +79,46 @@ def warning_scores(probs) -> dict:
 
 
 @torch.no_grad()
-def ood(folder, *, split="test", path=None, foreign=None, device=None) -> dict:
+def ood(model, split, foreign, foreign_name: str, folder) -> dict:
     """Do the samples of corrupted and foreign images differ more than those of the split's own?
 
     (Bai and Bai 2023, Sec. 4.2.) For every corruption and strength the AUROC of both warning scores
-    against the same cases left as they are. foreign: (data set, its path or None) of the foreign
-    images; None takes a made set. Writes ood.json, which is returned, ood.csv with every score,
-    ood.png and ood_curve.png. Raises UserError for data that are not 2D.
+    against the same cases left as they are. foreign: images (M, C', H', W') of another data set.
+    Writes ood.json, which is returned, ood.csv with every score, ood.png and ood_curve.png to
+    `folder`. Raises UserError for images that are not 2D.
     """
-    folder = Path(folder)
-    settings = read_config(folder)["settings"]
-    device = device or pick_device()
-    part = data.load(settings["data"], split, path or settings["path"], **settings["data_args"])
-    name, place = foreign or ("organs" if settings["data"] == "shapes" else "shapes", None)
-    others = data.load(name, "test", place)
-    for owner, images in ((settings["data"], part.images), (name, others.images)):
+    for owner, images in (("this data set", split.images), (foreign_name, foreign)):
         if images.dim() != 4:
-            raise UserError(f"--ood is for 2D images; those of {owner} have "
-                            f"{images.dim() - 2} axes")
-    if settings["image_size"] is not None:
-        part = data.center(part, settings["image_size"])
-    model = models.load(folder / "best.pt", device)
-    part = part.subset(spread(len(part), OOD_CASES)).to(device)
-    others = as_foreign(others.images[spread(len(others), len(part))].to(device), part.images)
+            raise UserError(f"--ood is for 2D images; those of {owner} have {images.dim() - 2} "
+                            "axes")
+    split = split.subset(spread(len(split), CASES))
+    foreign = foreign[spread(len(foreign), len(split))].to(split.images.device)
+    foreign = as_foreign(foreign, split.images)
 
     strengths = [(kind, strength) for kind in CORRUPTIONS for strength in CORRUPTIONS[kind]]
-    conditions = [("clean", ""), *strengths, ("foreign", name)]
-    marked = ((part.labels > 0) & (part.labels != IGNORE)).flatten(1).sum(1)
+    conditions = [("clean", ""), *strengths, ("foreign", foreign_name)]
+    marked = ((split.labels > 0) & (split.labels != IGNORE)).flatten(1).sum(1)
     scores, shown = {}, {}  # by condition: {score: (cases,)}, and images for the picture
     progress = Progress(len(conditions))
     for kind, strength in conditions:
-        images = {"clean": part.images, "foreign": others}.get(kind)
-        images = corrupt(part.images, kind, strength) if images is None else images
-        cases = replace(part.subset(range(len(images))), images=images)
-        batches = [warning_scores(logits.softmax(2))
-                   for _, logits in sample_batches(model, cases, OOD_SAMPLES)]
-        scores[kind, strength] = {key: torch.cat([b[key] for b in batches]).double().cpu().numpy()
-                                  for key in batches[0]}
+        if kind == "clean":
+            images = split.images
+        elif kind == "foreign":
+            images = foreign
+        else:
+            images = corrupt(split.images, kind, strength)
+        cases = replace(split.subset(range(len(images))), images=images)
+        batches = []
+        for _, chunks in sample_batches(model, cases, SAMPLES):
+            probs = torch.cat([logits.softmax(2) for logits in chunks])
+            batches.append(warning_scores(probs))
+        scores[kind, strength] = {name: torch.cat([batch[name] for batch in batches])
+                                  .double().cpu().numpy() for name in batches[0]}
         rows = range(min(3, len(images))) if kind == "foreign" else [int(marked.argmax())]
         shown[kind, strength] = images[rows]
         progress.update(len(scores), f"{kind} {strength}")
 
-    out = folder if split == "test" else folder / f"{split}-all"
-    out.mkdir(exist_ok=True)
-    summary = ood_summary(scores)
+    out, summary = Path(folder), ood_summary(scores)
     write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     lines = ["kind,strength,case,variance,gamma"]
     lines += [f"{kind},{strength},{i},{variance:.6g},{gamma:.6g}"
@@ -154,8 +140,7 @@ def ood_summary(scores: dict) -> dict:
     for (kind, strength), both in scores.items():
         for score, values in both.items():
             name = f"{score}_{kind}_{strength}".rstrip("_")
-            summary[name] = {k: v for k, v in metrics.bootstrap(values).items()
-                             if k in ("mean", "stderr", "n")}
+            summary[name] = metrics.bootstrap(values)
             if kind == "clean":
                 continue
             rng, again = np.random.default_rng(0), []
@@ -168,11 +153,6 @@ def ood_summary(scores: dict) -> dict:
     return summary
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` indices, evenly spread over 0 .. count - 1."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
-
-
 def plot_ood(path, model, shown: dict) -> None:
     """Bai and Bai's Figs. 3, 8 and 9: image, prediction and uncertainty of one case, by strength.
 
@@ -180,17 +160,18 @@ def plot_ood(path, model, shown: dict) -> None:
     three images. Every map of uncertainty is divided by its own maximum.
     """
     images = torch.cat(list(shown.values()))
-    probs = model.sample(images, OOD_SAMPLES, torch.Generator(images.device).manual_seed(0))
+    probs = model.sample(images, SAMPLES, torch.Generator(images.device).manual_seed(0))
     probs = probs.float().softmax(2)
     labels, maps = labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
     cells = [[paint_image(image), paint_label(label, image), paint_map(m, 1)]
              for image, label, m in zip(images, labels, maps)]
-    of, foreign = dict(zip(shown, cells)), list(shown)[-1]
-    rows, notes = {"as it is": of["clean", ""]}, {}
+    by_condition, foreign = dict(zip(shown, cells)), list(shown)[-1]
+    rows, notes = {"as it is": by_condition["clean", ""]}, {}
     for step, strengths in enumerate(zip(*CORRUPTIONS.values()), 1):
-        keys = list(zip(CORRUPTIONS, strengths))
-        rows[f"strength {step}"] = sum((of[key] for key in keys), [])
-        notes |= {(f"strength {step}", 3 * i): f"{kind} {s}" for i, (kind, s) in enumerate(keys)}
+        row = rows[f"strength {step}"] = []
+        for kind, strength in zip(CORRUPTIONS, strengths):
+            notes[f"strength {step}", len(row)] = f"{kind} {strength}"
+            row += by_condition[kind, strength]
     rows[f"foreign:\n{foreign[1]}"] = sum(cells[len(shown) - 1 :], [])
     save_grid(path, rows, ["image", "prediction", "uncertainty"] * len(CORRUPTIONS), notes)
 

@@ -1,4 +1,4 @@
-"""Figures of the papers, drawn for trained models."""
+"""Figures of the papers, drawn for trained models. They use methods of the model they are given."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 from analysis.pictures import (COLORS, new_figure, paint_image, paint_label, paint_map,
                                save_figure, save_grid, show_image, show_label, show_map)
 from common import IGNORE, center_crop, pad_to_multiple
-from phiseg import pyramid
+
+MANIPULATED = 8  # classes that plot_manipulation shows at most
 
 
 @torch.no_grad()
@@ -20,11 +20,14 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
     figure, axes = new_figure(len(models), 4, panel=2.0, title="SSN on 21 pixels, two label maps")
     for row, (name, model) in zip(axes, models.items()):
         normal = model.distribution(image[:1])
-        on = lambda logits: logits[..., 1, :] - logits[..., 0, :]  # one logit a pixel: K = 2
-        factor = on(normal.factor[0])  # (R, S)
-        covariance = factor.T @ factor + normal.diagonal[0].sum(0).diag()
+        # of two classes the difference of logits is all that matters: one number a pixel
+        mean = normal.mean[:, 1] - normal.mean[:, 0]  # (1, S)
+        covariance = normal.diagonal[0].sum(0).diag()
+        if normal.factor is not None:
+            factor = normal.factor[0, :, 1] - normal.factor[0, :, 0]  # (R, S)
+            covariance = covariance + factor.T @ factor
         samples = model.sample(image[:1], 14, torch.Generator().manual_seed(0))
-        show_map(row[0], on(normal.mean).T.expand(-1, 7), f"{name}\nmean logit")
+        show_map(row[0], mean.T.expand(-1, 7), f"{name}\nmean logit")
         picture = show_map(row[1], covariance, "covariance")
         figure.colorbar(picture, ax=row[1], shrink=0.7)
         show_map(row[2], samples[:, 0].softmax(1)[:, 1].T, "14 samples, p(on)", vmin=0, vmax=1)
@@ -34,36 +37,45 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
 
 @torch.no_grad()
 def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
-    """Fig. 6: one sample of an image (C, H, W), changed after the fact.
+    """Fig. 6: one sample of an image (C, *S), changed after the fact; of a volume, one slice.
 
-    A row for every foreground class, whose part of (sample - mean) is scaled by -3 ... 3 with the
-    other classes left alone, and one for the temperature, at which everything is scaled.
+    A row for each of the most frequent foreground classes, whose part of (sample - mean) is scaled
+    by -3 ... 3 with the other classes left alone, and one for the temperature, at which everything
+    is scaled.
     """
     scales = (-3, -2, -1, 0, 1, 2, 3)
     normal = model.distribution(image[None])
-    sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))
+    mean = normal.mean[0]  # (K, *S)
+    sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))[0, 0]
+    if image.dim() == 4:
+        fullest = int((sample.argmax(0) > 0).sum((1, 2)).argmax())
+        image, mean, sample = (x[:, fullest] for x in (image, mean, sample))
+    counts = sample.argmax(0).flatten().bincount(minlength=len(sample))
+    classes = 1 + counts[1:].argsort(descending=True, stable=True)[:MANIPULATED]
     rows = {}
-    for k in range(1, model.config.num_classes):
-        changes = torch.ones(len(scales), model.config.num_classes)
-        changes[:, k] = torch.tensor(scales)
-        rows[f"class {k} scaled"] = [normal.scale_classes(sample, c) for c in changes]
-    rows["temperature 0 to 9"] = [normal.mean + s * (sample - normal.mean) if s >= 0 else None
-                                  for s in scales]
-    pictures = {name: [None if x is None else paint_label(x.reshape(x.shape[-3:]).argmax(0), image)
-                       for x in row] for name, row in rows.items()}
-    save_grid(path, pictures, [f"x {s}" for s in scales])
+    for k in sorted(classes.tolist()):
+        row = rows[f"class {k} scaled"] = []
+        for scale in scales:
+            changed = sample.clone()
+            changed[k] = mean[k] + scale * (sample[k] - mean[k])
+            row.append(paint_label(changed.argmax(0), image))
+    row = rows["temperature 0 to 9"] = []  # which is the scale's square
+    for scale in scales:
+        changed = mean + scale * (sample - mean)
+        row.append(paint_label(changed.argmax(0), image) if scale >= 0 else None)
+    save_grid(path, rows, [f"x {scale}" for scale in scales])
 
 
 @torch.no_grad()
 def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
                     axes: Sequence[int] = (0, 1)) -> None:
-    """Figs. 6 and 7: the label maps that lie across the latent space, and the readers in it.
+    """Figs. 6 and 7: the label maps across the latent space, and the annotators in it.
 
-    image (C, H, W), labels (A, H, W) of its readers, on the model's device. Positions are counted
-    in the prior's std from the prior's mean, so the prior is the unit normal in the picture: the
-    rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples, if the latent space
-    is 2D; if it is not, the picture is its slice along `axes` through the prior's mean. A dot is
-    the posterior's mean for a reader's map; one that lies outside is drawn at the border.
+    image (C, H, W), labels (A, H, W) of its annotators, on the model's device. Positions are
+    counted in the prior's std from the prior's mean, so the prior is the unit normal in the
+    picture: the rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples, if the
+    latent space is 2D; if it is not, the picture is its slice along `axes` through the prior's
+    mean. A dot is the posterior's mean for an annotator's map; outliers are drawn at the border.
     Raises ValueError for other axes than the model has, and for 1D and 3D models.
     """
     from matplotlib.figure import Figure
@@ -82,7 +94,7 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     tiles = model.decode(image[None], z).argmax(2).unflatten(0, (side, side))[:, :, 0]
     mosaic = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (side * H, side * W)
     posterior = model.posterior(image.expand(len(labels), -1, -1, -1), labels.long())
-    readers = ((posterior.mean - prior.mean) / prior.std)[:, list(axes)].cpu()
+    annotators = ((posterior.mean - prior.mean) / prior.std)[:, list(axes)].cpu()
 
     rows = 1 + len(labels)
     figure = Figure(figsize=(7.2 + 6.6 / rows, 7), layout="constrained")
@@ -90,7 +102,7 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     show_image(panels[0], image, "image")
     for a, label in enumerate(labels):
         show_label(panels[1 + a], label)
-        panels[1 + a].set_title(f"reader {a}", color=COLORS[a % len(COLORS)], fontsize=9,
+        panels[1 + a].set_title(f"annotator {a}", color=COLORS[a % len(COLORS)], fontsize=9,
                                 fontweight="bold")
     for row in range(rows):
         panels[row].set_axis_off()
@@ -106,7 +118,7 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
         ax.plot(ring * angle.cos(), ring * angle.sin(), color="white", linewidth=1.2)
         ax.text(0, ring, f"{ring} std", color="black", fontsize=7, ha="center", va="center",
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", linewidth=0))
-    for a, (x, y) in enumerate(readers.clamp(-edge, edge).tolist()):
+    for a, (x, y) in enumerate(annotators.clamp(-edge, edge).tolist()):
         color, turn = COLORS[a % len(COLORS)], 2 * math.pi * a / len(labels)
         ax.annotate(str(a), (x, y), (22 * math.sin(turn), 22 * math.cos(turn)),
                     textcoords="offset points", fontsize=10, fontweight="bold",
@@ -116,20 +128,22 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal",
            xlabel=f"$z_{axes[0]}$, in std of the prior from its mean", ylabel=f"$z_{axes[1]}$")
     ax.set_title("the label map that each latent position stands for\n"
-                 "rings: the prior; numbers: where the posterior puts each reader", fontsize=10)
+                 "rings: the prior; numbers: where the posterior puts each annotator", fontsize=10)
     save_figure(figure, path)
 
 
 def plot_prob_unet_samples(model, cases, path: str) -> None:
-    """Image, its four likeliest label maps with their odds, eight samples; cases: a data.Split."""
-    odds, order = cases.weights.sort(1, descending=True)
+    """Image, its four likeliest label maps with their probabilities, eight samples; cases: a Split.
+    """
+    probabilities, order = cases.weights.sort(1, descending=True)
     samples = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).argmax(2)
     rows, notes = {}, {}
     for i, (name, image) in enumerate(zip(cases.names, cases.images)):
         labels = [*cases.labels[i, order[i, :4]], *samples[:, i]]
         rows[name] = [paint_image(image), *(paint_label(label, image) for label in labels)]
-        notes |= {(name, 1 + a): f"p = {odds[i, a]:.2f}" for a in range(4)}
-    columns = ["image", *(f"reader {a}" for a in range(4)), *(f"sample {m}" for m in range(1, 9))]
+        notes |= {(name, 1 + a): f"p = {probabilities[i, a]:.2f}" for a in range(4)}
+    columns = ["image", *(f"annotator {a}" for a in range(4)),
+               *(f"sample {m}" for m in range(1, 9))]
     save_grid(path, rows, columns, notes)
 
 
@@ -140,22 +154,19 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
 
     image (C, H, W) on the model's device.
     """
-    noise = model.noise(image[None], n, torch.Generator().manual_seed(0))
-    latents, _ = model.descend((model.prior,), (model.encode(image[None]),), noise)
-    size, rows = image.shape[1:], {}
-
-    def full(maps):  # every level at full size, (n, K, H, W)
-        return [center_crop(F.interpolate(m, scale_factor=2**level) if level else m, size)
-                for level, m in enumerate(maps)]
-
-    residuals = model.likelihood(latents)
-    masks = [m.argmax(1) for m in full(pyramid(residuals))]
-    changes = [r - r.mean(1, keepdim=True) for r in full(residuals)]
+    images = image.expand(n, *image.shape)
+    (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))
+    latents, _ = model.prior(model.encode(images), noise=noise)
+    logits = list(model.masks(latents, image.shape[1:]).values())  # coarse to fine, (n, K, H, W)
+    masks = [m.argmax(1) for m in logits]
+    changes = [logits[0]] + [fine - coarse for coarse, fine in zip(logits, logits[1:])]
+    changes = [c - c.mean(1, keepdim=True) for c in changes]
+    rows = {}
     for i in range(n):
-        k = masks[0][i].flatten().bincount(minlength=2)[1:].argmax() + 1
+        k = masks[-1][i].flatten().bincount(minlength=2)[1:].argmax() + 1
         bound = max(change[i, k].abs().max().item() for change in changes)
-        rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks[::-1])]
-        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes[::-1])]
+        rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks)]
+        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes)]
     levels = len(masks)
     save_grid(path, rows, ["image", *(f"level {level}" for level in range(levels, 0, -1))],
               cell=1.2)
@@ -209,15 +220,6 @@ def deviation(samples: Tensor, num_classes: int) -> Tensor:
     of the samples: of two classes, that of their number 0 or 1."""
     square = sum((samples == k).float().mean(0).square() for k in range(num_classes))
     return ((1 - square) / 2).clamp(min=0).sqrt()
-
-
-def plot_instances(path: str, cases: list[dict]) -> None:
-    """Fig. 4, a row a case: a dict of arrays name, image (C, H, W), truth and found (H, W) instance
-    ids, again (H, W) the reconstruction of a label map, samples (n, H, W)."""
-    rows = {case["name"]: [paint_image(case["image"]), *map(paint_label, (
-        case["truth"], case["found"], case["again"], *case["samples"][:6]))] for case in cases}
-    save_grid(path, rows, ["image", "truth", "clustered", "reconstruction",
-                           *(f"sample {i}" for i in range(1, 7))])
 
 
 @torch.no_grad()

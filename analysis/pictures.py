@@ -1,28 +1,34 @@
-"""How images, label maps and maps of numbers are painted and laid out, the same in every picture.
+"""How images, label maps and maps of numbers are painted and laid out, the same in every picture,
+and the pictures that every evaluation draws.
 
 Functions take arrays and write PNGs; none needs a display.
 """
 
-import contextlib
 import itertools
-import json
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import metrics
-
 from common import IGNORE
 from sources.files import write_atomically
 
 # matplotlib's Figure is used directly: no pyplot, so no display and no global state.
 
-# Okabe and Ito's palette, told apart by the colour-blind; class k and reader k are COLORS[k - 1]
-# and COLORS[k], in every picture.
+# Okabe and Ito's palette, which the colour-blind can tell apart. In every picture class k is
+# COLORS[k - 1] and annotator a is COLORS[a].
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
+LINES = [color for color in COLORS if color != "#F0E442"]  # yellow lines do not show on white
+
+# What a picture of an evaluation shows at most.
+CASES = 6
+ANNOTATORS = 7
+SAMPLES = 16
+
+
+# ------------------------------------------------------------------------ painting and layout
 
 
 def new_figure(rows: int, columns: int, *, panel: float = 1.3, title: str = ""):
@@ -129,135 +135,156 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
     save_figure(figure, path)
 
 
-def plot_curves(folder) -> None:
-    """curves.png: every logged term, and the validation GED, against the step."""
-    log = read_log(folder)
-    skip = {"step", "lr", "seconds_per_step"}
-    names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, names):
-        points = [(e["step"], e[name]) for e in log if name in e]
-        ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
-        ax.set_title(name.replace("_", " "), fontsize=8)
-    save_figure(figure, folder / "curves.png")
+def paint_outlines(labels, image) -> Tensor:
+    """The outlines of label maps (n, H, W) over an image (C, H, W): RGB (H, W, 3), the brighter
+    the more of the maps change class there."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:, :, :-1] |= labels[:, :, :-1] != labels[:, :, 1:]
+    share = edge.float().mean(0).unsqueeze(2)
+    line = torch.tensor([0.90, 0.62, 0.0])  # the first class's colour
+    return torch.lerp(paint_image(image), line.expand(*edge.shape[1:], 3),
+                      (share > 0) * (0.3 + 0.7 * share))
 
 
-def read_log(folder) -> list[dict]:
-    """The log's entries; a last line that a kill cut short is left out."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in (Path(folder) / "log.jsonl").read_text().splitlines():
-            entries.append(json.loads(line))
-    return entries
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices, evenly spread over 0 .. count - 1."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def plane(split, case, probs, prediction, error, gamma) -> SimpleNamespace:
-    """One case as arrays a picture can show, on the CPU: 1D as a band, of 3D one slice.
+# ------------------------------------------------------------------ the cases of an evaluation
 
-    probs (n, K, *S), prediction (K, *S), error and gamma maps (*S) -> image (C, H, W), labels
-    (A, H, W) with their weights where they differ, the likeliest first; the others with H, W.
+
+@dataclass
+class Case:
+    """One case as pictures show it, on the CPU: 1D as a band, of a volume its fullest slice."""
+
+    name: str
+    image: Tensor  # (C, H, W)
+    labels: Tensor  # (A, H, W), the likeliest first
+    weights: Tensor | None  # (A,) probabilities of the label maps, where they are known
+    annotated: Tensor  # (H, W) share of the annotators that marked any foreground
+    prediction: Tensor  # (H, W) label map
+    samples: Tensor  # (n, H, W) label maps
+    foreground: Tensor  # (H, W) mean probability of foreground over all samples
+    variance: Tensor  # (H, W) over all samples, added over the classes
+    gamma: Tensor  # (H, W), see metrics.gamma_map
+    error: Tensor  # (H, W), see metrics.error_map
+    ncc: float  # of the last two
+
+
+def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case]:
+    """Those cases of a batch (a Split) that are in shown {name: its name in pictures}.
+
+    prediction (B, *S) and samples (n, B, *S) are label maps; moments: metrics.Moments of all
+    samples.
     """
-    maps = [x.cpu() for x in (split.images[case], split.labels[case], probs, prediction, error,
-                              gamma)]
-    if maps[0].dim() == 2:
-        maps = [x.unsqueeze(-2).expand(*x.shape[:-1], x.shape[-1] // 2, x.shape[-1]) for x in maps]
-    if maps[0].dim() == 4:  # the slice with the most foreground
-        marked = (maps[1] > 0) & (maps[1] != IGNORE)
-        at = int(marked.sum((0, 2, 3)).argmax())
-        maps = [x.select(-3, at) for x in maps]
-    image, labels, probs, prediction, error, gamma = maps
-    weights = None if split.weights is None else split.weights[case].cpu()
-    mean_label = reader_mean(labels, weights)
-    if weights is None:
-        chosen = torch.arange(min(len(labels), READERS))
-    else:
-        chosen = weights.argsort(descending=True)[:READERS]
-        chosen = chosen[weights[chosen] > 0]
-        weights = weights[chosen]
-    return SimpleNamespace(name=short_name(split, case), image=image, labels=labels[chosen],
-                           weights=weights, probs=probs, prediction=prediction,
-                           mean_label=mean_label, error=error, gamma=gamma)
+    rows = [i for i, name in enumerate(batch.names) if name in shown]
+    if not rows:
+        return []
+    ncc = metrics.ncc(moments, batch.labels, batch.weights)
+    maps = dict(image=batch.images, labels=batch.labels, prediction=prediction,
+                samples=samples[:SAMPLES].movedim(0, 1), foreground=1 - moments.mean[:, 0],
+                variance=moments.variance, gamma=metrics.gamma_map(moments),
+                error=metrics.error_map(moments, batch.labels, batch.weights))
+    return [_case(shown[batch.names[i]], batch, i, ncc=ncc[i].item(),
+                  maps={name: values[i].cpu() for name, values in maps.items()}) for i in rows]
 
 
-def short_name(split, case: int, most: int = 16) -> str:
-    """The end of a case's name, where the names of a set differ, and its number if they do not."""
-    ends = [name[-most:] for name in split.names]
-    return ends[case] if ends.count(ends[case]) == 1 else f"{ends[case]} ({case})"
+def _case(name: str, batch, i: int, maps: dict, ncc: float) -> Case:
+    dims = batch.images.dim() - 2
+    if dims == 3:
+        marked = (maps["labels"] > 0) & (maps["labels"] != IGNORE)
+        fullest = int(marked.sum((0, 2, 3)).argmax())
+        maps = {name: values.select(-3, fullest) for name, values in maps.items()}
+    elif dims == 1:
+        length = batch.images.shape[2]
+        maps = {name: values.unsqueeze(-2).expand(*values.shape[:-1], length // 2, length)
+                for name, values in maps.items()}
+    labels, probabilities = maps.pop("labels"), batch.probabilities[i].cpu()
+    weight = probabilities[:, None, None] * (labels != IGNORE)
+    annotated = (weight * (labels > 0)).sum(0) / weight.sum(0).clamp(min=1e-6)
+    order = torch.arange(len(labels))
+    if batch.weights is not None:
+        order = probabilities.argsort(descending=True)
+        order = order[probabilities[order] > 0]
+    order = order[:ANNOTATORS]
+    return Case(name, labels=labels[order], annotated=annotated, ncc=ncc, **maps,
+                weights=None if batch.weights is None else probabilities[order])
 
 
-def reader_mean(labels, weights) -> torch.Tensor:
-    """Share of the readers (A, H, W) that drew any foreground, (H, W)."""
-    valid = (labels != IGNORE).float()
-    weights = valid if weights is None else valid * weights[:, None, None]
-    return (weights * (labels > 0)).sum(0) / weights.sum(0).clamp(min=1e-6)
+def short_names(names: list[str], most: int = 16) -> list[str]:
+    """The ends of names, with a number where these are not unique."""
+    ends = [printable(name)[-most:] for name in names]
+    return [end if ends.count(end) == 1 else f"{end} ({i})" for i, end in enumerate(ends)]
 
 
-def plot_samples(path, cases) -> None:
-    """Image, readers, prediction and samples of every case, a column each."""
-    readers, n = max(len(c.labels) for c in cases), len(cases[0].probs)
-    named = [f"reader {i + 1}" if cases[0].weights is None else f"mode {i + 1}"
-             for i in range(readers)]
+def printable(name) -> str:
+    """A file's name, which need not be UTF-8, as text that can be printed."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
+# ------------------------------------------------------------------ the pictures of an evaluation
+
+
+def plot_samples(path, cases: list[Case]) -> None:
+    """Image, annotators, prediction and samples of every case, a column a case."""
+    kind = "annotator" if cases[0].weights is None else "mode"
     rows = {"image": [paint_image(c.image) for c in cases]}
-    for i, name in enumerate(named):
-        rows[name] = [paint_label(c.labels[i], c.image) if i < len(c.labels) else None
-                      for c in cases]
-    rows["prediction"] = [paint_label(c.prediction.argmax(0), c.image) for c in cases]
-    for i in range(n):
-        rows[f"sample {i + 1}"] = [paint_label(c.probs[i].argmax(0), c.image) for c in cases]
-    notes = {(named[i], column): f"{p:.2f}" for column, c in enumerate(cases)
-             if c.weights is not None for i, p in enumerate(c.weights)}
+    for a in range(max(len(c.labels) for c in cases)):
+        rows[f"{kind} {a + 1}"] = [paint_label(c.labels[a], c.image) if a < len(c.labels) else None
+                                   for c in cases]
+    notes = {(f"{kind} {a + 1}", column): f"{p:.2f}" for column, c in enumerate(cases)
+             if c.weights is not None for a, p in enumerate(c.weights)}
+    rows["prediction"] = [paint_label(c.prediction, c.image) for c in cases]
+    for i in range(len(cases[0].samples)):
+        rows[f"sample {i + 1}"] = [paint_label(c.samples[i], c.image) for c in cases]
     save_grid(path, rows, [c.name for c in cases], notes)
 
 
-def plot_overview(path, cases) -> None:
-    """`plot_samples` in short, a row a case: four cases, four readers, eight samples."""
-    rows = {}
+def plot_overview(path, cases: list[Case]) -> None:
+    """`plot_samples` in short, a row a case: four cases, four annotators, eight samples."""
+    kind = "annotator" if cases[0].weights is None else "mode"
+    rows, notes = {}, {}
     for c in cases[:: -(-len(cases) // 4)]:
         labels = [paint_label(label, c.image) for label in c.labels[:4]]
-        rows[c.name] = [paint_image(c.image), *labels, *[None] * (4 - len(labels))]
-        rows[c.name] += [paint_label(p.argmax(0), c.image) for p in c.probs[:8]]
-    columns = ["image", *(f"{'reader' if cases[0].weights is None else 'mode'} {i}"
-                          for i in range(1, 5)), *(f"sample {i}" for i in range(1, 9))]
-    notes = {(c.name, 1 + i): f"{p:.2f}" for c in cases if c.name in rows and c.weights is not None
-             for i, p in enumerate(c.weights[:4])}
+        samples = [paint_label(sample, c.image) for sample in c.samples[:8]]
+        rows[c.name] = [paint_image(c.image), *labels, *[None] * (4 - len(labels)), *samples]
+        if c.weights is not None:
+            notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:4])}
+    columns = ["image", *(f"{kind} {a}" for a in range(1, 5)),
+               *(f"sample {i}" for i in range(1, 9))]
     save_grid(path, rows, columns, notes, cell=0.8)
 
 
-def plot_uncertainty(path, cases) -> None:
-    """Where readers differ and where samples do, a column a case."""
-    rows = {"image": [], "readers:\nforeground": [], "samples:\nforeground": [], "gamma map": [],
-            "variance /\nmaximum": []}
-    for case in cases:
-        probs = case.probs.unsqueeze(1)  # (n, 1, K, H, W)
-        pictures = (paint_image(case.image), paint_map(case.mean_label, 1),
-                    paint_map(1 - probs.mean(0)[0, 0], 1), paint_map(case.gamma),
-                    paint_map(metrics.uncertainty_map(probs)[0], 1))
-        for row, picture in zip(rows.values(), pictures):
-            row.append(picture)
+def plot_uncertainty(path, cases: list[Case]) -> None:
+    """Where annotators differ and where samples do, a column a case."""
+    rows = {"image": [paint_image(c.image) for c in cases],
+            "annotators:\nforeground": [paint_map(c.annotated, 1) for c in cases],
+            "samples:\nforeground": [paint_map(c.foreground, 1) for c in cases],
+            "gamma map": [paint_map(c.gamma) for c in cases],
+            "variance /\nmaximum": [paint_map(c.variance) for c in cases]}
     save_grid(path, rows, [c.name for c in cases])
 
 
 def plot_dice(path, values) -> None:
     """SSN's Fig. 5: the samples' Dice of each case, and the share above the prediction's."""
     order = np.argsort(values["dice"], kind="stable")
-    order = order[np.linspace(0, len(order) - 1, min(80, len(order))).round().astype(int)]
-    low, quarter, median, three, high, predicted, better = (
-        values[name][order] for name in (*QUANTILES, "dice", "dice_better"))
+    order = order[spread(len(order), 80)]
+    dice = {name: numbers[order] for name, numbers in values.items() if name.startswith("dice")}
     x = np.arange(len(order))
     figure, axes = new_plot(size=(8, 3.6))
     ax = axes[0, 0]
-    ax.bar(x, better, width=0.9, color=COLORS[4], alpha=0.6, label="share of samples above the "
-           "prediction")
+    ax.bar(x, dice["dice_better"], width=0.9, color=COLORS[4], alpha=0.6,
+           label="share of samples above the prediction")
     ax.axhline(values["dice_better"].mean(), color="#666666", linestyle="--", linewidth=1,
                label=f"its mean, {values['dice_better'].mean():.1%}")
-    ax.vlines(x, low, high, color=COLORS[1], linewidth=1.2, label="samples: 5% to 95%")
-    ax.vlines(x, quarter, three, color=COLORS[5], linewidth=3, label="samples: 25% to 75%")
-    ax.plot(x, median, ".", color="white", markersize=2)
-    ax.plot(x, predicted, "x", color=COLORS[6], markersize=5, label="prediction")
+    ax.vlines(x, dice["dice_q05"], dice["dice_q95"], color=COLORS[1], linewidth=1.2,
+              label="samples: 5% to 95%")
+    ax.vlines(x, dice["dice_q25"], dice["dice_q75"], color=COLORS[5], linewidth=3,
+              label="samples: 25% to 75%")
+    ax.plot(x, dice["dice_q50"], ".", color="white", markersize=2)
+    ax.plot(x, dice["dice"], "x", color=COLORS[6], markersize=5, label="prediction")
     ax.set(ylim=(0, 1.02), xlabel="case, by the prediction's Dice", yticks=[0, 0.5, 1])
     ax.set_title(f"Dice of the samples: mean 95% quantile {values['dice_q95'].mean():.3f}, "
                  f"prediction {values['dice'].mean():.3f}", fontsize=9)
@@ -265,11 +292,11 @@ def plot_dice(path, values) -> None:
     save_figure(figure, path)
 
 
-def plot_ged(path, summaries: dict) -> None:
-    """GED against the number of samples, a line a run; `summaries`: {name: metrics.json}."""
+def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
+    """GED against the number of samples, a line a run; runs: (name, metrics.json's content)."""
     figure, axes = new_plot(size=(5, 3.2))
     ax = axes[0, 0]
-    for (name, summary), color in zip(summaries.items(), itertools.cycle(LINES)):
+    for (name, summary), color in zip(runs, itertools.cycle(LINES)):
         counts = sorted(int(k[4:]) for k in summary if k.startswith("ged_") and k[4:].isdigit())
         geds = [summary[f"ged_{n}"] for n in counts]
         ax.errorbar(counts, [g["mean"] for g in geds], [g["stderr"] for g in geds], label=name,
@@ -281,25 +308,17 @@ def plot_ged(path, summaries: dict) -> None:
     save_figure(figure, path)
 
 
-def paint_outlines(labels, image) -> torch.Tensor:
-    """Where any of the label maps (n, H, W) changes class, over the image: RGB (H, W, 3), the
-    brighter the more of them do."""
-    edge = torch.zeros(labels.shape, dtype=torch.bool)
-    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    edge[:, :, :-1] |= labels[:, :, :-1] != labels[:, :, 1:]
-    share = edge.float().mean(0).unsqueeze(2)
-    line = torch.tensor([0.90, 0.62, 0.0])  # the first class's colour
-    return torch.lerp(paint_image(image), line.expand(*edge.shape[1:], 3),
-                      (share > 0) * (0.3 + 0.7 * share))
-
-
-LINES = [c for c in COLORS if c != "#F0E442"]  # yellow lines do not show on white
-
-
-COLUMNS = 6  # cases a picture shows
-
-
-QUANTILES = ("dice_q05", "dice_q25", "dice_q50", "dice_q75", "dice_q95")
-
-
-READERS = 7  # label maps of a case a picture shows
+def plot_curves(path, log: list[dict]) -> None:
+    """Every term of a run's log, and the validation GED, against the step."""
+    skip = {"step", "steps", "lr", "seconds_per_step"}
+    names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names):
+        points = [(e["step"], e[name]) for e in log if name in e]
+        ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
+        ax.set_title(name.replace("_", " "), fontsize=8)
+    save_figure(figure, path)

@@ -6,87 +6,124 @@ import numpy as np
 import torch
 
 import metrics
-import models
-
 from analysis.pictures import paint_image, paint_label, paint_map, paint_outlines, save_grid
-from common import UserError, pick_device
-from models import read_config
+from common import UserError
+from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
-from sources.files import (bounding_box, is_nifti, read_nifti, standardised, write_atomically,
-                           write_nifti)
+from sources.files import (as_float_image, bounding_box, is_nifti, read_nifti, read_picture,
+                           standardised, write_atomically, write_nifti)
+
+SHOWN = 64  # samples in the picture, at most
 
 
-def predict_image(folder, file, *, samples=16, out=None, device=None, seed=0) -> Path:
-    """Samples for a picture, a NIfTI file or a patient's folder of BraTS: what they are written to.
+def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, temperature=1.0,
+                  class_scales=None) -> Path:
+    """Samples for a picture, a NIfTI file or a patient's folder of BraTS: the file with them.
 
-    A picture (8 or 16 bits, scaled to [0, 1]) or a NIfTI (of a model of `folder` or `brats` every
-    channel brought to mean 0 and deviation 1, as there; else as it is) gives <name>_samples.png:
-    image, prediction, every sample's outlines, foreground probability, uncertainty, samples; of a
-    volume, the slice with most foreground. Then
+    A picture (8 or 16 bits, scaled to [0, 1], or floats as they are) or a NIfTI (for a model
+    trained on `folder` or `brats` every channel at mean 0 and standard deviation 1, as there; else
+    as it is) gives <name>_samples.png in the folder `out`: image, prediction, every sample's
+    outlines, foreground probability, uncertainty, entropy, samples; of a volume, the slice with
+    most foreground. Then
         <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
                                   probabilities float32 (K, H, W), the samples' mean, and
-                                  uncertainty float32 (H, W)
-        <name>_samples.nii.gz     and so on, the same four for a NIfTI: with its shape and affine,
+                                  uncertainty and entropy float32 (H, W)
+        <name>_samples.nii.gz     and so on, the same five for a NIfTI: with its shape and affine,
                                   n or K as the fourth axis
+    data_name: the data set that the model was trained on. temperature, class_scales {k: factor}:
+    SSN only, see `scaled_samples`.
     Raises UserError or data.DataError where the file and the model do not fit.
     """
-    folder, file = Path(folder), Path(file)
-    device = device or pick_device()
-    model = models.load(folder / "best.pt", device)
-    channels, dims = model.config.in_channels, model.config.dims
-    taught = read_config(folder)["settings"]["data"]
-    image, inside, source = read_image(file, channels, dims, taught)
-    if (len(image), image.ndim - 1) != (channels, dims):
-        raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; the model of "
-                        f"{folder} takes {channels} of {dims}D")
-    box = bounding_box(inside)
-    size, image = image.shape[1:], torch.from_numpy(image[(slice(None), *box)]).float()
-    with torch.no_grad():
-        generator = torch.Generator(device).manual_seed(seed)
-        batch, inside = image[None].to(device), torch.from_numpy(inside[box]).to(device)
-        probs = model.sample(batch, samples, generator).float().softmax(2)  # (n, 1, K, *S)
-        probs *= inside  # elsewhere, where training saw nothing, is background
-        probs[:, :, 0] += ~inside
-        drawn, mean = probs[:, 0].argmax(1).byte().cpu(), probs.mean(0)[0].cpu()
-        prediction = (model.predict(batch)[0].argmax(0).byte() * inside).cpu()
-        uncertainty = metrics.uncertainty_map(probs)[0].cpu()
-    arrays = dict(samples=drawn, probabilities=mean, prediction=prediction, uncertainty=uncertainty)
-    arrays = {name: array.numpy() for name, array in arrays.items()}
+    file, out, dims = Path(file), Path(out), model.config.dims
+    image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
+    size, box = image.shape[1:], bounding_box(inside)
+    image = torch.from_numpy(image[(slice(None), *box)]).float()
+    arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, seed, temperature,
+                           class_scales)
 
-    name = file.resolve().name if file.is_dir() else Path(file.name.removesuffix(".gz")).stem
-    out = Path(out or folder)
+    name = file.resolve().name if file.is_dir() else stem(file)
     out.mkdir(parents=True, exist_ok=True)
     if source is None:
         written = out / f"{name}.npz"
 
         def write(temporary):
             with open(temporary, "wb") as stream:  # given a name, savez would add .npz to it
-                np.savez_compressed(stream, **arrays)
+                np.savez_compressed(stream, **{key: array.numpy() for key, array in arrays.items()})
 
         write_atomically(written, write)
     else:
         written = out / f"{name}_samples.nii.gz"
         for kind, array in arrays.items():
-            whole = np.zeros(array.shape[: array.ndim - dims] + size, array.dtype)
+            whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
             whole[:1] = kind == "probabilities"  # beyond the box all is background
             whole[(..., *box)] = array
             write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
-
-    if dims == 3:
-        at = int((drawn > 0).sum((0, 2, 3)).argmax())
-        image, prediction, mean, uncertainty, drawn = (
-            x.select(-3, at) for x in (image, prediction, mean, uncertainty, drawn))
-    rows = {"": [paint_image(image), paint_label(prediction, image), paint_outlines(drawn, image),
-                 paint_map(1 - mean[0], 1), paint_map(uncertainty, 1)]}
-    for i in range(0, len(drawn), 8):
-        rows[f"samples\n{i + 1} to {min(i + 8, len(drawn))}"] = [paint_label(sample, image)
-                                                               for sample in drawn[i : i + 8]]
-    save_grid(out / f"{name}_samples.png", rows,
-              ["image", "prediction", "outlines", "foreground", "uncertainty"], cell=1.3)
+    plot_prediction(out / f"{name}_samples.png", image, arrays)
     return written
 
 
-def pictures(path: Path) -> list[Path]:
+@torch.no_grad()
+def sample_arrays(model, image, inside, samples, seed, temperature, class_scales) -> dict:
+    """The arrays that `predict_image` writes, for image (C, *S). Where inside (*S) is false, which
+    training never saw, all is background."""
+    device = next(model.parameters()).device
+    batch, mask = image[None].to(device), inside.to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    moments, drawn = metrics.Moments(), []
+    for logits in scaled_samples(model, batch, samples, generator, temperature, class_scales):
+        drawn.append((labels_of(logits, 2)[:, 0] * mask).cpu())
+        for sample in logits:
+            probs = sample.softmax(1) * mask
+            probs[:, 0] += ~mask
+            moments.add(probs)
+    return dict(samples=torch.cat(drawn), probabilities=moments.mean[0].cpu(),
+                prediction=(labels_of(model.predict(batch), 1)[0] * mask).cpu(),
+                uncertainty=metrics.uncertainty_map(moments)[0].cpu(),
+                entropy=metrics.entropy_map(moments)[0].cpu())
+
+
+def scaled_samples(model, batch, n, generator, temperature, class_scales):
+    """Chunks of n samples' logits (m, B, K, *S), of SSN changed after the fact (its Sec. 4).
+
+    temperature: T scales the covariance of the logits. class_scales {k: factor}: each class's part
+    of (sample - mean) is multiplied by its factor.
+    """
+    classes = model.config.num_classes
+    if temperature == 1 and not class_scales:
+        yield from sample_chunks(model, batch, n, classes, generator)
+        return
+    if not hasattr(model, "distribution"):
+        raise UserError("--temperature and --scale-class change the normal over logits that only "
+                        "ssn predicts; leave them out for this model")
+    factors = torch.ones(classes)
+    for k, factor in (class_scales or {}).items():
+        if not 0 <= k < classes:
+            raise UserError(f"--scale-class {k}={factor:g}: this model's classes are 0 to "
+                            f"{classes - 1}")
+        factors[k] = factor
+    normal = model.distribution(batch)
+    for logits in sample_chunks(model, batch, n, classes, generator, temperature=temperature):
+        yield normal.scale_classes(logits, factors)
+
+
+def plot_prediction(path, image, arrays: dict) -> None:
+    """<name>_samples.png of image (C, *S) and the arrays of `sample_arrays`."""
+    if image.dim() == 4:
+        fullest = int((arrays["samples"] > 0).sum((0, 2, 3)).argmax())
+        image = image[:, fullest]
+        arrays = {name: array.select(-3, fullest) for name, array in arrays.items()}
+    samples = arrays["samples"][:SHOWN]
+    rows = {"": [paint_image(image), paint_label(arrays["prediction"], image),
+                 paint_outlines(samples, image), paint_map(1 - arrays["probabilities"][0], 1),
+                 paint_map(arrays["uncertainty"], 1), paint_map(arrays["entropy"])]}
+    for i in range(0, len(samples), 8):
+        rows[f"samples\n{i + 1} to {min(i + 8, len(samples))}"] = [
+            paint_label(sample, image) for sample in samples[i : i + 8]]
+    save_grid(path, rows, ["image", "prediction", "outlines", "foreground", "uncertainty",
+                           "entropy"], cell=1.3)
+
+
+def images_at(path: Path) -> list[Path]:
     """`path` itself, if it is a file or a patient's folder of BraTS, or the images in the folder;
     UserError if there is none, or two of one name."""
     if not path.is_dir() or all(any(path.glob(f"*_{kind}.nii*")) for kind in BRATS):
@@ -95,50 +132,42 @@ def pictures(path: Path) -> list[Path]:
     found = sorted(file for file in path.iterdir() if file.name.lower().endswith(kinds))
     if not found:
         raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
-    names = [Path(file.name.removesuffix(".gz")).stem for file in found]
-    for name, file in zip(names, found):
-        if names.count(name) > 1:
-            raise UserError(f"--image {path}: {file.name} and another file share the name {name}, "
-                            "and so would their results; rename one")
+    seen = set()
+    for file in found:
+        if stem(file) in seen:
+            raise UserError(f"--image {path}: {file.name} and another file share the name "
+                            f"{stem(file)}, and so would their results; rename one")
+        seen.add(stem(file))
     return found
 
 
-def read_image(file: Path, channels: int, dims: int, taught: str):
-    """(array (C, *S); where (*S) a model of the data set `taught` has something to say, not in the
-    air of BraTS; the nibabel image it came from, or None)."""
+def stem(file: Path) -> str:
+    """The file's name without .png, .nii.gz, ..."""
+    return Path(file.name.removesuffix(".gz")).stem
+
+
+def read_image(file: Path, channels: int, dims: int, data_name: str):
+    """(float array (C, *S); where (*S) a model trained on `data_name` has something to say, which
+    for BraTS is not in the air; the nibabel image it came from, or None)."""
+    source = None
     if file.is_dir():
         image, inside, source = read_patient(file)
+    elif not file.is_file():  # a pipe would be waited for
+        raise UserError(f"{file}: " + ("not a file" if file.exists() else "no such file"))
     elif is_nifti(file):
-        if not file.exists():
-            raise UserError(f"{file}: no such file")
         image, source = read_nifti(file, dims)
-        inside = (image != 0).any(0)
-        if taught != "brats" or not inside.any():
-            inside = np.ones(image.shape[1:], bool)
+        air = (image == 0).all(0)
+        inside = ~air if data_name == "brats" and not air.all() else np.ones_like(air)
     else:
-        image = read_picture(file, channels)
-        return image, np.ones(image.shape[1:], bool), None
-    if taught in ("brats", "folder"):
+        image = as_float_image(read_picture(file), str(file))
+        if channels == 3:
+            image = image.repeat(3 // len(image), 0)
+        elif len(image) == 3:
+            image = np.tensordot(np.float32([[0.299, 0.587, 0.114]]), image, 1)  # luma, ITU-R 601
+        inside = np.ones(image.shape[1:], bool)
+    if len(image) != channels or image.ndim != 1 + dims:
+        raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; this model takes "
+                        f"{channels} of {dims}D")
+    if source is not None and data_name in ("brats", "folder"):
         image = standardised(image, inside)
     return image, inside, source
-
-
-def read_picture(file: Path, channels: int) -> np.ndarray:
-    """(C, H, W) float32 in [0, 1], C = 3 if the model takes 3 channels, else 1; UserError if it is
-    not a picture."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as picture:
-            if channels == 3:
-                picture = picture.convert("RGB")
-            elif picture.mode not in ("L", "F") and not picture.mode.startswith("I"):
-                picture = picture.convert("L")
-            array = np.asarray(picture)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{file}: not a picture that Pillow reads ({error})") from error
-    scale = {"uint8": 255.0, "uint16": 65535.0, "int32": 65535.0}.get(str(array.dtype), 1.0)
-    array = array.astype(np.float32) / scale
-    return np.ascontiguousarray(array.transpose(2, 0, 1)) if channels == 3 else array[None]

@@ -1,67 +1,77 @@
-"""DeepMedic."""
+"""DeepMedic (Kamnitsas et al. 2017), the SSN paper's network for volumes.
+
+Pathways at 1/1, 1/3 and 1/5 of the resolution, upsampled and concatenated, then 1^3 layers. Each
+pathway is eight unpadded 3^3 convolutions, so at scale s it loses 8 s voxels on each side. An input
+of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from common import (IGNORE, batch_norm, center_crop, dropout, reflect_index, reflect_pad, uniform,
+                    valid_label)
+
+TILE = 60  # voxels a side computed at once at test time; bounds memory and changes nothing else
 
 
-from common import BATCH_NORM, IGNORE, center_crop, reflect_index, reflect_pad, valid_label
+@dataclass(frozen=True)
+class DeepMedicConfig:
+    """Defaults are the SSN paper's BraTS model, as its published code has it."""
+
+    pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # widths of a pathway's layers
+    scales: tuple[int, ...] = (1, 3, 5)  # a pathway takes the volume at 1/scale
+    hidden: tuple[int, ...] = (250, 250, 50)  # widths of the 1^3 layers that join the pathways
+    dropout: float = 0.5  # probability, before these layers but the first
+    patch: int = 30  # side of the label patch in training, a multiple of every scale
 
 
 class DeepMedic(nn.Module):
-    """Three views of a volume at 1/1, 1/3 and 1/5, side by side (Kamnitsas et al. 2017).
+    """Volume (B, C, D, H, W), sides o + 2 * margin -> features (B, out_channels, *o).
 
-    Each pathway is eight unpadded 3^3 convolutions, pre-activated: at scale s they eat 8 s voxels
-    on each side, so an input of side o + 2 * margin, margin = 8 * 5, gives features of side o:
-    110 -> 30, 140 -> 60. o is a multiple of every scale.
+    o must be a multiple of every scale.
     """
 
-    def __init__(self, c):
+    def __init__(self, in_channels: int, config: DeepMedicConfig = DeepMedicConfig()):
         super().__init__()
-        self.scales, self.multiple = c.scales, math.lcm(*c.scales)
-        self.layers = len(c.pathway)
-        self.margin = self.layers * max(c.scales)
-        if c.dims != 3 or c.patch % self.multiple:
-            raise ValueError(f"deepmedic with dims={c.dims}, patch={c.patch}: dims is 3 and patch "
-                             f"a multiple of {self.multiple}, the scales' common multiple")
-
-        def layer(i, before, after, kernel):
-            activate = [] if i == 0 else [BATCH_NORM[3](before), nn.ReLU(inplace=True)]
-            return activate + [nn.Conv3d(before, after, kernel)]
-
-        widths = list(zip((c.in_channels, *c.pathway), c.pathway))
-        self.pathways = nn.ModuleList(
-            nn.Sequential(*[m for i, w in enumerate(widths) for m in layer(i, *w, 3)])
-            for _ in c.scales)
-        joined = len(c.scales) * c.pathway[-1]
-        self.join = nn.Sequential()
-        for before, after in zip((joined, *c.hidden), c.hidden):
-            self.join.extend([*layer(1, before, after, 1)[:2], nn.Dropout(0.5),
-                              nn.Conv3d(before, after, 1)])
-        self.join.extend([BATCH_NORM[3](c.hidden[-1]), nn.ReLU(inplace=True)])
+        self.config = c = config
+        self.multiple = math.lcm(*c.scales)
+        self.margin = len(c.pathway) * max(c.scales)
+        if c.patch < 1 or c.patch % self.multiple:
+            raise ValueError(f"deepmedic: patch={c.patch} is no multiple of {self.multiple}, that "
+                             "is, of every scale")
+        self.pathways, self.join = nn.ModuleList(), nn.Sequential()
+        for _ in c.scales:
+            first = nn.Conv3d(in_channels, c.pathway[0], 3)
+            others = [Layer(a, b, 3) for a, b in zip(c.pathway, c.pathway[1:])]
+            self.pathways.append(nn.Sequential(first, *others))
+        widths = (len(c.scales) * c.pathway[-1], *c.hidden)
+        for before, after in zip(widths, c.hidden):
+            self.join.append(Layer(before, after, 1, c.dropout if len(self.join) else 0.0))
         self.out_channels = c.hidden[-1]
 
-    def forward(self, volume):
-        """(B, C, D, H, W), every side o + 2 * margin -> features (B, F, *o)."""
+    def forward(self, volume: Tensor) -> Tensor:
+        c = self.config
         size = [side - 2 * self.margin for side in volume.shape[2:]]
         views = []
-        for scale, pathway in zip(self.scales, self.pathways):
-            view = center_crop(volume, [o + 2 * scale * self.layers for o in size])
+        for scale, pathway in zip(c.scales, self.pathways):
+            view = center_crop(volume, [side + 2 * scale * len(c.pathway) for side in size])
             view = pathway(F.avg_pool3d(view, scale) if scale > 1 else view)
             views.append(F.interpolate(view, scale_factor=scale) if scale > 1 else view)
-        return self.join(torch.cat(views, 1))
+        return F.relu(self.join(torch.cat(views, 1)))
 
-    def stitch(self, volume, tile, head):
-        """`head` of the features of a whole volume (B, C, *S), computed tile by tile.
+    def stitch(self, volume: Tensor, head, tile: int = TILE) -> list[Tensor]:
+        """`head` (features -> list of maps) of a whole volume (B, C, *S), computed tile by tile.
 
-        Tiles start at multiples of every scale, so the result is the same whatever side they have.
+        Tiles start at multiples of every scale, so their side does not change the result.
         """
         size, tile = volume.shape[2:], tile - tile % self.multiple
-        up = [-s % self.multiple for s in size]
-        volume = reflect_pad(volume, [(self.margin, self.margin + u) for u in up])
-        padded = [s + u for s, u in zip(size, up)]
+        extra = [-s % self.multiple for s in size]
+        volume = reflect_pad(volume, [(self.margin, self.margin + e) for e in extra])
+        padded = [s + e for s, e in zip(size, extra)]
         whole = None
         for corner in torch.cartesian_prod(*[torch.arange(0, s, tile) for s in padded]).tolist():
             part = volume
@@ -72,35 +82,66 @@ class DeepMedic(nn.Module):
             if whole is None:
                 whole = [m.new_empty(*m.shape[:2], *padded) for m in maps]
             for target, m in zip(whole, maps):
-                place = [slice(a, a + b) for a, b in zip(corner, m.shape[2:])]
-                target[:, :, place[0], place[1], place[2]] = m
+                d, h, w = (slice(a, a + side) for a, side in zip(corner, m.shape[2:]))
+                target[:, :, d, h, w] = m
         return [w[:, :, : size[0], : size[1], : size[2]] for w in whole]
 
-    def random_patch(self, image, label, mask, side):
-        """One window of side^3 labels a case, its image wider by the margin the network eats.
+    def random_patches(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
+        """(images, labels, masks) of one training patch a case, around its `random_voxel`.
 
-        Centred on a labelled voxel half of the time, anywhere otherwise. What lies beyond the
-        volume: image by reflection, label 255, mask false.
+        Labels (B, patch, patch, patch), images wider by the margin that the network loses. Beyond
+        the volume the image is reflected, the label 255 and the mask false.
         """
-        label = valid_label(label, mask)
-        images, labels, masks = [], [], []
-        for case, (x, y) in enumerate(zip(image, label)):
-            center = torch.stack([torch.randint(s, ()) for s in y.shape])
-            labelled = torch.nonzero((y > 0) & (y != IGNORE))
-            if len(labelled) and torch.rand(()) < 0.5:
-                center = labelled[torch.randint(len(labelled), ())]
-            start = [min(max(middle - side // 2, 0), max(size - side, 0))
-                     for middle, size in zip(center.tolist(), y.shape)]
-            for axis, a in enumerate(start, 1):
-                index = torch.arange(a - self.margin, a + side + self.margin, device=x.device)
-                x = x.index_select(axis, reflect_index(index, x.shape[axis]))
-            images.append(x)
-            window = tuple(slice(a, a + side) for a in start)
-            missing = [p for s in y.shape[::-1] for p in (0, max(side - s, 0))]
-            labels.append(F.pad(y[window], missing, value=IGNORE))
-            if mask is not None:
-                masks.append(F.pad(mask[case][window], missing, value=False))
-        return torch.stack(images), torch.stack(labels), torch.stack(masks) if masks else None
+        side, label = self.config.patch, valid_label(label, mask)
+        inside = torch.ones_like(label, dtype=torch.bool) if mask is None else mask
+        missing = [p for size in label.shape[:0:-1] for p in (0, max(side - size, 0))]
+        label = F.pad(label, missing, value=IGNORE)
+        inside = F.pad(inside, missing, value=False)
+        inner = torch.arange(side, device=label.device)
+        outer = torch.arange(-self.margin, side + self.margin, device=label.device)
+        patches = []
+        for x, y, m, random in zip(image, label, inside, uniform((len(label), 2), image)):
+            corner = [(center - side // 2).clamp(0, size - side)
+                      for center, size in zip(random_voxel(y, random), y.shape)]
+            patches.append((cut(x, corner, outer), cut(y, corner, inner), cut(m, corner, inner)))
+        return [torch.stack(tensors) for tensors in zip(*patches)]
 
 
-TILE = 60  # voxels a side that DeepMedic computes at once at test time: bounds memory, else nothing
+def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:
+    """Position of a voxel of label (D, H, W): half of the time of a lesion, else not ignored.
+
+    random (2,) in [0, 1): which of the two, and which voxel. Nothing waits for the device.
+    """
+    valid = label != IGNORE
+    lesion = valid & (label > 0)
+    wanted = torch.where((random[0] < 0.5) & lesion.any(), lesion, valid).flatten()
+    number = wanted.cumsum(0)  # 1 at the first wanted voxel, 2 from the second on, ...
+    target = (random[1] * number[-1]).long() + 1
+    index = torch.searchsorted(number, target.minimum(number[-1]))
+    _, height, width = label.shape
+    return [index // (height * width), index // width % height, index % width]
+
+
+def cut(volume: Tensor, corner: list[Tensor], offsets: Tensor) -> Tensor:
+    """volume (..., D, H, W) at corner + offsets (L,) on each axis, reflected beyond its faces."""
+    for axis, first in zip((-3, -2, -1), corner):
+        index = reflect_index(first + offsets, volume.shape[axis])
+        volume = volume.index_select(axis, index)
+    return volume
+
+
+class Layer(nn.Module):
+    """Batch norm, PReLU, dropout, unpadded convolution; a shortcut around it if widths agree."""
+
+    def __init__(self, before: int, after: int, kernel: int, p: float = 0.0):
+        super().__init__()
+        self.norm, self.activation = batch_norm(3, before), nn.PReLU(before)
+        self.conv = nn.Conv3d(before, after, kernel)
+        self.p, self.shortcut = p, before == after
+
+    def forward(self, x):
+        inner = self.activation(self.norm(x))
+        if self.training and self.p:
+            inner = dropout(inner, self.p)
+        out = self.conv(inner)
+        return out + center_crop(x, out.shape[2:]) if self.shortcut else out

@@ -1,57 +1,59 @@
-"""Swin-Unet."""
+"""Swin-Unet (Cao et al. 2021, arXiv:2105.05537): a U-Net of windowed self-attention (Liu et al.
+2021, arXiv:2103.14030), without pre-trained weights. Inside, maps are (B, H, W, C)."""
 
+import contextlib
 import math
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
+from common import standard_normal
 
 
 class SwinUNet(nn.Module):
-    """Swin-Unet (Cao et al. 2021, arXiv:2105.05537) in short: a U-Net of windowed attention.
+    """Encoder and decoder; the 1-wide convolution to the classes is the caller's.
 
-    Inside, maps are (B, H, W, C). No stochastic depth, no pre-trained weights.
+    width: channels of the finest level, doubled at every coarser one.
+    depths, heads: blocks and attention heads of each level, fine to coarse, in the decoder too.
+    patch: pixels a side that become one token of the finest level.
+    window: tokens a side that attend to one another; a smaller map is one window.
+    joined: channels that the caller concatenates to every skip connection before `decode`.
+    drop_path: DropPath's rate in the encoder's last block; it grows linearly from 0 in the first.
+    decoder: False leaves the decoder out.
     """
 
-    def __init__(self, c, in_channels: int):
+    def __init__(self, in_channels: int, *, width: int = 96, depths: tuple[int, ...] = (2, 2, 2, 1),
+                 heads: tuple[int, ...] = (3, 6, 12, 24), patch: int = 4, window: int = 7,
+                 joined: int = 0, drop_path: float = 0.0, decoder: bool = True):
         super().__init__()
-        levels = range(len(c.depths))
-        self.channels = width = tuple(c.width * 2**level for level in levels)
-        if c.dims != 2 or len(c.heads) != len(width) or any(w % h for w, h in zip(width, c.heads)):
-            raise ValueError(f"backbone='swin' with dims={c.dims}, depths={c.depths}, heads="
-                             f"{c.heads}, channels {width}: dims is 2, depths and heads are of one "
-                             "length, and heads divide channels")
-        self.out_channels = c.width
-        self.multiple = c.patch * 2 ** (len(c.depths) - 1)
-
-        def blocks(level):
-            return [SwinBlock(width[level], c.heads[level], c.window, c.window // 2 * (i % 2))
-                    for i in range(c.depths[level])]
-
-        self.encoder = nn.ModuleList()
-        for level in levels:
-            if level == 0:  # from pixels to tokens
-                enter = [Gather(c.patch), nn.Linear(c.patch**2 * in_channels, c.width),
-                         nn.LayerNorm(c.width)]
-            else:
-                enter = [Gather(2), nn.LayerNorm(2 * width[level]),
-                         nn.Linear(2 * width[level], width[level], bias=False)]
-            self.encoder.append(nn.Sequential(*enter, *blocks(level)))
-        self.encoder[-1].append(nn.LayerNorm(width[-1]))
+        self.channels = channels = tuple(width * 2**level for level in range(len(depths)))
+        if len(heads) != len(depths) or any(c % h for c, h in zip(channels, heads)):
+            raise ValueError(f"Swin-Unet with depths={depths}, heads={heads}, channels {channels}: "
+                             "depths and heads are of one length, and heads divide channels")
+        self.out_channels, self.multiple = width, patch * 2 ** (len(depths) - 1)
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
+        self.enter = nn.ModuleList([nn.Sequential(  # from pixels to tokens
+            Gather(patch), nn.Linear(patch**2 * in_channels, width), nn.LayerNorm(width))])
+        for c in channels[1:]:
+            self.enter.append(nn.Sequential(Gather(2), nn.LayerNorm(2 * c),
+                                            nn.Linear(2 * c, c, bias=False)))
+        self.encoder = nn.ModuleList(swin_blocks(*level, window)
+                                     for level in zip(channels, heads, rates))
+        self.encoder[-1].append(nn.LayerNorm(channels[-1]))
         self.decoder = nn.ModuleList()
-        for level in reversed(levels[:-1]):
-            above, skip = width[level + 1], width[level]
-            above += c.latent_dim if level == levels[-2] else 0
-            self.decoder.append(nn.ModuleDict(dict(
-                up=nn.Sequential(nn.Linear(above, 4 * skip, bias=False), Scatter(2),
-                                 nn.LayerNorm(skip)),
-                join=nn.Linear(2 * skip + c.latent_dim, skip),
-                blocks=nn.Sequential(*blocks(level)))))
-        self.decoder.append(nn.Sequential(  # from tokens back to pixels
-            nn.LayerNorm(c.width), nn.Linear(c.width, c.patch**2 * c.width, bias=False),
-            Scatter(c.patch), nn.LayerNorm(c.width)))
+        if decoder:
+            for level in reversed(range(len(depths) - 1)):
+                c = channels[level]
+                self.decoder.append(nn.ModuleDict(dict(
+                    up=nn.Sequential(nn.Linear(2 * c, 4 * c, bias=False), Scatter(2),
+                                     nn.LayerNorm(c)),
+                    join=nn.Linear(2 * c + joined, c),
+                    blocks=swin_blocks(c, heads[level], rates[level], window))))
+            self.to_pixels = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False),
+                Scatter(patch), nn.LayerNorm(width))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -59,96 +61,133 @@ class SwinUNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> features (B, C_i, H_i, W_i) of every level, fine to coarse."""
+        """(B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, and the coarsest
+        features. As in the published code, a skip connection leaves before its level's blocks."""
         features, x = [], x.movedim(1, -1)
-        for stage in self.encoder:
-            x = stage(x)
-            features.append(x.movedim(-1, 1))
-        return features
+        for enter, blocks in zip(self.enter, self.encoder):
+            x = enter(x)
+            features.append(x)
+            x = blocks(x)
+        features[-1] = x
+        return [f.movedim(-1, 1) for f in features]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """Features with latents of every level, as `encode` lists them -> (B, C, H, W)."""
+        """What `encode` returned, with what is joined to the skips -> (B, width, H, W)."""
         *skips, x = [f.movedim(1, -1) for f in features]
-        *stages, last = self.decoder
-        for stage in stages:
-            x = stage["join"](torch.cat([stage["up"](x), skips.pop()], -1))
+        for stage, skip in zip(self.decoder, reversed(skips)):
+            x = stage["join"](torch.cat([stage["up"](x), skip], -1))
             x = stage["blocks"](x)
-        return last(x).movedim(-1, 1)
+        return self.to_pixels(x).movedim(-1, 1)
 
 
-class Gather(nn.Module):
-    """(B, H, W, C) -> (B, H/s, W/s, s*s*C): squares of s*s tokens become one."""
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.side = side
+class Gather(nn.PixelUnshuffle):
+    """(B, H, W, C) -> (B, H/s, W/s, C*s*s): squares of s*s tokens become one."""
 
     def forward(self, x):
-        x = x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side))  # (B, h, s, w, s, C)
-        return x.transpose(2, 3).flatten(3)
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
-class Scatter(Gather):
+class Scatter(nn.PixelShuffle):
     """The inverse of Gather."""
 
     def forward(self, x):
-        x = x.unflatten(3, (self.side, self.side, -1))  # (B, h, w, s, s, C)
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+def swin_blocks(channels: int, heads: int, rates: Tensor, window: int) -> nn.Sequential:
+    """A block for each rate of DropPath; every second one has its windows shifted by half."""
+    return nn.Sequential(*[SwinBlock(channels, heads, window, window // 2 * (i % 2), rate)
+                           for i, rate in enumerate(rates.tolist())])
 
 
 class SwinBlock(nn.Module):
-    """Self-attention within windows, then two layers on every token (Liu et al. 2021).
+    """Self-attention within windows, then two layers on every token; (B, H, W, C) -> the same.
 
-    (B, H, W, C) -> the same. A token attends to those of its window of window^2 tokens, with a
-    learned bias for each relative position. `shift` moves the windows' borders by so many tokens,
-    on axes longer than a window.
+    A token attends to those of its window, with a learned bias for each relative position. `shift`
+    moves the windows' borders by so many tokens, on axes longer than a window.
     """
 
-    def __init__(self, channels: int, heads: int, window: int, shift: int):
+    def __init__(self, channels: int, heads: int, window: int, shift: int, drop_path: float = 0.0):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(),
                                  nn.Linear(4 * channels, channels))
-        self.bias = nn.Parameter(0.02 * torch.randn(heads, (2 * window - 1) ** 2))
+        self.drop_path = DropPath(drop_path)
+        self.bias = nn.Parameter(torch.empty(heads, (2 * window - 1) ** 2))
+        nn.init.trunc_normal_(self.bias, std=0.02)
         offset = torch.arange(window)[:, None] - torch.arange(window) + window - 1  # query - key
         index = offset[:, None, :, None] * (2 * window - 1) + offset[None, :, None, :]
-        self.register_buffer("index", index.reshape(window**2, window**2), persistent=False)
+        self.register_buffer("index", index, persistent=False)  # (w, w) queries, (w, w) keys
 
     def forward(self, x):
-        x = x + self.attend(self.norms[0](x))
-        return x + self.mlp(self.norms[1](x))
+        x = x + self.drop_path(self.attend(self.norms[0](x)))
+        return x + self.drop_path(self.mlp(self.norms[1](x)))
 
     def attend(self, x):
         """Attention within (shifted) windows, (B, H, W, C) -> the same shape."""
-        (count, height, width, channels), w = x.shape, self.window
-        shifts = tuple(self.shift if side > w else 0 for side in (height, width))
-        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w)).roll([-s for s in shifts], (1, 2))
-        rows, columns = x.shape[1] // w, x.shape[2] // w
+        count, height, width, channels = x.shape
+        h, w = min(self.window, height), min(self.window, width)  # of a window
+        shifts = [self.shift if side > self.window else 0 for side in (height, width)]
+        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % h)).roll([-s for s in shifts], (1, 2))
+        rows, columns = x.shape[1] // h, x.shape[2] // w
         # windows beside the heads, so that one mask serves the whole batch
-        q, k, v = (self.qkv(x).view(count, rows, w, columns, w, 3, self.heads, -1)
-                   .permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, count, -1, w * w,
-                                                            channels // self.heads))
-        bias = self.bias[:, self.index].to(q)  # (heads, w*w, w*w)
-        hidden = hidden_keys((height, width), w, shifts, x.device)  # (windows, w*w, w*w)
-        bias = bias.masked_fill(hidden[:, None], -math.inf).flatten(0, 1)
-        x = F.scaled_dot_product_attention(q, k, v, bias[None])
-        x = x.view(count, rows, columns, self.heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(count, rows * w, columns * w, channels).roll(shifts, (1, 2))
+        q, k, v = (self.qkv(x).view(count, rows, h, columns, w, 3, self.heads, -1)
+                   .permute(5, 0, 1, 3, 6, 2, 4, 7)
+                   .reshape(3, count, -1, h * w, channels // self.heads))
+        bias = self.bias.index_select(1, self.index[:h, :w, :h, :w].flatten()).to(q)
+        hidden = hidden_keys((height, width), (h, w), shifts, x.device)[:, None]
+        bias = bias.view(1, self.heads, h * w, h * w).masked_fill(hidden, -math.inf)
+        x = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
+        x = x.view(count, rows, columns, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(count, rows * h, columns * w, channels).roll(shifts, (1, 2))
         return self.out(x[:, :height, :width])
 
 
-def hidden_keys(size, window: int, shifts, device) -> Tensor:
-    """Which tokens of a window a token must not see: bool (windows, w*w queries, w*w keys).
+def hidden_keys(size, window, shifts, device) -> Tensor:
+    """Which tokens of a window a token must not attend to: bool (windows, h*w queries, h*w keys).
 
-    The map of `size` was padded at its ends to whole windows and rolled by -shifts. Rolling puts
-    opposite edges into one window, and they see each other no more than they see padding.
+    The map of `size` was padded at its ends to whole windows (h, w) and rolled by -shifts. Rolling
+    brings opposite edges into one window; they are hidden from each other, and so is padding.
+    (Computed anew in every pass, for 1 % of a block's time.)
     """
     region = torch.zeros((), dtype=torch.long, device=device)
-    for side, shift in zip(size, shifts):
-        padded = side + -side % window
+    for side, length, shift in zip(size, window, shifts):
+        padded = side + -side % length
         origin = torch.arange(shift, padded + shift, device=device) % padded
         region = 4 * region[..., None] + 2 * (origin >= side) + (origin < shift)
-    region = Gather(window)(region[None, ..., None]).flatten(0, 2)  # (windows, w*w)
+    h, w = window
+    region = region.unflatten(1, (-1, w)).unflatten(0, (-1, h)).transpose(1, 2).reshape(-1, h * w)
     return region[:, :, None] != region[:, None]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a residual layer is skipped at random for each case."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path={rate}: at least 0 and below 1")
+        self.rate, self.generator = rate, None
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        # normal noise falls below the threshold with probability `rate`
+        threshold = NormalDist().inv_cdf(self.rate)
+        kept = standard_normal((len(x), 1, 1, 1), x, self.generator) >= threshold
+        return x * kept / (1 - self.rate)
+
+
+@contextlib.contextmanager
+def dropping_paths(model: nn.Module, generator: torch.Generator | None):
+    """Inside, every DropPath of a model in eval mode drops as in training, by `generator`."""
+    paths = [module for module in model.modules() if isinstance(module, DropPath)]
+    for path in paths:
+        path.training, path.generator = True, generator
+    try:
+        yield
+    finally:
+        for path in paths:
+            path.training, path.generator = model.training, None

@@ -1,25 +1,34 @@
-"""What every data set becomes: a `Split`, and the steps from listed cases to one."""
+"""What every data set becomes, a `Split`, and how the cases found in files become one.
 
-import itertools
+A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
+it. Reading waits until the splits are known and checked, so that only the cases asked for are
+read, a user's own split file can move cases, and pictures are decoded on several threads.
+
+    data.load -> locate -> the set's reader -> assign -> collect -> each case's `read`
+"""
+
 import json
 import math
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import IGNORE
-from sources.files import DataError, readable, size_text
-
+from common import IGNORE, Progress
+from sources.files import DataError, as_float_image, readable, size_text
 
 SPLITS = ("train", "val", "test")
+SLOW = 3.0  # seconds of reading after which a progress line appears
+LARGE = 5.0  # root mean square of an image above which a warning is printed
 
 
 @dataclass
@@ -27,22 +36,22 @@ class Split:
     """Cases in memory, images and all their annotations, on one device."""
 
     images: Tensor  # (N, C, *S) float32
-    labels: Tensor  # (N, A, *S) uint8, 255 = ignore; (N, 1, *S) where `flips` tells the others
-    weights: Tensor | None  # (N, A) float32, rows sum to 1: odds of each label map; None = uniform
+    labels: Tensor  # (N, A, *S) uint8, 255 = ignore; (N, 1, *S) where `flips` gives the others
+    weights: Tensor | None  # (N, A) float32, rows sum to 1: probabilities; None: uniform
     groups: list[str]  # patient, series or scene of each case: no split cuts through one
     num_classes: int
     names: list[str]  # key or file of each case
     # Instance ids (N, *S) int32, -1 = ignore. Where given, ids below `fixed` are classes, and every
-    # batch maps the others anew to random classes fixed..K-1; `labels` holds a few such maps, the
+    # batch maps the others to new random classes fixed..K-1; `labels` holds a few such maps, the
     # same every time, for evaluation.
     instances: Tensor | None = None
     fixed: int = 1
     exact: bool = False  # whether labels and weights are the whole distribution of label maps
     # (N, A, 256) uint8. Where given, label map a of case i is flips[i, a][labels[i, 0]], so that
-    # thousands of scenes of 32 maps fit into memory; `all_maps` makes the maps.
+    # thousands of scenes of 32 maps fit into memory; `all_maps` computes the maps.
     flips: Tensor | None = None
     scored: tuple[int, ...] = ()  # classes whose IoU the set's paper averages; () = 1..K-1
-    # {part: names of its cases} of the whole set, as `split_file` takes it.
+    # {split: names of its cases} of the whole set, as `split_file` takes it.
     parts: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -64,8 +73,18 @@ class Split:
         share = self.present * (1.0 if self.weights is None else self.weights)
         return share / share.sum(1, keepdim=True)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        return {key: change(value) for key, value in vars(self).items() if torch.is_tensor(value)}
+    def label_maps(self, cases: Tensor, annotators: Tensor) -> Tensor:
+        """One label map of each case, by index, both (B,) -> (B, *S) uint8."""
+        if self.flips is None:
+            return self.labels[cases, annotators]
+        return relabel(self.labels[cases, 0], self.flips[cases, annotators])
+
+    def all_maps(self) -> "Split":
+        """The same with every label map in `labels`; for small subsets, as the result is large."""
+        if self.flips is None:
+            return self
+        maps = [relabel(self.labels[:, 0], table) for table in self.flips.unbind(1)]
+        return replace(self, labels=torch.stack(maps, 1), flips=None)
 
     def to(self, device) -> "Split":
         """All of it on `device`."""
@@ -80,16 +99,67 @@ class Split:
         groups, names = ([kept[i] for i in indices] for kept in (self.groups, self.names))
         return replace(self, **self._map(lambda tensor: tensor[rows]), groups=groups, names=names)
 
-    def all_maps(self) -> "Split":
-        """The same with `labels` (N, A, *S) of all label maps. For subsets: this is what is big."""
-        if self.flips is None:
-            return self
-        maps = [relabel(self.labels[:, 0], table) for table in self.flips.unbind(1)]
-        return replace(self, labels=torch.stack(maps, 1), flips=None)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {key: change(value) for key, value in vars(self).items() if torch.is_tensor(value)}
+
+
+# ----------------------------------------------------------------------------- from files to Split
+
+
+@dataclass
+class Case:
+    """A case that a reader found: read() gives its image (C, *S) and {annotator: label map}."""
+
+    name: str
+    group: str
+    read: Callable[[], tuple[np.ndarray, dict[int, np.ndarray]]]
+
+    def __post_init__(self):
+        # File names may hold bytes that are not UTF-8, which no CSV or JSON could be written with.
+        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8")
+                                 for text in (self.name, self.group))
+
+
+@dataclass
+class Listing:
+    """The cases of a set, not read yet, and what else makes a Split of them."""
+
+    cases: list[Case]
+    splits: dict[str, list[int]]  # the case indices of train, val and test
+    num_classes: int = 0  # 0: the largest label + 1
+    # Whether only the splits asked for are read. Else all are, so that each has the number of
+    # classes and the size of the whole set.
+    apart: bool = False
+    if_empty: str = ""  # why the set may have no case of {split}
+    weights: np.ndarray | None = None  # (N, A)
+    flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `flip_modes`
+    fixed: int | None = None  # given where the label maps are instance ids, see Split
+    scored: tuple[int, ...] = ()
+    pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
+
+
+def locate(name: str, path, source) -> Path:
+    """The file, or the folder in a known layout, that `path`, or datasets/<name>, points to."""
+    place = Path("datasets", name) if path is None else Path(path)
+    if place.is_dir() and any(True for mark in source.marks for _ in place.glob(mark)):
+        return place
+    if place.is_dir():
+        found = [file for file in sorted(place.iterdir()) if file.suffix in source.suffixes]
+    elif path is None:
+        found = [file for file in map(place.with_suffix, source.suffixes) if file.is_file()]
+    else:
+        found = [place] if place.is_file() and place.suffix in source.suffixes else []
+    if len(found) > 1:
+        raise DataError(f"{name}: several files at {place}: give the path of one, "
+                        f"{' or '.join(file.name for file in found)}")
+    if not found:
+        raise DataError(f"{name}: nothing to read at {place}: put there, or give the path of, "
+                        f"{source.layout}; sources/README.md has every layout")
+    return found[0]
 
 
 def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[str, list[int]]:
-    """Case indices of train, val and test, no group on two sides.
+    """Case indices of train, val and test, with no group in two of them.
 
     The n distinct groups, sorted, are shuffled by RandomState(0); the first ceil(test n) are test.
     The other m, in that order, are shuffled by a fresh RandomState(0); the first ceil(val m) are
@@ -97,77 +167,42 @@ def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[s
     calls of scikit-learn's train_test_split); with val = 0.25 it is 60/20/20.
     """
     rest, members = np.unique(groups), {}
-    for part, share in (("test", test), ("val", val)):
+    for split, share in (("test", test), ("val", val)):
         rest = rest[np.random.RandomState(0).permutation(len(rest))]
         taken, rest = np.split(rest, [math.ceil(share * len(rest))])
-        members[part] = set(taken)
+        members[split] = set(taken)
     members["train"] = set(rest)
-    return {part: [i for i, group in enumerate(groups) if group in members[part]]
-            for part in SPLITS}
+    return {split: [i for i, group in enumerate(groups) if group in members[split]]
+            for split in SPLITS}
 
 
-class Case(NamedTuple):
-    """A case that a reader found; read(*key) is its image (C, *S) and {reader: label map (*S)}."""
+def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dict[str, list[int]]:
+    """The case indices of train, val and test: the set's own, or those of a split file.
 
-    name: str
-    group: str
-    read: Callable[..., tuple[np.ndarray, dict[int, np.ndarray]]]
-    key: tuple
-
-
-@dataclass
-class Listing:
-    """The cases of a set, not read yet, and what makes a Split of them."""
-
-    cases: list[Case]
-    parts: dict[str, list[int]]  # the case indices of train, val and test
-    num_classes: int = 0  # 0: the largest label + 1
-    own: str = ""  # where files tell the split, parts are read one by one: why `part` may be empty
-    weights: np.ndarray | None = None  # (N, A)
-    flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `flip_modes`
-    fixed: int | None = None  # given where the label maps are instance ids, as Split tells
-    scored: tuple[int, ...] = ()
-    pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
-
-
-def gather(name, path, source, wanted, split_file, values) -> tuple[Split, dict, dict]:
-    """(the cases read, the rows of each part, the names of each part) of a set read from files."""
-    with readable(path or name, "data set", OSError):  # such as a folder that may not be opened
-        place = locate(name, path, source)
-        listing = source.read(place, SPLITS if split_file or "all" in wanted else wanted, **values)
-    cases, parts, lack = listing.cases, listing.parts, listing.own
-    if not cases:
-        raise DataError(f"{place}: holds no cases; it should be {source.layout}")
+    Raises DataError for two cases of one name, a group in two splits, an empty split in `wanted`.
+    """
+    cases, splits, why = listing.cases, listing.splits, listing.if_empty
     twice = [key for key, count in Counter(case.name for case in cases).items() if count > 1]
     if twice:
         raise DataError(f"{place}: two cases are named {twice[0]!r}; rename one")
     if split_file:
-        place, parts, lack = split_file, _listed_parts(split_file, cases), "none is listed"
-    lack = lack or (f"{len({case.group for case in cases})} groups (patients, scenes) are too few "
-                    "to split; give more, or use 'all'")
+        place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
     home: dict[str, str] = {}
-    for part, rows in parts.items():
+    for split, rows in splits.items():
         for i in rows:
-            if home.setdefault(cases[i].group, part) != part:
+            if home.setdefault(cases[i].group, split) != split:
                 raise DataError(f"{place}: {cases[i].group!r} is in {home[cases[i].group]} and in "
-                                f"{part}; all cases of a group (a patient, a scene) must be in one")
-    for part in wanted:
-        if part != "all" and not parts[part]:
-            raise DataError(f"{place}: no case is left for {part!r}: {lack.format(part=part)}")
-
-    names = {part: [cases[i].name for i in parts[part]] for part in SPLITS}
-    if "all" in wanted:
-        return _collect(place, listing, range(len(cases))), parts, names
-    rows, runs = [], {}  # each part a run of its own, which `subset` cuts out without a copy
-    for part in SPLITS:
-        if part in wanted or not listing.own:
-            runs[part] = range(len(rows), len(rows) + len(parts[part]))
-            rows += parts[part]
-    return _collect(place, listing, rows), runs, names
+                                f"{split}; all cases of a group (patient, scene) must be in one")
+    for split in wanted:
+        if split != "all" and not splits[split]:
+            why = why or (f"{len({case.group for case in cases})} groups (patients, scenes) are "
+                          "too few to split; give more, or use 'all'")
+            raise DataError(f"{place}: no case is left for {split!r}: {why.format(split=split)}")
+    return splits
 
 
-def _listed_parts(file, cases: Sequence[Case]) -> dict[str, list[int]]:
-    """The parts named by a JSON file {"train": [names of cases or groups], "val": ..., "test"}."""
+def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
+    """The splits in a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}."""
     with readable(file, "split file (JSON)"):
         listed = json.loads(Path(file).read_text(encoding="utf-8"))
     if (not isinstance(listed, dict) or not set(listed) <= set(SPLITS)
@@ -178,118 +213,113 @@ def _listed_parts(file, cases: Sequence[Case]) -> dict[str, list[int]]:
     for i, case in enumerate(cases):
         for key in (case.name, case.group):
             known.setdefault(key, set()).add(i)
-    parts = {part: list(map(str, listed.get(part, []))) for part in SPLITS}
-    unknown = [name for name in itertools.chain(*parts.values()) if name not in known]
-    if unknown:
-        raise DataError(f"{file}: no case and no group is named {unknown[0]!r}; the first case "
-                        f"is {cases[0].name!r}, of group {cases[0].group!r}")
-    return {part: sorted(set().union(*map(known.get, names))) for part, names in parts.items()}
+    splits = {}
+    for split in SPLITS:
+        rows: set[int] = set()
+        for name in map(str, listed.get(split, [])):
+            if name not in known:
+                raise DataError(f"{file}: no case and no group is named {name!r}; the first case "
+                                f"is {cases[0].name!r}, of group {cases[0].group!r}")
+            rows |= known[name]
+        splits[split] = sorted(rows)
+    return splits
 
 
-def _collect(path, listing: Listing, rows: Sequence[int]) -> Split:
-    """Reads, checks and stacks cases; a reader a case lacks is 255 all over and has weight 0.
+def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
+    """Reads, checks and stacks the cases at `rows`; a missing label map is 255 and has weight 0.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
-    by reflection, labels with 255, which no loss and no metric sees.
+    by reflection, labels with 255, which no loss and no metric uses.
     """
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
-        raise DataError(f"{path}: num_classes is {listing.num_classes}; 2 to {IGNORE} can be")
-    cases, images, masks = [listing.cases[i] for i in rows], [], []
-    for case, (image, drawn) in zip(cases, _read_ahead(cases)):
-        where = f"{path}: {case.name!r}"
-        image = _as_image(image, f"{where}: image")
-        if image.ndim not in (3, 4) or not image.size:
-            raise DataError(f"{where}: image is {size_text(image.shape[1:])}; (H, W) or (D, H, W) is "
-                            "needed")
-        if images and (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
-            raise DataError(f"{where}: image is {size_text(image.shape)} (channels first), the first "
-                            f"is {size_text(images[0].shape)}; give as many channels and axes in all")
-        for reader, mask in drawn.items():
-            told = f"{where}: mask {reader}"
-            drawn[reader] = (_as_label(mask, listing.num_classes or IGNORE, told)
-                             if listing.fixed is None else _as_instances(mask, listing.fixed, told))
-            if mask.shape != image.shape[1:]:
-                raise DataError(f"{told} is {size_text(mask.shape)} and its image "
-                                f"{size_text(image.shape[1:])}; they must be of one size")
-        images.append(image)
-        masks.append(drawn)
+        raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
+    cases, images, maps, scale = [listing.cases[i] for i in rows], [], [], 0.0
+    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
+    start = time.monotonic()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
+        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
+            if images and (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
+                raise DataError(f"{place}: {cases[len(images)].name!r}: image is "
+                                f"{size_text(image.shape)} (channels first), the first is "
+                                f"{size_text(images[0].shape)}; give as many channels and axes "
+                                "everywhere")
+            images.append(image)
+            maps.append(drawn)
+            scale = max(scale, float(np.linalg.norm(image)) / math.sqrt(image.size))
+            if time.monotonic() - start > SLOW:
+                progress.update(len(images), "cases read")
+    if time.monotonic() - start > SLOW:
+        progress.say(f"{place}: {len(cases)} cases read")
+    if scale > LARGE and not progress.quiet:
+        print(f"warning: {place}: pixels of about {scale:.3g}; models expect about [0, 1], or mean "
+              "0 and deviation 1: divide the images, or store them as uint8 or uint16",
+              file=sys.stderr)
 
     size = np.max([image.shape[1:] for image in images], 0)
-    readers = 1 + max((reader for drawn in masks for reader in drawn), default=0)
+    annotators = 1 + max((annotator for drawn in maps for annotator in drawn), default=0)
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
-    kind = (np.uint8, IGNORE) if listing.fixed is None else (np.int32, -1)
-    labels = np.full((len(cases), readers, *size), kind[1], kind[0])
-    for i, (image, drawn) in enumerate(zip(images, masks)):
-        images[i] = masks[i] = None  # frees them one by one
-        stack[i] = _centred(image, size, mode=listing.pad)
-        for reader, mask in drawn.items():
-            labels[i, reader] = _centred(mask, size, constant_values=kind[1])
+    empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
+    labels = np.full((len(cases), annotators, *size), empty, kind)
+    for i in range(len(cases)):
+        stack[i] = _centred(images[i], size, mode=listing.pad)
+        for annotator, label in maps[i].items():
+            labels[i, annotator] = _centred(label, size, constant_values=empty)
+        images[i] = maps[i] = None  # frees them one by one
     names, groups = [case.name for case in cases], [case.group for case in cases]
     whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None, groups,
                   listing.num_classes, names, scored=listing.scored)
     if listing.fixed is not None:
-        return _colour(replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed))
+        whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
+        return replace(whole, labels=_fixed_maps(whole))
 
     highest = labels[labels != IGNORE].max(initial=0)
     if highest == 0:
-        raise DataError(f"{path}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
+        raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
                         "set folder reads them with masks=binary)")
     whole.num_classes = listing.num_classes or int(highest) + 1
-    odds = (labels != IGNORE).any(axis=tuple(range(2, labels.ndim)))  # (N, A): who read what
-    uniform = listing.weights is None and odds.all()
+    weights = whole.present.numpy()  # (N, A)
+    uniform = listing.weights is None and weights.all()
     if listing.weights is not None:
         if not (np.isfinite(listing.weights) & (listing.weights >= 0)).all():
-            raise DataError(f"{path}: weights: some are negative or not finite")
-        odds = odds * listing.weights[list(rows)]
-    total = odds.sum(1, keepdims=True)
+            raise DataError(f"{place}: weights: some are negative or not finite")
+        weights = weights * listing.weights[list(rows)]
+    total = weights.sum(1, keepdims=True)
     if not total.all():
-        raise DataError(f"{path}: {names[int(total.argmin())]!r}: no mask of any reader (or only of"
-                        " weight 0); give one, or leave the case out")
+        raise DataError(f"{place}: {names[int(total.argmin())]!r}: no mask of any annotator (or "
+                        "only of weight 0); give one, or leave the case out")
     if listing.flips:
-        table, odds = (part.expand(len(whole), *part.shape) for part in listing.flips)
-        return replace(whole, flips=table, weights=odds.float(), exact=True)
-    return whole if uniform else replace(whole, weights=torch.from_numpy(odds / total).float())
+        table, weights = (part.expand(len(whole), *part.shape) for part in listing.flips)
+        return replace(whole, flips=table, weights=weights.float(), exact=True)
+    return whole if uniform else replace(whole, weights=torch.from_numpy(weights / total).float())
 
 
-def _read_ahead(cases: Iterable[Case], threads: int = min(8, os.cpu_count() or 1)) -> Iterator:
-    """What `read` of each case gives, in order; threads decode pictures side by side."""
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque = deque()
-        for case in cases:
-            ahead.append(pool.submit(case.read, *case.key))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
-    """Fills the last axes up to `size`, as `center` does; `how` is numpy.pad's."""
-    lead = array.ndim - len(size)
-    low = [(want - have) // 2 for have, want in zip(array.shape[lead:], size)]
-    widths = [(a, want - have - a) for a, have, want in zip(low, array.shape[lead:], size)]
-    return np.pad(array, [(0, 0)] * lead + widths, **how) if np.any(widths) else array
-
-
-def _as_image(image: np.ndarray, where: str) -> np.ndarray:
-    if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
-        return image / np.float32(np.iinfo(image.dtype).max)
-    if image.dtype.kind != "f":
-        raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 or uint16 (scaled to "
-                        "[0, 1])")
-    with np.errstate(over="ignore"):
-        image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise DataError(f"{where} has pixels that are not finite; replace them first")
-    return image
+def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The case's image as float32 and its label maps as uint8 (or instance ids, int32), checked."""
+    where = f"{place}: {case.name!r}"
+    image, maps = case.read()
+    image = as_float_image(image, f"{where}: image")
+    if image.ndim not in (3, 4) or not image.size:
+        raise DataError(f"{where}: image is {size_text(image.shape[1:])}; (H, W) or (D, H, W) is "
+                        "needed")
+    checked = {}
+    for annotator, label in maps.items():
+        title = f"{where}: mask {annotator}"
+        checked[annotator] = (_as_label(label, listing.num_classes or IGNORE, title)
+                              if listing.fixed is None else
+                              _as_instances(label, listing.fixed, title))
+        if label.shape != image.shape[1:]:
+            raise DataError(f"{title} is {size_text(label.shape)} and its image "
+                            f"{size_text(image.shape[1:])}; they must be of one size")
+    return image, checked
 
 
 def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
     if not isinstance(label, np.ndarray) or label.dtype.kind not in "buif":
         kind = getattr(label, "dtype", type(label).__name__)
         raise DataError(f"{where} is of {kind}; give an array of whole numbers")
-    with np.errstate(invalid="ignore"):  # NaN: what it becomes differs from it all the same
+    with np.errstate(invalid="ignore"):  # whatever NaN becomes, it differs from NaN
         small = label.astype(np.uint8)
     good = (small == label) & ((small < num_classes) | (small == IGNORE))
     if not good.all():
@@ -299,28 +329,40 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
 
 
 def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
-    """Ids from `fixed` on are numbered anew without gaps, so that tables of classes stay small."""
-    good = ids >= -1 if ids.dtype.kind in "ui" else np.zeros(ids.shape, bool)
-    if not good.all():
-        raise DataError(f"{where} is of {ids.dtype}, its least {ids.min()}; instance ids are whole "
-                        "numbers from 0 up, -1 is ignored")
+    """Ids from `fixed` on are renumbered without gaps, so that tables of classes stay small."""
+    if ids.dtype.kind not in "ui" or (ids < -1).any() or not (ids >= 0).any():
+        least = f", its least {ids.min()}" if ids.size and ids.dtype.kind in "uif" else ""
+        raise DataError(f"{where} is of {ids.dtype}{least}; instance ids are whole numbers from 0 "
+                        "up (at least one); -1 is ignored")
     found = np.unique(ids[ids >= fixed])
     return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
 
 
-def _colour(whole: Split, maps: int = 4) -> Split:
-    """Gives a Split with instances its fixed label maps, each case's a function of its name."""
-    def draw(i: int, number: int) -> Tensor:
-        ids = whole.instances[i:i + 1]
-        generator = seeded_generator(number, *whole.names[i].encode())
-        return relabel(ids, random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes,
-                                             generator))
+def _centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
+    """Fills the last axes up to `size`, as `data.center` does; `how` is numpy.pad's."""
+    lead = array.ndim - len(size)
+    low = [(want - have) // 2 for have, want in zip(array.shape[lead:], size)]
+    widths = [(a, want - have - a) for a, have, want in zip(low, array.shape[lead:], size)]
+    return np.pad(array, [(0, 0)] * lead + widths, **how) if np.any(widths) else array
 
-    drawn = [torch.cat([draw(i, number) for i in range(len(whole))]) for number in range(maps)]
-    return replace(whole, labels=torch.stack(drawn, 1))
+
+def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
+    """(N, count, *S): label maps of a split with instances, each case's a function of its name."""
+    maps = []
+    for i, name in enumerate(whole.names):
+        ids, highest = whole.instances[i:i + 1], int(whole.instances[i].max())
+        for number in range(count):
+            generator = seeded_generator(number, *name.encode())
+            table = random_classes(1, highest + 1, whole.fixed, whole.num_classes, generator)
+            maps.append(relabel(ids, table))
+    return torch.cat(maps).unflatten(0, (-1, count))
+
+
+# ----------------------------------------------------------------------- shared by several files
 
 
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
+    """`name`, if it is one of `names`; DataError with all of them if not."""
     if name not in names:
         raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names) or '(none)'}")
     return name
@@ -340,29 +382,9 @@ def relabel(instances: Tensor, table: Tensor) -> Tensor:
 
 
 def seeded_generator(*words: int) -> torch.Generator:
-    """A generator seeded by a hash of `words`: neighbouring steps share nothing."""
+    """A generator seeded by a hash of `words`, so that neighbouring steps share nothing."""
     seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
-
-
-def locate(name: str, path, source) -> Path:
-    """The file, or the folder in a known layout, meant by `path`, or by datasets/<name>."""
-    place = Path("datasets", name) if path is None else Path(path)
-    if place.is_dir() and any(True for mark in source.marks for _ in place.glob(mark)):
-        return place
-    if place.is_dir():
-        found = [file for file in sorted(place.iterdir()) if file.suffix in source.suffixes]
-    elif path is None:
-        found = [file for file in map(place.with_suffix, source.suffixes) if file.is_file()]
-    else:
-        found = [place] if place.is_file() and place.suffix in source.suffixes else []
-    if len(found) > 1:
-        raise DataError(f"{name}: several files at {place}: give the path of one, "
-                        f"{' or '.join(file.name for file in found)}")
-    if not found:
-        raise DataError(f"{name}: nothing to read at {place}: put there, or give the path of, "
-                        f"{source.layout}")
-    return found[0]
 
 
 def spline(knots: Tensor, shape: Sequence[int]) -> Tensor:
@@ -372,20 +394,5 @@ def spline(knots: Tensor, shape: Sequence[int]) -> Tensor:
         at = torch.linspace(1, count - 2, want, device=knots.device)
         gap = (at[:, None] - torch.arange(count, device=knots.device)).abs()
         basis = torch.where(gap < 1, 2 / 3 - gap**2 + gap**3 / 2, (2 - gap).clamp(min=0) ** 3 / 6)
-        knots = torch.tensordot(knots, basis, ([2], [1]))  # the axis done goes to the end
+        knots = torch.tensordot(knots, basis, ([2], [1]))  # the finished axis goes to the end
     return knots
-
-
-def measure_case(labels: Tensor, odds: Tensor, num_classes: int) -> dict:
-    """One case, labels (A, *S), of readers of these odds (A,), at a reader drawn by them.
-
-    shares: (256,) share of the pixels with each label; empty: odds of a map without foreground;
-    diversity: E[1 - IoU] of two readers (of one twice, too: SSN, arXiv:2006.06015, Sec. 4).
-    """
-    import metrics
-
-    counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)])  # (A, 256)
-    iou = metrics.pairwise_iou(labels, labels, num_classes).to(odds)
-    return {"shares": odds @ (counts / counts[0].sum()).to(odds),
-            "empty": float(odds @ (counts[:, 1:IGNORE].sum(1) == 0).to(odds)),
-            "diversity": float(1 - odds @ iou @ odds)}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,12 @@ from common import IGNORE
 from sources.base import Case, Listing, split_groups
 from sources.files import DataError, bounding_box, read_nifti, same_grid, size_text, standardised
 
-
 BRATS = ("flair", "t1", "t1ce", "t2")
 
 
 def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
-    """A patient of BraTS: (channels (4, D, H, W); the brain (D, H, W), where any of them is not 0;
-    the nibabel image of the first)."""
+    """A patient of BraTS: channels (4, D, H, W); the brain (D, H, W) bool, where any of them is not
+    0; and the nibabel image of the first channel."""
     files = {kind: _only(folder, kind) for kind in BRATS}
     volumes = {kind: read_nifti(file, 3) for kind, file in files.items()}
     if len({array.shape for array, _ in volumes.values()}) > 1:
@@ -43,18 +43,19 @@ def _only(folder: Path, kind: str) -> Path:
 def read_brats(path: Path, wanted: Sequence[str]) -> Listing:
     """BraTS: a folder a patient with *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz (SSN, Sec. 5.3).
 
-    Four channels in that order, each at mean 0 and deviation 1 inside the brain, where any of them
-    is not 0. Air is 0, and 255 in the labels, as SSN masks it out. Labels 0, 1, 2, 4 become 0 to 3.
-    Volumes are cut to the brain (about 80 MB a patient) and filled up with air to the largest.
-    60 / 10 / 30 % of the patients are train, val and test; `split_file` takes published lists.
+    Four channels in that order, each brought to mean 0 and deviation 1 inside the brain, where any
+    of them is not 0. Air is 0, and 255 in the labels, as SSN masks it out. Labels 0, 1, 2, 4 become
+    0 to 3. Volumes are cut to the brain (about 80 MB a patient) and filled up with air to the
+    largest. 60 / 10 / 30 % of the patients are train, val and test; `split_file` takes published
+    lists.
     """
     def read(folder: Path):
         image, brain, source = read_patient(folder)
         file = _only(folder, "seg")
         seg, other = read_nifti(file, 3)
         if seg.shape != (1, *brain.shape):
-            raise DataError(f"{folder}: the volumes are not of one size: seg {size_text(seg.shape)}, "
-                            f"flair {size_text((1, *brain.shape))}")
+            raise DataError(f"{folder}: the volumes are not of one size: seg "
+                            f"{size_text(seg.shape)}, flair {size_text((1, *brain.shape))}")
         same_grid(source, other, file)
         seg = seg[0]
         if not np.isin(seg, (0, 1, 2, 4)).all():
@@ -66,6 +67,6 @@ def read_brats(path: Path, wanted: Sequence[str]) -> Listing:
     # Patients in folders of their own, or in HGG/ and LGG/; a link that leads back counts once.
     found = {os.path.realpath(file.parent): file.parent for depth in ("*/", "*/*/")
              for file in sorted(path.glob(f"{depth}*_seg.nii*"))}
-    cases = [Case(folder.name, folder.name, read, (folder,)) for folder in found.values()]
-    parts = split_groups([case.group for case in cases], val=1 / 7, test=0.3)
-    return Listing(cases, parts, 4, own="too few patients", pad="constant")
+    cases = [Case(folder.name, folder.name, partial(read, folder)) for folder in found.values()]
+    splits = split_groups([case.group for case in cases], val=1 / 7, test=0.3)
+    return Listing(cases, splits, 4, apart=True, if_empty="too few patients", pad="constant")

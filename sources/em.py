@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-
 
 from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, read_pages, size_text
 
 
-def read_em(path: Path, wanted: Sequence[str], tile: int) -> Listing:
+def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256) -> Listing:
     """Sections of electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
 
     An .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
@@ -24,21 +24,21 @@ def read_em(path: Path, wanted: Sequence[str], tile: int) -> Listing:
         images, ids = read_npz_arrays(path, ("images", "instances")).values()
     if images.shape != ids.shape or images.ndim != 3 or min(images.shape[1:]) < tile:
         raise DataError(f"{path}: images are {size_text(images.shape)} and instances "
-                        f"{size_text(ids.shape)}; both must be (N, H, W), H and W from {tile} up (or "
-                        "give another tile)")
+                        f"{size_text(ids.shape)}; both must be (N, H, W), H and W from {tile} up "
+                        "(or give another tile)")
 
     def read(i: int, y: int, x: int):
         cut = (i, slice(y, y + tile), slice(x, x + tile)) if tile else i
         return images[cut][None], {0: ids[cut]}
 
     count, *size = images.shape
-    steps = [range(0, side - tile + 1, tile) if tile else (0,) for side in size]
-    corners = list(itertools.product(range(count), *steps))
-    cases = [Case(f"section-{i:04d}" + (f"/y{y:04d}-x{x:04d}" if tile else ""),
-                   f"section-{i:04d}", read, (i, y, x)) for i, y, x in corners]
     tenth = math.ceil(count / 10)
-    ends = {"train": (0, count - 2 * tenth), "val": (count - 2 * tenth, count - tenth),
-            "test": (count - tenth, count)}
-    parts = {part: [k for k, (i, *_) in enumerate(corners) if low <= i < high]
-             for part, (low, high) in ends.items()}
-    return Listing(cases, parts, 16, fixed=1)
+    steps = [range(0, side - tile + 1, tile) if tile else (0,) for side in size]
+    cases, splits = [], {"train": [], "val": [], "test": []}
+    for i, y, x in itertools.product(range(count), *steps):
+        split = "train" if i < count - 2 * tenth else "val" if i < count - tenth else "test"
+        section = f"section-{i:04d}"
+        splits[split].append(len(cases))
+        cases.append(Case(f"{section}/y{y:04d}-x{x:04d}" if tile else section, section,
+                          partial(read, i, y, x)))
+    return Listing(cases, splits, 16, fixed=1)

@@ -1,13 +1,13 @@
-"""What is in one file: pictures, arrays, NIfTI, pickles of arrays; and writing whole or not at all."""
+"""Reading one file: a picture, arrays, NIfTI; and writing files safely."""
 
 import contextlib
 import gzip
-import importlib.util
+import importlib
 import os
-import pickle
 import tempfile
-from collections import OrderedDict
+import warnings
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,30 @@ from PIL import Image, ImageSequence
 
 from common import UserError
 
+FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")  # as folders hold
+EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
 
-FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")
+# `_open_picture` refuses what Pillow would only warn of.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DataError(UserError):
-    """A mistake in a data file or in what was asked of it, told in one line."""
+    """A mistake in a data file, or in what was asked of it, in one line."""
 
 
 def size_text(shape: Sequence[int]) -> str:
+    """(3, 4) -> "3 x 4"."""
     return " x ".join(map(str, shape)) or "one value"
 
 
 @contextlib.contextmanager
 def readable(file, what: str, errors=Exception):
-    """Tells whatever goes wrong inside, where damaged bytes can raise nearly anything."""
+    """Turns any error inside into one DataError: damaged bytes can raise nearly anything.
+
+    Only regular files are read: a pipe would wait for ever, a device has no end.
+    """
+    if not Path(file).is_file():
+        raise DataError(f"{file}: not a readable {what}: no such file, or not a regular one")
     try:
         yield
     except DataError:
@@ -43,27 +52,37 @@ def error_line(error: Exception) -> str:
 
 
 def optional_package(module: str, file):
-    """The optional package that reads `file`."""
+    """The package that reads `file`, or a DataError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(f"{file}: {module} reads it: pip install {module}") from error
 
 
+@contextlib.contextmanager
+def _open_picture(file: Path):
+    kind = {".tif": "TIFF", ".jpg": "JPEG"}.get(file.suffix.lower(), file.suffix[1:].upper())
+    with readable(file, kind), Image.open(file) as picture:
+        if prod(picture.size) > Image.MAX_IMAGE_PIXELS:
+            raise DataError(f"{file}: {size_text(picture.size)} pixels (a decompression bomb?); "
+                            f"{Image.MAX_IMAGE_PIXELS} are allowed: cut it into tiles")
+        yield picture
+
+
 def read_picture(file: Path) -> np.ndarray:
-    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats."""
-    with readable(file, _kind(file)), Image.open(file) as picture:
+    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats; `as_float_image` scales it."""
+    with _open_picture(file) as picture:
         if picture.mode not in ("L", "F", "RGB") and not picture.mode.startswith("I"):
             picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
         array = np.asarray(picture)
     if array.dtype == np.int32 and 0 <= array.min() and array.max() < 2**16:
-        array = array.astype(np.uint16)  # what some versions of Pillow make of 16 bits
+        array = array.astype(np.uint16)  # some versions of Pillow give int32 for 16 bits
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def read_label(file: Path) -> np.ndarray:
     """A label map (H, W): grey levels or palette indices as they are."""
-    with readable(file, _kind(file)), Image.open(file) as picture:
+    with _open_picture(file) as picture:
         array = np.asarray(picture)
         if picture.format == "JPEG" or array.ndim != 2:
             raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
@@ -71,35 +90,71 @@ def read_label(file: Path) -> np.ndarray:
     return array
 
 
-def _kind(file: Path) -> str:
-    return file.suffix[1:].upper()
+def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
+    """float32: uint8 and uint16 scaled to [0, 1], floats as they are; other kinds are refused, and
+    so are pixels that are not finite."""
+    if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
+        return image / np.float32(np.iinfo(image.dtype).max)
+    if image.dtype.kind != "f":
+        raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 or uint16 (scaled to "
+                        "[0, 1])")
+    with np.errstate(over="ignore"):
+        image = image.astype(np.float32)
+    if not np.isfinite(image).all():
+        raise DataError(f"{where} has pixels that are not finite; replace them first")
+    return image
 
 
 def read_pages(file: Path) -> np.ndarray:
     """A TIFF of several pages, (N, H, W)."""
-    with readable(file, "TIFF"), Image.open(file) as picture:
+    with _open_picture(file) as picture:
         return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
 
 
-def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
+    """{key: array}, in the order of `needed` and `optional`; other keys are refused.
+
+    The arrays' headers are looked at first, so that a small file cannot fill the memory.
+    """
     with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
-        arrays = {key: archive[key] for key in (*needed, *optional) if key in given}
-    if not set(needed) <= given <= {*needed, *optional}:
-        allowed = f", {', '.join(optional)} allowed" if optional else ""
-        raise DataError(f"{file}: has the keys {', '.join(sorted(given)) or '(none)'}; "
-                        f"{' and '.join(needed)} are needed{allowed}")
-    return arrays
+        if not set(needed) <= given <= {*needed, *optional}:
+            allowed = f", {', '.join(optional)} allowed" if optional else ""
+            raise DataError(f"{file}: has the keys {', '.join(sorted(given)[:20]) or '(none)'}; "
+                            f"{' and '.join(needed)} are needed{allowed}")
+        check_claim(file, sum(_claimed_bytes(archive, key) for key in given))
+        return {key: archive[key] for key in (*needed, *optional) if key in given}
+
+
+def _claimed_bytes(archive, key: str) -> int:
+    """How large the array of an .npz is by its header; ValueError if it is no plain array."""
+    member = key if key in archive.zip.namelist() else f"{key}.npy"
+    with archive.zip.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read_header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"{key} holds objects, or has a negative size")
+    return prod(shape) * dtype.itemsize
+
+
+def check_claim(file: Path, claimed: int) -> None:
+    """DataError where `file` claims to hold far more bytes than it can be expected to."""
+    most = max(EXPANSION * os.path.getsize(file), SMALL)
+    if claimed > most:
+        raise DataError(f"{file}: claims {claimed:,} bytes of arrays, more than {EXPANSION} times "
+                        "its own size; save it without compression if that is right")
 
 
 def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
-    """A NIfTI file: (voxels (C, D, H, W), or (C, H, W) of a single slice unless dims=3; the nibabel
-    image).
+    """A NIfTI file: its voxels (C, D, H, W), and the nibabel image that `write_nifti` needs.
 
-    Axes are turned, in steps of 90 degrees, so that W runs to the patient's left, H to the back and
-    D to the head, as in DICOM: files stored in different orders agree. Raises DataError for a
-    broken file and for voxels that are not finite real numbers.
+    A single slice is (C, H, W), unless dims=3. Axes are turned, in steps of 90 degrees, so that W
+    runs to the patient's left, H to the back and D to the head, as in DICOM: files stored in
+    different orders agree. DataError for a broken file and for voxels that are not finite numbers.
     """
     nibabel = optional_package("nibabel", file)
     with readable(file, "NIfTI file"):
@@ -112,11 +167,13 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
                         "along the fourth axis")
     if not np.isfinite(array).all():
         raise DataError(f"{file}: some voxels are NaN or infinite; replace them first")
+    # Turned axes have negative strides, which torch refuses.
+    array = np.ascontiguousarray(array)
     return array if dims == 3 else array.reshape(_volume_shape(array)), source
 
 
 def is_nifti(file: Path) -> bool:
-    """By its name."""
+    """Whether `file` is named like one."""
     return file.name.lower().endswith(FOLDER[-2:])
 
 
@@ -127,7 +184,7 @@ def _volume_shape(array: np.ndarray) -> tuple[int, ...]:
 
 
 def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
-    """The turn that `read_nifti` gives, as nibabel notes it; size (x, y, z) and affine after it."""
+    """The turn that `read_nifti` applies, as nibabel notes it; size (x, y, z) and affine after."""
     from nibabel import orientations
 
     turn = orientations.ornt_transform(orientations.io_orientation(source.affine),
@@ -138,9 +195,8 @@ def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
 
 
 def write_nifti(path, array: np.ndarray, source) -> None:
-    """Write (D, H, W) or (n, D, H, W), or of a single slice (H, W) or (n, H, W), voxel for voxel
-    over the nibabel image `source` from `read_nifti`: its shape, order of axes and affine. n is
-    the file's fourth axis."""
+    """Writes (D, H, W) or (n, D, H, W), of a single slice (H, W) or (n, H, W), with the shape, the
+    order of axes and the affine of `source`, from `read_nifti`. n is the file's fourth axis."""
     import nibabel
 
     size = _turned(source)[1]
@@ -156,7 +212,7 @@ def write_nifti(path, array: np.ndarray, source) -> None:
 
 
 def same_grid(source, other, file) -> None:
-    """Refuse a file that lies elsewhere than its image, `source`: turned, it could fit wrongly."""
+    """DataError where `other`, read from `file`, does not lie on the same voxels as `source`."""
     (_, size, here), (_, _, there) = _turned(source), _turned(other)
     voxel = np.linalg.norm(here[:3, :3], axis=0).min()
     if (abs(here - there) @ [*size, 1]).max() > voxel / 2:
@@ -179,47 +235,28 @@ def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], fil
     """(C, H, W) bilinear over the area that a new pixel covers, and (H, W) nearest, to `size`."""
     if image.shape[1:] != label.shape or min(size) < 1:
         raise DataError(f"{file}: image is {size_text(image.shape[1:])} and its label "
-                        f"{size_text(label.shape)}; they must be of one size, and not be shrunk to 0")
-    planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
-        tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
+                        f"{size_text(label.shape)}; they must be of one size, not shrunk to 0")
+    with readable(file, "image to resize"):
+        planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
+            tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
     middles = [((np.arange(want) + 0.5) * have / want).astype(int)
                for want, have in zip(size, label.shape)]
     return np.stack([np.asarray(plane) for plane in planes]), label[np.ix_(*middles)]
 
 
 def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
-    """The tightest box round what is true."""
+    """The tightest box around all that is True."""
     return tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(inside))
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Reads NumPy arrays and plain containers; refuses any other global before it is imported.
-
-    The functions are taken from this NumPy, under the names old and new pickles know them by.
-    """
-
-    NUMPY = {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0],
-             "_frombuffer": np.empty(1).__reduce_ex__(5)[0]}
-    PLAIN = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-             ("collections", "OrderedDict"): OrderedDict,
-             # How protocols 0 to 2 spell bytes; NumPy asks for no other codec.
-             ("_codecs", "encode"): lambda text, codec: text.encode("latin1")}
-
-    def find_class(self, module, name):
-        """What a pickle may build: arrays and plain containers; UnpicklingError for all else."""
-        internal = module.startswith(("numpy.core.", "numpy._core."))
-        found = self.NUMPY.get(name) if internal else self.PLAIN.get((module, name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no array needs and "
-                                         "which could run anything; it was not run")
-        return found
 
 
 def write_atomically(path, write) -> None:
     """Call write(temporary name), flush to disk and rename to `path`.
 
-    A kill or a full disk leaves what stood at `path` before, whole.
+    A kill or a full disk leaves what stood at `path` before, whole. Only regular files are
+    replaced, never a device or a folder.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path}: not a regular file, so it is not replaced; give another name")
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(".tmp", f".{os.path.basename(path)}.", folder)
     os.close(handle)
@@ -238,4 +275,4 @@ def write_atomically(path, write) -> None:
 
 def write_text(path, text: str) -> None:
     """Write `text`, whole or not at all."""
-    write_atomically(path, lambda name: Path(name).write_text(text))
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

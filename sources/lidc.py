@@ -1,30 +1,35 @@
-"""LIDC-IDRI in the layouts people share."""
+"""LIDC-IDRI in the layouts that people share. (`lidc_archive` builds it from DICOM and XML.)"""
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sources.base import SPLITS, Case, Listing, split_groups
-from sources.files import (ArraysOnly, DataError, optional_package, read_label, read_picture,
+from sources.files import (DataError, check_claim, optional_package, read_label, read_picture,
                            readable, size_text)
 from sources.own import read_npz, read_row
+from sources.pickles import read_pickle
+
+HDF5 = (".h5", ".hdf5")
 
 
 def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
     """LIDC-IDRI in any of four layouts; the PNG tree and the HDF5 file have their own split."""
     if path.is_dir():
-        return _png_tree(path)
+        return _read_tree(path)
     if path.suffix in HDF5:
-        return _hdf5(path, wanted)
-    return read_npz(path, wanted, 2, 0.2) if path.suffix == ".npz" else _lidc_pickle(path)
+        return _read_hdf5(path, wanted)
+    if path.suffix == ".npz":
+        return read_npz(path, wanted, num_classes=2, val=0.2)
+    return _read_pickle(path)
 
 
-def _lidc_pickle(path: Path) -> Listing:
+def _read_pickle(path: Path) -> Listing:
     """The layout of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
-    with readable(path, "pickle of arrays"), open(path, "rb") as file:
-        table = ArraysOnly(file).load()
+    table = read_pickle(path)
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}; give a dict "
                         "{key: {image, masks, series_uid}}")
@@ -40,17 +45,21 @@ def _lidc_pickle(path: Path) -> Listing:
             raise DataError(f"{path}: {key!r}: no {', '.join(sorted(missing))}; each case is a "
                             "dict of image, masks and series_uid")
         image, masks = record["image"], record["masks"]
-        if not isinstance(image, np.ndarray) or not isinstance(masks, (list, tuple, np.ndarray)):
+        many = isinstance(masks, (list, tuple)) or isinstance(masks, np.ndarray) and masks.ndim
+        if not isinstance(image, np.ndarray) or not many:
             raise DataError(f"{path}: {key!r}: image is a {type(image).__name__} and masks a "
                             f"{type(masks).__name__}; give an array and a list of arrays")
-        cases.append(Case(str(key), str(record["series_uid"]), read, (key,)))
+        uid = record["series_uid"]
+        if not isinstance(uid, (str, bytes, int, float, np.generic)):
+            raise DataError(f"{path}: {key!r}: series_uid is a {type(uid).__name__}; give a text")
+        cases.append(Case(str(key), str(uid), partial(read, key)))
     return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
 
 
-def _png_tree(root: Path) -> Listing:
-    """The HPU-Net release: <part>/images/<patient>/<name>.png and gt/<patient>/<name>_l<r>.png.
+def _read_tree(root: Path) -> Listing:
+    """The HPU-Net release: <split>/images/<patient>/<name>.png, gt/<patient>/<name>_l<number>.png.
 
-    Readers may be numbered from 0 or from 1.
+    The annotators' numbers may begin at 0 or at 1.
     """
     drawn: dict[Path, dict[int, Path]] = {}
     for file in root.glob("*/gt/*/*.png"):
@@ -59,25 +68,23 @@ def _png_tree(root: Path) -> Listing:
     numbers = sorted(set().union(*drawn.values()))
 
     def read(file: Path, masks: dict[int, Path]):
-        # Foreground is 1 in some copies, 255 in others, where it would read as "ignore".
+        # Foreground is 1 in some copies and 255 in others, where it would mean "ignore".
         return read_picture(file), {numbers.index(number): read_label(mask) > 0
-                                for number, mask in masks.items()}
+                                    for number, mask in masks.items()}
 
-    cases, parts = [], {}
-    for part in SPLITS:
-        files = sorted((root / part / "images").glob("*/*.png"))
-        parts[part] = list(range(len(cases), len(cases) + len(files)))
+    cases, splits = [], {}
+    for split in SPLITS:
+        files = sorted((root / split / "images").glob("*/*.png"))
+        splits[split] = list(range(len(cases), len(cases) + len(files)))
         for file in files:
             patient = file.parent.name
-            masks = drawn.get(root / part / "gt" / patient / file.stem, {})
-            cases.append(Case(f"{part}/{patient}/{file.stem}", patient, read, (file, masks)))
-    return Listing(cases, parts, 2, own="no {part}/images/<patient>/*.png")
+            masks = drawn.get(root / split / "gt" / patient / file.stem, {})
+            name = f"{split}/{patient}/{file.stem}"
+            cases.append(Case(name, patient, partial(read, file, masks)))
+    return Listing(cases, splits, 2, apart=True, if_empty="no {split}/images/<patient>/*.png")
 
 
-HDF5 = (".h5", ".hdf5")
-
-
-def _hdf5(path: Path, wanted: Sequence[str]) -> Listing:
+def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
     """HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
 
     At the top, or in groups train, val and test: images (N, H, W), floats as they are (PHiSeg's are
@@ -85,31 +92,32 @@ def _hdf5(path: Path, wanted: Sequence[str]) -> Listing:
     each, if they are there, else every case is a group of its own. Names may begin with lidc_.
     """
     h5py = optional_package("h5py", path)
-    cases, parts = [], {part: [] for part in SPLITS}
+    cases, splits = [], {split: [] for split in SPLITS}
     with readable(path, "HDF5 file"), h5py.File(path, "r") as file:
-        groups = {part: file[part] for part in SPLITS if part in file}
-        for part, group in (groups or {"": file}).items():
+        groups = {split: file[split] for split in SPLITS if split in file}
+        for split, group in (groups or {"": file}).items():
             found = {key.removeprefix("lidc_"): group[key] for key in group}
             images, labels = found.get("images"), found.get("labels", found.get("masks"))
             if images is None or labels is None:
-                raise DataError(f"{path}: /{part} holds {', '.join(group) or 'nothing'}; images "
+                raise DataError(f"{path}: /{split} holds {', '.join(group) or 'nothing'}; images "
                                 "and labels (or masks) are needed")
             size, shape = images.shape, labels.shape
             if len(size) != 3 or size not in (shape, shape[:-1], shape[:1] + shape[2:]):
-                raise DataError(f"{path}: /{part}: images are {size_text(size)} and labels "
+                raise DataError(f"{path}: /{split}: images are {size_text(size)} and labels "
                                 f"{size_text(shape)}; (N, H, W) and (N, H, W, A) are needed")
-            if part in wanted or not part:
+            if split in wanted or not split:
+                check_claim(path, images.nbytes + labels.nbytes)
                 images, labels = images[()][:, None], labels[()]
                 if len(shape) == 3:
                     labels = labels[:, None]
                 elif shape[:3] == size:
                     labels = np.moveaxis(labels, -1, 1)
-            names = [f"{part or 'case'}/{i:05d}" for i in range(len(images))]
+            names = [f"{split or 'case'}/{i:05d}" for i in range(len(images))]
             uids = found["uids"][()].tolist() if "uids" in found else names
             for i, (name, uid) in enumerate(zip(names, uids, strict=True)):
-                parts.setdefault(part, []).append(len(cases))
-                group = uid.decode() if isinstance(uid, bytes) else str(uid)
-                cases.append(Case(name, group, read_row, (images, labels, i)))
-    if parts.pop("", None):
-        return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
-    return Listing(cases, parts, 2, own="the file has no such group")
+                splits.setdefault(split, []).append(len(cases))
+                uid = uid.decode() if isinstance(uid, bytes) else str(uid)
+                cases.append(Case(name, uid, partial(read_row, images, labels, i)))
+    if groups:
+        return Listing(cases, splits, 2, apart=True, if_empty="the file has no such group")
+    return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)

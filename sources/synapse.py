@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from sources.base import Case, Listing, split_groups
 from sources.files import optional_package, read_npz_arrays, readable, resample_case
 
 
-def read_synapse(path: Path, wanted: Sequence[str], size: int) -> Listing:
+def read_synapse(path: Path, wanted: Sequence[str], *, size: int = 224) -> Listing:
     """Synapse's abdominal CT as TransUNet's authors share it: eight organs, slice by slice.
 
     train_npz/caseXXXX_sliceYYY.npz of image and label (H, W); test_vol_h5/caseXXXX.npy.h5 of the
@@ -23,20 +24,23 @@ def read_synapse(path: Path, wanted: Sequence[str], size: int) -> Listing:
         else:
             with readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
                 image, label = volume["image"][i], volume["label"][i]
-        image = np.asarray(image, np.float32)[None]
+        with readable(file, "slice of numbers"):
+            image = np.asarray(image, np.float32)[None]
         if size:
             image, label = resample_case(image, label, (size, size), file)
         return image, {0: label}
 
     files = sorted((path / "train_npz").glob("case????_slice*.npz"))
-    cases = [Case(file.stem, file.stem[:8], read, (file,)) for file in files]
-    parts = split_groups([case.group for case in cases], val=0.2, test=0)
+    cases = [Case(file.stem, file.stem[:8], partial(read, file)) for file in files]
+    splits = split_groups([case.group for case in cases], val=0.2, test=0)
     volumes = sorted((path / "test_vol_h5").glob("case????.npy.h5"))
     if volumes and ("test" in wanted or importlib.util.find_spec("h5py")):
         h5py = optional_package("h5py", volumes[0])
         for file in volumes:
             with readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
-                cases += [Case(f"{file.name[:8]}_slice{i:03d}", file.name[:8], read, (file, i))
-                          for i in range(len(volume["image"]))]
-    parts["test"] = list(range(len(files), len(cases)))
-    return Listing(cases, parts, 9, own="train_npz/ (train, val) or test_vol_h5/ (test) is empty")
+                count = len(volume["image"])
+            cases += [Case(f"{file.name[:8]}_slice{i:03d}", file.name[:8], partial(read, file, i))
+                      for i in range(count)]
+    splits["test"] = list(range(len(files), len(cases)))
+    return Listing(cases, splits, 9, apart=True,
+                   if_empty="train_npz/ (train, val) or test_vol_h5/ (test) is empty")

@@ -1,8 +1,13 @@
-"""Synthetic sets, whose distribution of label maps is known."""
+"""Synthetic sets, whose distribution of label maps is known.
+
+Each function returns the whole set and the case indices of train, val and test. Its keyword
+arguments are the set's options; `Annotated[int, 32]` is a whole number from 32 up.
+"""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,31 +16,45 @@ from torch import Tensor
 from sources.base import (SPLITS, Split, random_classes, relabel, seeded_generator, spline,
                           split_groups)
 
+STREET = ("sky", "building", "road", "sidewalk", "vegetation", "car", "person")
+
+# Prob. U-Net's Cityscapes experiment (arXiv:1806.05034, Sec. 4.2): the probability with which each
+# of these classes flips to its twin.
+FLIPS = {"sidewalk": 8 / 17, "person": 7 / 17, "car": 6 / 17, "vegetation": 5 / 17, "road": 4 / 17}
+
+# The organs in a picture of the belly, as shares of its side: row, column, radii; and contrast.
+ORGANS = torch.tensor([[0.45, 0.28, 0.20, 0.17, 0.32],  # 1 liver
+                       [0.38, 0.70, 0.12, 0.14, 0.20],  # 2 stomach
+                       [0.72, 0.28, 0.09, 0.06, 0.42],  # 3 right kidney
+                       [0.70, 0.72, 0.09, 0.06, 0.42],  # 4 left kidney
+                       [0.62, 0.50, 0.06, 0.06, 0.55]])  # 5 aorta
+
 
 def make_toy1d():
     """SSN's toy (arXiv:2006.06015, Sec. 5.1): one constant image of 21 pixels, two label maps.
 
-    The first third is on, the last third off, the middle third on or off as a whole, at odds 1/2.
+    The first third is on, the last third off, the middle third on or off as a whole, each with
+    probability 1/2.
     """
     labels = torch.zeros(1, 2, 21, dtype=torch.uint8)
     labels[:, :, :7] = 1
     labels[:, 1, 7:14] = 1
     whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"], exact=True)
-    return whole, dict.fromkeys(SPLITS, [0])  # one case, to train and to test on
+    return whole, dict.fromkeys(SPLITS, [0])  # one case, for training and testing
 
 
-def make_shapes(n: int, size: int, seed: int):
+def make_shapes(*, n: Annotated[int, 3] = 1000, size: Annotated[int, 32] = 64, seed: int = 0):
     """Two objects, three independent ambiguities, 12 label maps a case in a fixed order.
 
-    s, u, v are uniform in [0, 1] for each case, and all can be seen in the image.
+    s, u, v are uniform in [0, 1] for each case, and the image shows all of them.
       class     the main object |x/a|^p + |y/b|^p < 1 has p = 2 * 4^s, between ellipse (class 1,
                 p = 2) and box (class 2, p = 8):                P(class 2) = 0.1 + 0.8 s
       style     every border is a halo, sigmoid(-distance / h), h = 0.4 + 2 u pixels at size 64.
-                Readers draw tight (-3 px), middle or loose (+3 px), the same way round both
-                objects, and with q = 0.1 + 0.8 u:              P = (1 - q)^2, 2 q (1 - q), q^2
+                Annotators draw tight (-3 px), middle or loose (+3 px), the same way around
+                both objects, and with q = 0.1 + 0.8 u:         P = (1 - q)^2, 2 q (1 - q), q^2
       presence  a second, faint ellipse (class 3) of contrast 0.1 + 0.3 v (the main object has
                 0.45 to 0.65, the noise 0.04) is drawn or not:  P(drawn) = 0.1 + 0.8 v
-    Label map number (class * 3 + style) * 2 + drawn has the product of the three odds.
+    The probability of label map (class * 3 + style) * 2 + drawn is the product of the three.
     """
     uniform, normal = _draws(n, seed)
     s = uniform(0, 1)
@@ -44,23 +63,23 @@ def make_shapes(n: int, size: int, seed: int):
     drawn = torch.tensor([0, 3], dtype=torch.uint8).view(2, 1, 1)
     labels = torch.where(inner[:, None, :, None], kind, outer[:, None, :, None] * drawn)
     weights = _either(s)[:, :, None] * weights[:, None]  # (n, 2, 6)
-    return _made("shape", images, labels.flatten(1, 3), weights.flatten(1), 4)
+    return _finish("shape", images, labels.flatten(1, 3), weights.flatten(1), 4)
 
 
-def make_lesions3d(n: int, size: int, seed: int):
-    """`make_shapes` in 3D with one class: a sure and a faint lesion, 6 label maps a case.
+def make_lesions3d(*, n: Annotated[int, 3] = 60, size: Annotated[int, 32] = 48, seed: int = 0):
+    """`make_shapes` in 3D with one class: a certain and a faint lesion, 6 label maps a case.
 
-    Label map number style * 2 + drawn; the style moves borders by 3 voxels at size 64. Odds as in
-    `make_shapes`, a function of the halo and of the faint lesion's contrast.
+    Label map number style * 2 + drawn; the style moves borders by 3 voxels at size 64. The
+    probabilities, as in `make_shapes`, depend on the halo and on the faint lesion's contrast.
     """
     images, inner, outer, weights = _two_objects(*_draws(n, seed), size, 3)
     labels = torch.stack([inner, inner | outer], 2).to(torch.uint8)
-    return _made("volume", images, labels.flatten(1, 2), weights, 2)
+    return _finish("volume", images, labels.flatten(1, 2), weights, 2)
 
 
 def _two_objects(uniform: Callable, normal: Callable, size: int, dims: int, exponent=None):
-    """What `make_shapes` describes, but for the class: images (n, 1, *S), each object as drawn in the
-    three styles (n, 3, *S) bool, and the odds (n, 6) of style * 2 + drawn."""
+    """What `make_shapes` describes, without the class: images (n, 1, *S); each object as drawn in
+    the three styles, (n, 3, *S) bool; the probabilities (n, 6) of style * 2 + drawn."""
     unit, u, v = size / 64, uniform(0, 1), uniform(0, 1)
     axis = F.normalize(normal(dims), dim=1)  # the objects stand on either side of the centre
     middle = size / 2 - 0.5 + unit * uniform(-2, 2, dims)
@@ -68,42 +87,36 @@ def _two_objects(uniform: Callable, normal: Callable, size: int, dims: int, expo
                      uniform(0, math.pi), exponent)
     faint = _distance(size, middle + 19 * unit * axis, unit * uniform(6, 8, dims),
                       uniform(0, math.pi))
-    halo = _meet(unit * (0.4 + 2 * u), dims)
+    halo = _broadcast(unit * (0.4 + 2 * u), dims)
     images = (0.2 + 0.06 * _texture(normal, size, 6, dims) + 0.04 * normal(*[size] * dims)
-              + _meet(uniform(0.45, 0.65), dims) * torch.sigmoid(-main / halo)
-              + _meet(0.1 + 0.3 * v, dims) * torch.sigmoid(-faint / halo))
-    shift = _meet(unit * torch.tensor([-3.0, 0.0, 3.0]), dims)
+              + _broadcast(uniform(0.45, 0.65), dims) * torch.sigmoid(-main / halo)
+              + _broadcast(0.1 + 0.3 * v, dims) * torch.sigmoid(-faint / halo))
+    shift = _broadcast(unit * torch.tensor([-3.0, 0.0, 3.0]), dims)
     inner, outer = main[:, None] < shift, faint[:, None] < shift  # (n, 3, *S)
     no, yes = _either(u).unbind(1)
     styles = torch.stack([no**2, 2 * no * yes, yes**2], 1)  # (n, 3)
     return images[:, None], inner, outer, (styles[:, :, None] * _either(v)[:, None]).flatten(1)
 
 
-_STREET = ("sky", "building", "road", "sidewalk", "vegetation", "car", "person")
+def make_modes(*, n: Annotated[int, 3] = 500, size: Annotated[int, 48] = 64, seed: int = 0):
+    """Street scenes, where each of five classes may turn into its twin class: 32 label maps.
 
-
-# Prob. U-Net's Cityscapes experiment (arXiv:1806.05034, Sec. 4.2): these flip to a twin class.
-FLIPS = {"sidewalk": 8 / 17, "person": 7 / 17, "car": 6 / 17, "vegetation": 5 / 17, "road": 4 / 17}
-
-
-def make_modes(n: int, size: int, seed: int):
-    """Street scenes, five of whose classes each become their twin class by chance: 32 label maps.
-
-    Classes 0..6 are `_STREET`, 7..11 the twins in the order of `FLIPS`. In label map number m
-    class j of `FLIPS` is flipped where bit j of m is set; its odds are the product over the five.
+    Classes 0..6 are `STREET`, 7..11 the twins in the order of `FLIPS`. In label map number m
+    class j of `FLIPS` is flipped where bit j of m is set; its probability is the product over the
+    five.
     """
     uniform, normal = _draws(n, seed)
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size] * 2, indexing="ij")
     scene, images = torch.zeros(n, size, size, dtype=torch.long), torch.zeros(n, 3, size, size)
 
-    def one(low: float, high: float) -> Tensor:  # a number for each scene, ready to meet x and y
-        return _meet(uniform(low, high), 2)
+    def one(low: float, high: float) -> Tensor:  # a number for each scene, (n, 1, 1)
+        return _broadcast(uniform(low, high), 2)
 
     def ellipse(row, column, high, wide) -> Tensor:
         return ((y - row) / high) ** 2 + ((x - column) / wide) ** 2 < 1
 
     def paint(where: Tensor, name: str, *colour: float, vary: float = 0.06):
-        scene.masked_fill_(where, _STREET.index(name))
+        scene.masked_fill_(where, STREET.index(name))
         tone = torch.tensor(colour) + vary * uniform(-1, 1, 3)
         torch.where(where[:, None], tone[:, :, None, None], images, out=images)
 
@@ -137,31 +150,31 @@ def make_modes(n: int, size: int, seed: int):
     images *= 1 + 0.12 * _texture(normal, size, 8)[:, None]
     images = (images + 0.04 * normal(3, size, size)).clamp(0, 1)
 
-    table, odds = flip_modes([_STREET.index(name) for name in FLIPS], len(_STREET))
+    table, probabilities = flip_modes([STREET.index(name) for name in FLIPS], len(STREET))
     labels = table[:, scene].transpose(0, 1).contiguous()
-    weights = odds.repeat(n, 1)
-    return _made("scene", images, labels, weights, len(_STREET) + len(FLIPS))
+    weights = probabilities.repeat(n, 1)
+    return _finish("scene", images, labels, weights, len(STREET) + len(FLIPS))
 
 
 def flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
-    """The 32 label maps of `FLIPS`: class c becomes table[m, c], (32, 256) uint8, at odds[m].
+    """The 32 label maps of `FLIPS`: (table (32, 256) uint8, probabilities (32,)).
 
-    values: the class of each name of `FLIPS`; class twin + j is the twin of number j, which is
-    flipped where bit j of m is set.
+    In label map m class c becomes table[m, c]. values: the class of each name of `FLIPS`; number j,
+    whose twin is class twin + j, is flipped where bit j of m is set.
     """
     flipped = torch.arange(32)[:, None] >> torch.arange(len(values)) & 1  # (32, 5)
     table = torch.arange(256, dtype=torch.uint8).repeat(32, 1)
     for j, value in enumerate(values):
         table[flipped[:, j] == 1, value] = twin + j
-    odds = torch.tensor(list(FLIPS.values()), dtype=torch.float64)
-    return table, torch.where(flipped == 1, odds, 1 - odds).prod(1)
+    chance = torch.tensor(list(FLIPS.values()), dtype=torch.float64)
+    return table, torch.where(flipped == 1, chance, 1 - chance).prod(1)
 
 
-def make_cells(n: int, size: int, seed: int):
+def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, seed: int = 0):
     """Cells of a warped Voronoi diagram with dark membranes, like neurites in electron microscopy.
 
-    Each cell's class is drawn afresh from 1..15, independently and uniformly; the membrane is class
-    0 (HPU-Net's SNEMI3D task, arXiv:1905.13077, Sec. 3.3). `instances` holds the ids, `labels` four
+    Each cell's class is drawn anew from 1..15, independently and uniformly; the membrane is class 0
+    (HPU-Net's SNEMI3D task, arXiv:1905.13077, Sec. 3.3). `instances` holds the ids, `labels` four
     such maps for evaluation.
     """
     (uniform, normal), across = _draws(n, seed), 4  # cells along the side
@@ -172,55 +185,52 @@ def make_cells(n: int, size: int, seed: int):
     corners = list(itertools.product(range(-1, across + 1), repeat=2))
     for label, (row, column) in enumerate(corners, start=1):
         place = uniform(0.1, 0.9, 2)
-        distance = torch.hypot(y - row - _meet(place[:, 0], 2), x - column - _meet(place[:, 1], 2))
+        distance = torch.hypot(y - row - _broadcast(place[:, 0], 2),
+                               x - column - _broadcast(place[:, 1], 2))
         instances.masked_fill_(distance < nearest, label)
         second = torch.minimum(second, torch.maximum(nearest, distance))
         nearest = torch.minimum(nearest, distance)
     to_wall = (second - nearest) / 2 * size / across  # about the pixels to the border
-    width = _meet(uniform(0.6, 1.1), 2) * size / 64
+    width = _broadcast(uniform(0.6, 1.1), 2) * size / 64
     shade = uniform(-0.08, 0.08, len(corners) + 1)
     shade = shade.gather(1, instances.flatten(1).long()).view(instances.shape)
     images = (0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
               - 0.45 * torch.sigmoid(3 * (1.2 * width - to_wall) / width)).clamp(0, 1)
     instances.masked_fill_(to_wall < width, 0)
-    tables = [random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, k)) for k in range(4)]
-    labels = torch.stack([relabel(instances, table) for table in tables], 1)
-    return _made("section", images[:, None], labels, None, 16, instances=instances)
+    maps = []
+    for number in range(4):
+        table = random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
+        maps.append(relabel(instances, table))
+    labels = torch.stack(maps, 1)
+    return _finish("section", images[:, None], labels, None, 16, instances=instances)
 
 
-# Organs as a picture of the belly shows them, in shares of its side: row, column, radii, contrast.
-_ORGANS = torch.tensor([[0.45, 0.28, 0.20, 0.17, 0.32],  # 1 liver
-                        [0.38, 0.70, 0.12, 0.14, 0.20],  # 2 stomach
-                        [0.72, 0.28, 0.09, 0.06, 0.42],  # 3 right kidney
-                        [0.70, 0.72, 0.09, 0.06, 0.42],  # 4 left kidney
-                        [0.62, 0.50, 0.06, 0.06, 0.55]])  # 5 aorta
-
-
-def make_organs(n: int, size: int, seed: int):
-    """Five organs with blurred borders, four slices a patient, three readers of known weight.
+def make_organs(*, n: Annotated[int, 12] = 400, size: Annotated[int, 48] = 96, seed: int = 0):
+    """Five organs with blurred borders, four slices a patient, three annotators of known weight.
 
     Organ k covers sigmoid(-distance / h) of a pixel, h between 0.4 and 2.4 px at size 96, sharp or
-    blurred for each organ of each patient. A reader draws an organ where it covers more than 0.2,
-    0.5 or 0.8, at odds 1/4, 1/2, 1/4: all organs loose, middle or tight together, by +-1.39 h.
+    blurred for each organ of each patient. An annotator draws an organ where it covers more than
+    0.2, 0.5 or 0.8 (probability 1/4, 1/2, 1/4): all organs loose, middle or tight together, by
+    +-1.39 h.
     """
-    (uniform, normal), unit, count = _draws(n, seed), size / 96, len(_ORGANS)
+    (uniform, normal), unit, count = _draws(n, seed), size / 96, len(ORGANS)
     patient = torch.arange(n) // 4
     blur = unit * uniform(0.4, 2.4, count)[patient]
     turn = uniform(-0.4, 0.4, count)[patient]
-    places = _ORGANS[:, :2] + uniform(-0.03, 0.03, count, 2)[patient] + uniform(-0.01, 0.01, 1, 2)
-    radii = _ORGANS[:, 2:4] * uniform(0.8, 1.1, 1, 2)[patient] * uniform(0.95, 1.05, count, 2)
+    places = ORGANS[:, :2] + uniform(-0.03, 0.03, count, 2)[patient] + uniform(-0.01, 0.01, 1, 2)
+    radii = ORGANS[:, 2:4] * uniform(0.8, 1.1, 1, 2)[patient] * uniform(0.95, 1.05, count, 2)
     belly = _distance(size, torch.full((n, 2), size / 2), size * torch.tensor([[0.4, 0.46]]))
     cover = torch.stack([torch.sigmoid(-_distance(size, size * places[:, k], size * radii[:, k],
-                                                  turn[:, k]) / _meet(blur[:, k], 2))
+                                                  turn[:, k]) / _broadcast(blur[:, k], 2))
                          for k in range(count)], 1)  # (n, 5, H, W)
     cover = cover / cover.sum(1, keepdim=True).clamp(min=1)
     images = (0.05 + torch.sigmoid(-belly / unit) * (0.3 + 0.04 * _texture(normal, size, 10))
-              + torch.einsum("nkhw,k->nhw", cover, _ORGANS[:, 4]) + 0.03 * normal(size, size))
+              + torch.einsum("nkhw,k->nhw", cover, ORGANS[:, 4]) + 0.03 * normal(size, size))
     most, organ = cover.max(1)
     labels = torch.stack([(organ + 1) * (most > threshold) for threshold in (0.2, 0.5, 0.8)], 1)
     weights = torch.tensor([0.25, 0.5, 0.25]).repeat(n, 1)
     groups = [f"patient-{number:04d}" for number in patient.tolist()]
-    return _made("slice", images[:, None], labels.to(torch.uint8), weights, 6, groups)
+    return _finish("slice", images[:, None], labels.to(torch.uint8), weights, 6, groups)
 
 
 def _draws(n: int, seed: int):
@@ -237,12 +247,12 @@ def _draws(n: int, seed: int):
 
 
 def _either(visible: Tensor) -> Tensor:
-    """Odds (n, 2) of no and yes: P(yes) = 0.1 + 0.8 visible."""
+    """Probabilities (n, 2) of no and yes: P(yes) = 0.1 + 0.8 visible."""
     return torch.stack([0.9 - 0.8 * visible, 0.1 + 0.8 * visible], 1)
 
 
-def _meet(values: Tensor, dims: int) -> Tensor:
-    """(n,) -> (n, 1, ...), ready to meet maps of `dims` axes."""
+def _broadcast(values: Tensor, dims: int) -> Tensor:
+    """(n,) -> (n, 1, ...), to broadcast over maps of `dims` axes."""
     return values.view(-1, *[1] * dims)
 
 
@@ -254,17 +264,17 @@ def _distance(size: int, centre: Tensor, radii: Tensor, turn=None, exponent=None
     """
     dims = centre.shape[1]
     grid = [torch.arange(size).view(*[-1 if i == axis else 1 for i in range(dims)])
-            - _meet(centre[:, axis], dims) for axis in range(dims)]
+            - _broadcast(centre[:, axis], dims) for axis in range(dims)]
     if turn is not None:
-        cos, sin = _meet(turn.cos(), dims), _meet(turn.sin(), dims)
+        cos, sin = _broadcast(turn.cos(), dims), _broadcast(turn.sin(), dims)
         grid[-2:] = [cos * grid[-2] - sin * grid[-1], sin * grid[-2] + cos * grid[-1]]
-    parts = [(line / _meet(radii[:, axis], dims)).abs() for axis, line in enumerate(grid)]
+    parts = [(line / _broadcast(radii[:, axis], dims)).abs() for axis, line in enumerate(grid)]
     if exponent is None:
         f = sum(part**2 for part in parts).sqrt()
     else:
-        power = _meet(exponent, dims)
+        power = _broadcast(exponent, dims)
         f = sum(part**power for part in parts) ** (1 / power)
-    return (f - 1) * _meet(radii.log().mean(1).exp(), dims)
+    return (f - 1) * _broadcast(radii.log().mean(1).exp(), dims)
 
 
 def _texture(normal: Callable, size: int, bumps: int, dims: int = 2) -> Tensor:
@@ -273,7 +283,8 @@ def _texture(normal: Callable, size: int, bumps: int, dims: int = 2) -> Tensor:
     return spline(knots, [size] * dims)[:, 0] / 0.69**dims  # 0.69: rms of a cubic B-spline
 
 
-def _made(kind, images, labels, weights, num_classes, groups=None, instances=None):
+def _finish(kind, images, labels, weights, num_classes, groups=None, instances=None):
+    """Names the cases and splits them 60/20/20 by group."""
     names = [f"{kind}-{i:04d}" for i in range(len(images))]
     weights = None if weights is None else weights.float()
     groups = names if groups is None else groups

@@ -5,7 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+import helpers
+from backbones.det_unet import DetUNet
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads, UNetConfig
+from ssn import SSN, SSNConfig
 
 NARROW = dict(channels=(4, 6, 8), convs=1)
 SMALL = {  # three outputs where there are several
@@ -28,9 +31,7 @@ def small(Model, seed=0, **fields):
 
 
 def case(*size, classes=2, batch=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    image = torch.randn(batch, 1, *size, generator=g)
-    return image, torch.randint(0, classes, (batch, *size), generator=g)
+    return helpers.batch(batch, size, classes, channels=1, seed=seed, ignored=0)
 
 
 def log_prob_by_loop(logits, label):
@@ -57,7 +58,7 @@ def with_constant_outputs(model, head, probabilities):
 def test_defaults_are_the_papers_lidc_models():
     with torch.device("meta"):
         models = DeterministicUNet(), DropoutUNet(), EnsembleUNet(), MHeads()
-    counts = [sum(p.numel() for p in m.parameters()) for m in models]
+    counts = [helpers.count_parameters(m) for m in models]
     assert counts == [11_773_602, 11_773_602, 16 * 11_773_602, 11_773_602 + 15 * 2 * 33]
     for unet in models[0].unet, models[1].unet, models[2].members[7].unet, models[3].unet:
         assert [block[0].out_channels for block in unet.encoder] == [32, 64, 128, 256, 512]
@@ -80,6 +81,21 @@ def test_weights_are_orthogonal_and_biases_small(Model):
             rows = rows.T if rows.shape[0] > rows.shape[1] else rows
             torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-5)
             assert 0 < module.bias.abs().max() <= 2e-3
+
+
+@pytest.mark.parametrize("Model", MIXTURES)
+def test_batch_norm_is_ssns_unet(Model):
+    """Table 1's U-Net: SSN without the heads of its covariance."""
+    fields = dict(channels=(32, 64, 128, 192, 192, 192, 192), norm="batch")
+    fields |= {EnsembleUNet: dict(members=2), MHeads: dict(heads=2)}.get(Model, {})
+    with torch.device("meta"):
+        model = Model(Model.Config(**fields)).eval()
+    unet = model.members[1].unet if Model is EnsembleUNet else model.unet
+    assert isinstance(unet, DetUNet) and unet.out_channels == 32
+    expected = SSN(SSNConfig()).backbone.state_dict()
+    assert {k: v.shape for k, v in unet.state_dict().items()} \
+        == {k: v.shape for k, v in expected.items()}
+    assert model.predict(torch.zeros(1, 1, 64, 64, device="meta")).shape == (1, 2, 64, 64)
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -128,8 +144,8 @@ def test_ensemble_members_train_as_if_each_were_alone():
     for lone, member in zip(alone, ensemble.members):
         lone.load_state_dict(member.state_dict())
     assert len({member.head.weight.data.sum().item() for member in ensemble.members}) == 3
-    adam = lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
-    together, apart = adam(ensemble), [adam(lone) for lone in alone]
+    together, *apart = [torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
+                        for model in (ensemble, *alone)]
     for step in range(3):
         image, label = case(8, 8, seed=step)
         together.zero_grad()
@@ -142,7 +158,7 @@ def test_ensemble_members_train_as_if_each_were_alone():
             losses.append(lone(image, label)[0])
             losses[-1].backward()
             optimizer.step()
-        assert loss.item() == pytest.approx(sum(l.item() for l in losses), rel=1e-6)
+        assert loss.item() == pytest.approx(sum(one.item() for one in losses), rel=1e-6)
         assert terms["cross_entropy"].item() == pytest.approx(loss.item() / 3, rel=1e-6)
     for lone, member in zip(alone, ensemble.members):
         for mine, theirs in zip(lone.parameters(), member.parameters()):
@@ -160,21 +176,6 @@ def test_dropout_loss_is_the_cross_entropy_of_one_random_mask():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert loss.item() != model(image, label)[0].item()
     assert torch.equal(terms["cross_entropy"], loss)
-
-
-@pytest.mark.parametrize("Model", SMALL)
-def test_mask_and_255_are_one(Model):
-    model = small(Model)
-    image, label = case(6, 6)
-    mask = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.5
-    values = []
-    for arguments in ((label, mask), (label.masked_fill(~mask, 1), mask),
-                      (label.masked_fill(~mask, 255),)):
-        torch.manual_seed(0)
-        likelihood = model.log_likelihood(image, arguments[0], 2, *arguments[1:])
-        values.append([model.loss(image, *arguments)[0], likelihood])
-    for loss, likelihood in values[1:]:
-        assert torch.equal(loss, values[0][0]) and torch.equal(likelihood, values[0][1])
 
 
 # ------------------------------------------------------------------- samples and probabilities
@@ -234,16 +235,6 @@ def test_dropout_likelihood_against_a_float64_loop():
 # ------------------------------------------------------------------------------------- dropout
 
 
-def test_dropout_zeroes_a_share_p_and_keeps_the_mean():
-    model = small(DropoutUNet, p=0.3)
-    dropped = model.dropout(torch.full((2, 50_000), 7.0), torch.Generator().manual_seed(0))
-    kept = dropped[dropped != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, 10.0))  # 7 / (1 - 0.3)
-    share = (dropped == 0).double().mean(1)
-    assert (share - 0.3).abs().max() < 4 * math.sqrt(0.3 * 0.7 / 50_000)  # four standard errors
-    assert not torch.equal(dropped[0], dropped[1])  # each case has its own mask
-
-
 @pytest.mark.parametrize("blocks, expected", [
     # (channels, side) of what enters: the coarsest encoder blocks, then the coarsest decoder blocks
     (3, [(3, 4), (4, 2), (5, 1), (6 + 5, 2), (5 + 4, 4), (4 + 3, 8)]),
@@ -251,7 +242,8 @@ def test_dropout_zeroes_a_share_p_and_keeps_the_mean():
 def test_dropout_acts_on_the_input_of_the_innermost_blocks(monkeypatch, blocks, expected):
     model = small(DropoutUNet, channels=(2, 3, 4, 5, 6), dropout_blocks=blocks)
     seen = []
-    monkeypatch.setattr(model, "dropout", lambda x, g: seen.append(tuple(x.shape[1:3])) or x)
+    monkeypatch.setattr("baselines.dropout",
+                        lambda x, p, g: seen.append(tuple(x.shape[1:3])) or x)
     image, label = case(16, 16)
     model.loss(image, label)
     assert seen == expected
@@ -260,7 +252,7 @@ def test_dropout_acts_on_the_input_of_the_innermost_blocks(monkeypatch, blocks, 
 def test_without_masks_the_two_halves_are_the_unet(monkeypatch):
     model = small(DropoutUNet)
     image, _ = case(7, 9)
-    monkeypatch.setattr(model, "dropout", lambda x, g: x)
+    monkeypatch.setattr("baselines.dropout", lambda x, p, g: x)
     logits = model.sample(image, 1)[0]
     assert torch.equal(logits.softmax(1), model.predict(image))
 
@@ -286,40 +278,7 @@ def test_what_the_samples_share_is_computed_once():
     assert calls == [1, 6]
 
 
-# ----------------------------------------------------------------------------- every model alike
-
-
-@pytest.mark.parametrize("size", [(9,), (5, 11), (3, 6, 5)])
-@pytest.mark.parametrize("Model", SMALL)
-def test_any_size_shapes_gradients_and_seeds(Model, size):
-    model = small(Model, dims=len(size), num_classes=3, in_channels=2)
-    image, label = case(*size, classes=3)
-    image = torch.cat([image, image.square()], 1)
-    model(image, label)[0].backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    draw = lambda seed: model.sample(image, 4, torch.Generator().manual_seed(seed))
-    assert draw(0).shape == (4, 2, 3, *size) and not draw(0).requires_grad
-    assert torch.equal(draw(0), draw(0))
-    assert torch.equal(draw(0), draw(1)) == (Model is not DropoutUNet)
-    probabilities = model.predict(image)
-    assert probabilities.shape == (2, 3, *size) and not probabilities.requires_grad
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(2, *size))
-    nats = model.log_likelihood(image, label, 3)
-    assert nats.shape == (2,) and not nats.requires_grad
-
-
-@pytest.mark.parametrize("Model", SMALL)
-def test_a_tiny_batch_overfits(Model):
-    # hardly any dropout: with p = 0.5 a net this narrow cannot learn a label by heart
-    few = {DropoutUNet: dict(dropout_blocks=1, p=0.05), EnsembleUNet: dict(members=2)}
-    model = small(Model, **dict(channels=(12, 16)) | few.get(Model, {}))
-    image, label = case(6, 6, batch=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(100):
-        optimizer.zero_grad()
-        model(image, label)[0].backward()
-        optimizer.step()
-    assert torch.equal(model.predict(image).argmax(1), label)  # 36 random labels
+# ------------------------------------------------------------------------- training, settings
 
 
 def test_m_heads_share_out_two_readers():
@@ -337,28 +296,14 @@ def test_m_heads_share_out_two_readers():
     assert torch.equal(drawn.sort(0).values, label)  # one head a reader, whichever it is
 
 
-@pytest.mark.parametrize("Model", SMALL)
-def test_bfloat16_and_compile_leave_the_loss_standing(Model):
-    model = small(Model)
-    image, label = case(8, 8)
-    torch.manual_seed(0)
-    loss = model(image, label)[0]
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(image, label)[0]
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, loss, rtol=0.05, atol=0)
-    torch.manual_seed(0)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)(image, label)[0]
-    torch.testing.assert_close(compiled, loss, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("Model, fields, message", [
     (DeterministicUNet, dict(dims=4), "dims=4"),
     (EnsembleUNet, dict(members=0), "members=0"),
     (MHeads, dict(heads=1), "heads=1"),
     (MHeads, dict(epsilon=1.0), "epsilon=1.0"),
     (DropoutUNet, dict(p=0.0), "p=0.0"),
+    (DropoutUNet, dict(norm="batch"), "norm='batch'"),
+    (DeterministicUNet, dict(norm="layer"), "norm='layer': choose one of 'none', 'batch'"),
     (DropoutUNet, dict(dropout_blocks=3, channels=(4, 6, 8)), "dropout_blocks 1 to 2"),
 ])
 def test_refused_settings_are_named(Model, fields, message):

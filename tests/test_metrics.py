@@ -50,8 +50,8 @@ def ged_loop(samples, labels, weights, num_classes, empty):
     n = len(samples)
     cross = sum(w * d(s, y) for s in samples for y, w in zip(labels, weights)) / n
     within = sum(d(s, t) for s in samples for t in samples) / n**2
-    readers = sum(v * w * d(y, z) for y, v in zip(labels, weights) for z, w in zip(labels, weights))
-    return 2 * cross - within - readers
+    annotators = sum(v * w * d(y, z) for y, v in zip(labels, weights) for z, w in zip(labels, weights))
+    return 2 * cross - within - annotators
 
 
 # ---- pairs of label maps ------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch):
     def all_scores(b):
         s, y, p = samples[:, b], labels[b], probs[:, b]
         scores = metrics.sample_scores(s, y, 3)
-        return [*scores.values(), metrics.ged(s, y, 3), metrics.sample_diversity(s, 3),
+        return [*scores.values(), metrics.ged(s, y, 3),
                 metrics.hungarian_iou(s, y, 3), metrics.mode_frequencies(s, y, 3),
                 metrics.ncc(p, y), metrics.gamma_map(p), metrics.uncertainty_map(p),
                 metrics.dice(s[0], y, 3), metrics.dice_present(s[0], y, 3),
@@ -108,6 +108,18 @@ def test_counts_are_exact_in_large_volumes_and_under_autocast():
     a, b = maps[:, :1, :1000], maps[:, 1:, :1000]
     with torch.autocast("cpu", torch.bfloat16):  # 8 bits: 998 would become 1000
         close(metrics.pairwise_iou(a[0], b[0]), [[0.998]])
+
+
+def test_autocast_rounds_no_score():
+    samples = random_maps(60, 6, 2, 9, 8, num_classes=3)
+    labels, probs = random_maps(61, 2, 3, 9, 8, num_classes=3), random_probs(62, 6, 2, 3, 9, 8)
+
+    def scores():
+        return torch.stack([*metrics.sample_scores(samples, labels, 3).values(),
+                            metrics.ncc(probs, labels), metrics.dice(samples[0], labels, 3)])
+    want = scores()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores(), want)
 
 
 # ---- distributions over label maps --------------------------------------------------------------
@@ -138,10 +150,10 @@ def test_ged_worked():
     close(metrics.ged(0 * one, 0 * a[None, None]), [0])  # agreeing on absence is rewarded
 
 
-def case(seed, readers):
-    """4 samples and some readers of 2 cases, 3 classes."""
+def case(seed, annotators):
+    """4 samples and some annotators of 2 cases, 3 classes."""
     return (random_maps(seed, 4, 2, 6, 5, num_classes=3),
-            random_maps(seed + 1, 2, readers, 6, 5, num_classes=3))
+            random_maps(seed + 1, 2, annotators, 6, 5, num_classes=3))
 
 
 def scores(samples, labels, weights=None, num_classes=3):
@@ -156,48 +168,49 @@ def scores(samples, labels, weights=None, num_classes=3):
                         metrics.dice_present(samples[0], labels, num_classes, weights)]).double()
 
 
-def test_readers_without_weight_have_no_influence():
-    samples, labels = case(9, readers=3)
+def test_annotators_without_weight_have_no_influence():
+    samples, labels = case(9, annotators=3)
     want = scores(samples, labels)
     missing = torch.cat([labels, torch.full_like(labels[:, :1], 255)], 1)
     close(scores(samples, missing), want)
     close(scores(samples, missing, torch.full((2, 4), 0.25)), want)
-    fourth = torch.cat([labels, case(11, readers=1)[1]], 1)
+    fourth = torch.cat([labels, case(11, annotators=1)[1]], 1)
     close(scores(samples, fourth, torch.tensor([[1., 1, 1, 0]] * 2)), want)
     changed = abs(scores(samples, fourth) - want) > 1e-3
     assert changed[[0, 1, 3, 4, 5]].any(1).all()  # all but the diversity
 
 
 def test_weights_are_repeated_readers():
-    samples, labels = case(13, readers=2)
+    samples, labels = case(13, annotators=2)
     weights = torch.tensor([[2 / 3, 1 / 3]] * 2)
     close(scores(samples, labels, weights), scores(samples, labels[:, [0, 0, 1]]))
 
 
-def test_pixels_that_no_reader_labelled_count_nowhere():
-    samples, labels = case(15, readers=3)
+def test_pixels_that_no_annotator_labelled_count_nowhere():
+    samples, labels = case(15, annotators=3)
     labels[:, :, :2] = 255
-    labels[0, 0] = 255  # one missing reader does not hide what the others labelled
+    labels[0, 0] = 255  # one missing annotator does not hide what the others labelled
     want = scores(samples[:, :, 2:], labels[:, :, 2:])
     close(scores(samples, labels), want)
-    without_weight = torch.cat([labels, case(17, readers=1)[1]], 1)
+    without_weight = torch.cat([labels, case(17, annotators=1)[1]], 1)
     close(scores(samples, without_weight, torch.tensor([[1., 1, 1, 0], [1, 1, 1, 0]])), want)
 
 
-def test_a_case_without_readers_has_no_value():
-    samples, labels = case(19, readers=3)
+def test_a_case_without_annotators_has_no_value():
+    samples, labels = case(19, annotators=3)
     labels[1] = 255
     got = scores(samples, labels)
     assert got[:, 0].isfinite().all() and got[[0, 1, 3, 4, 5], 1].isnan().all()
 
 
-def test_sample_diversity():
+def test_diversity_is_that_of_a_loop():
     samples = random_maps(17, 5, 2, 6, 5, num_classes=3, ignored=0.2)
+    labels = torch.zeros(2, 1, 6, 5, dtype=torch.uint8)  # labelled everywhere: no pixel is left out
     want = [np.mean([[1 - iou_loop(s, t, 3, 1.0) for s in maps] for t in maps])
             for maps in samples.transpose(0, 1).numpy()]
-    close(metrics.sample_diversity(samples, 3), want)
-    close(metrics.sample_diversity(samples[:1], 3), [0, 0])
-    close(metrics.sample_diversity(torch.zeros(4, 1, 9, dtype=torch.long)), [0])
+    got = metrics.sample_scores(samples, labels, 3, counts=(1, 5))
+    close(got["diversity_5"], want)
+    close(got["diversity_1"], [0, 0])
 
 
 @pytest.mark.parametrize("n, A", [(1, 1), (1, 3), (2, 3), (4, 2), (3, 3), (6, 2), (2, 6)])
@@ -235,7 +248,8 @@ def test_sample_scores_are_the_single_functions():
         for n in (1, 3, 5):
             first = samples[:n]
             close(got[f"ged_{n}"], metrics.ged(first, labels, 3, weights, empty))
-            close(got[f"diversity_{n}"], metrics.sample_diversity(first, 3, empty))
+            pairs = [metrics.pairwise_iou(s, s, 3, empty).mean() for s in first.unbind(1)]
+            close(got[f"diversity_{n}"], 1 - torch.stack(pairs))
             close(got[f"hungarian_iou_{n}"],
                   metrics.hungarian_iou(first, labels, 3, weights, empty))
     assert got.keys() > metrics.sample_scores(samples, labels, 3).keys()  # of all five
@@ -314,7 +328,7 @@ def test_error_map_is_that_of_a_loop():
     assert metrics.error_map(probs, labels)[0, 0, 0] == 0
 
 
-def test_error_map_of_readers_who_are_the_samples_is_the_gamma_map():
+def test_error_map_of_annotators_who_are_the_samples_is_the_gamma_map():
     """Fig. 3 of the PHiSeg paper: both maps match in a perfect model."""
     maps = random_maps(31, 6, 1, 4, 5, num_classes=3)
     probs = torch.nn.functional.one_hot(maps, 3).movedim(-1, 2).double()
@@ -335,7 +349,7 @@ def test_ncc_of_constant_maps_is_zero():
 
 
 def test_ncc_worked():
-    # One sample of two values, 0.9 and 0.6: gamma is larger at 0.6, and so is the error of a reader
+    # One sample of two values, 0.9 and 0.6: gamma is larger at 0.6, and so is the error of a annotator
     # who marks the more probable class; of one who marks the other, the error is larger at 0.9.
     p = torch.tensor([0.9, 0.9, 0.6, 0.6])
     probs, label = torch.stack([1 - p, p])[None, None], torch.ones(1, 1, 4, dtype=torch.long)
@@ -356,6 +370,27 @@ def test_gamma_map_in_half_precision_is_finite():
     want = metrics.gamma_map(hard.double())
     assert want.max() > 1
     close(metrics.gamma_map(hard.half()), want, 1e-5)
+
+
+def test_moments_are_those_of_all_samples_at_once():
+    probs = random_probs(63, 7, 2, 3, 6, 5)
+    labels = random_maps(64, 2, 3, 6, 5, num_classes=3)
+    moments = metrics.Moments()
+    for sample in probs:
+        moments.add(sample)
+    exact = probs.double()
+    close(moments.mean, exact.mean(0))
+    close(moments.mean_log, (exact + 1e-8).log().mean(0))
+    close(moments.variance, exact.var(0, correction=0).sum(1))
+    close(metrics.entropy_map(moments), -(exact.mean(0) * exact.mean(0).log()).sum(1))
+    for measure in (metrics.gamma_map, metrics.uncertainty_map):
+        assert torch.equal(measure(moments), measure(probs))
+    assert torch.equal(metrics.ncc(moments, labels), metrics.ncc(probs, labels))
+
+
+def test_entropy_of_a_certain_pixel_is_zero():
+    probs = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]])[None, None]  # (1, 1, 2, 3)
+    close(metrics.entropy_map(probs), [[0, math.log(2), 0]])
 
 
 def test_uncertainty_map():
@@ -547,13 +582,11 @@ def test_bootstrap():
     assert got["n"] == 400 and got["mean"] == pytest.approx(values.mean(), abs=1e-12)
     stderr = values.std() / 20  # s / sqrt(n), which 1000 resamples give to about 2%
     assert got["stderr"] == pytest.approx(stderr, rel=0.1)
-    assert got["high"] - got["low"] == pytest.approx(2 * 1.96 * stderr, rel=0.1)
-    assert got["low"] < got["mean"] < got["high"]
     assert metrics.bootstrap(torch.tensor([*values, NAN])) == got  # undefined cases are left out
     assert metrics.bootstrap(values, seed=1) != got
     few = metrics.bootstrap(values, resamples=10)
     assert few["mean"] == got["mean"] and few["stderr"] != got["stderr"]
-    assert metrics.bootstrap([0.25]) == dict(mean=0.25, stderr=0.0, n=1, low=0.25, high=0.25)
+    assert metrics.bootstrap([0.25]) == dict(mean=0.25, stderr=0.0, n=1)
     none = metrics.bootstrap([NAN, NAN])
     assert none["n"] == 0 and math.isnan(none["mean"])
 

@@ -1,7 +1,10 @@
+"""Training: what a run writes, resuming, stopping, options, and what goes wrong in one line."""
 import csv
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -9,18 +12,23 @@ import sys
 import time
 from pathlib import Path
 
-import models
 import pytest
 import torch
+from PIL import Image
 
+import common
 import data
 import evaluate
+import models
+from sources import runs
 import train
 from common import UserError
+from ssn import SSN
 
 TOP = Path(__file__).parent.parent
 TINY = ["--model", "ssn", "--data", "shapes", "--data-args", "n=20", "size=32", "--batch-size", "4",
         "--model-args", "channels=(4,6)", "convs=1", "mc_samples=4", "--device", "cpu"]
+REPORT = evaluate.report
 
 
 def run(*arguments, code=0, capsys=None):
@@ -28,72 +36,110 @@ def run(*arguments, code=0, capsys=None):
     return capsys.readouterr() if capsys else None
 
 
-def start(*arguments, launcher=("train.py",)):
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=TOP,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+def one_line(capsys, *arguments):
+    """The error of a command that must end in one line on stderr and status 2."""
+    error = run(*arguments, code=2, capsys=capsys).err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=TOP, text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1") | environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def weights(path):
-    return models.load_checkpoint(path)["state"]
+    return runs.load_checkpoint(path)["state"]
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def log(folder, key="loss"):
+    return {entry["step"]: entry for entry in runs.read_log(folder) if key in entry}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reports():
+    """The report at the end of a run takes longer than the run: here it is only noted."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "report", lambda folder, **options: calls.append((folder, options)))
+        yield calls
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 100 steps, and everything it wrote."""
+def finished(tmp_path_factory, reports):
+    """A run of 100 steps."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     run(*TINY, "--steps", 100, "--out", folder)
     return folder
 
 
+def on_step(monkeypatch, number, action):
+    """Call `action(model)` after the update of step `number`, counted from 1."""
+    update, calls = train.train_step, []
+
+    def step(loss_of, *rest):
+        result = update(loss_of, *rest)
+        calls.append(1)
+        if len(calls) == number:
+            action(loss_of)
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
 # --------------------------------------------------------------------------------- a whole run
 
 
-def test_a_run_writes_what_it_says(finished):
-    names = {p.name for p in finished.iterdir()}
-    assert names == {"config.json", "split.json", "log.jsonl", "last.pt", "best.pt", "curves.png",
-                     "metrics.json", "per_case.csv", "per_class.csv", "samples.png",
-                     "uncertainty.png", "dice.png", "ged.png", "maps.png", "modes.png",
-                     "manipulation.png", "overview.png"}
-    parts = json.loads((finished / "split.json").read_text())
-    assert parts.keys() == {"train", "val", "test"}
-    with open(finished / "per_case.csv", newline="") as file:
-        assert [row["name"] for row in csv.DictReader(file)] == parts["test"]
-    config = json.loads((finished / "config.json").read_text())
+def test_a_run_writes_what_it_says(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "report", REPORT)
+    monkeypatch.setattr(evaluate, "SAMPLES", (1, 16))
+    folder = shutil.copytree(finished, tmp_path / "run")
+    run("--resume", folder)  # nothing is left to train: only the report is written
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.json", "split.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "lock",
+            "metrics.json", "per_case.csv", "samples.png"} <= names
+    splits = json.loads((folder / "split.json").read_text())
+    assert splits.keys() == {"train", "val", "test"}
+    with open(folder / "per_case.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == splits["test"]
+    config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["steps"] == 100 and config["training"]["lr"] == 1e-3
     assert config["config"]["channels"] == [4, 6] and config["config"]["num_classes"] == 4
     assert config["versions"]["torch"] == torch.__version__
-    entries = log(finished)
-    assert [e["step"] for e in entries if "loss" in e] == [1, 50, 100]
-    assert [e["step"] for e in entries if "val_ged_16" in e] == [50, 100]
-    assert {"lr", "negative_log_likelihood", "gradient", "seconds_per_step"} <= entries[0].keys()
-    metrics = json.loads((finished / "metrics.json").read_text())
-    wanted = {f"{name}_{n}" for name in ("ged", "ncc", "diversity", "hungarian_iou")
-              for n in (1, 4, 8, 16, 100)}
-    assert wanted | {"dice", "dice_present", "dice_mean", "log_likelihood", "mode_tv_100",
-                     "mode_pooled_tv_100", "mode_gap_100", "ged_predict"} <= metrics.keys()
+    assert list(log(folder)) == [1, 50, 100] and list(log(folder, "val_ged_16")) == [50, 100]
+    assert [entry["steps"] for entry in log(folder).values()] == [1, 49, 50]
+    assert {"lr", "negative_log_likelihood", "gradient", "seconds_per_step"} <= log(folder)[1].keys()
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["ged_16"].keys() == {"mean", "stderr", "n"} and metrics["ged_16"]["n"] == 4
 
 
 def test_best_is_the_checkpoint_of_lowest_validation_ged(finished):
-    geds = {e["step"]: e["val_ged_16"] for e in log(finished) if "val_ged_16" in e}
-    best = models.load_checkpoint(finished / "best.pt")
+    geds = {step: entry["val_ged_16"] for step, entry in log(finished, "val_ged_16").items()}
+    best = runs.load_checkpoint(finished / "best.pt")
     assert best["step"] == min(geds, key=geds.get) and best["best"] == min(geds.values())
 
 
-def test_a_loaded_model_samples(finished):
-    model = data.load(finished / "best.pt")
-    assert not model.training and model.sample(torch.zeros(1, 1, 20, 30), 3).shape == \
-        (3, 1, 4, 20, 30)
+def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validation(
+        tmp_path, reports, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels" / "a").mkdir(parents=True)
+    for i in range(4):
+        Image.new("L", (32, 32), 60 * i).save(tmp_path / "images" / f"c{i}.png")
+        label = Image.new("L", (32, 32))
+        label.paste(1, (4, 4, 20, 20))
+        label.save(tmp_path / "labels" / "a" / f"c{i}.png")
+    split = {"train": ["c0", "c1"], "val": ["c2", "c3"]}
+    (tmp_path / "split.json").write_text(json.dumps(split | {"test": []}))
+    out = run("--data", "folder", "--path", tmp_path, "--data-args",
+              f"split_file={tmp_path / 'split.json'}", "--batch-size", 2, "--steps", 1, *TINY[-6:],
+              "--out", tmp_path / "run", capsys=capsys).out
+    assert out.splitlines()[1].startswith("no test split")
+    assert reports[-1][1]["split"] == "val"
 
 
 # --------------------------------------------------------------------------------------- resume
@@ -103,106 +149,124 @@ def test_n_and_n_more_steps_equal_2n(finished, tmp_path):
     run(*TINY, "--steps", 50, "--out", tmp_path)
     run("--resume", tmp_path, "--steps", 100)
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
-    losses = lambda folder: [(e["step"], e["loss"]) for e in log(folder) if "loss" in e]
-    assert losses(tmp_path) == losses(finished)
+    assert {s: e["loss"] for s, e in log(tmp_path).items()} == \
+        {s: e["loss"] for s, e in log(finished).items()}
+    changes = json.loads((tmp_path / "config.json").read_text())["changes"]
+    assert [(c["step"], c["steps"]) for c in changes] == [(0, 50), (50, 100)]
 
 
-def killed_run(folder, number, wait):
-    """Start the run of `finished` (or go on with it), send it a signal, return its output."""
-    begun = (folder / "config.json").exists()
-    process = start(*(["--resume", folder] if begun else [*TINY, "--steps", 100, "--out", folder]))
-    wait()
-    process.send_signal(number)
-    return process.communicate(timeout=120)[0], process.returncode
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-
-
-def test_sigterm_saves_and_the_resumed_run_ends_the_same(finished, tmp_path):
-    begun = lambda: (tmp_path / "log.jsonl").exists() and len(log(tmp_path)) > 0
-    output, code = killed_run(tmp_path, signal.SIGTERM, lambda: until(begun))
-    assert code == 128 + signal.SIGTERM and "stopped and saved at step" in output, output
-    assert 0 < models.load_checkpoint(tmp_path / "last.pt")["step"] < 100
+@pytest.mark.parametrize("step", [7, 50, 100])  # in mid-interval, at a validation, at the end
+def test_sigterm_saves_and_the_resumed_run_ends_the_same(step, finished, tmp_path, monkeypatch,
+                                                         reports, capsys):
+    done = len(reports)
+    on_step(monkeypatch, step, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    out = run(*TINY, "--steps", 100, "--out", tmp_path, code=128 + signal.SIGTERM, capsys=capsys).out
+    assert f"stopped and saved at step {step}" in out and len(reports) == done
+    assert runs.load_checkpoint(tmp_path / "last.pt")["step"] == step
     run("--resume", tmp_path)
-    assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
+    assert len(reports) == done + 1
+    for name in ("last.pt", "best.pt"):
+        assert equal(weights(tmp_path / name), weights(finished / name))
+    assert log(tmp_path, "val_ged_16") == log(finished, "val_ged_16")
+    # The log's means say over how many steps they go, so none is lost or counted twice.
+    here, there = log(tmp_path), log(finished)
+    assert sum(entry["steps"] for entry in here.values()) == 100
+    total = sum(here[s]["loss"] * here[s]["steps"] for s in here if 1 < s <= 50)
+    assert total == pytest.approx(49 * there[50]["loss"], rel=1e-5)
+
+
+def test_the_command_line_stops_at_sigterm(tmp_path):
+    process = start("train.py", *TINY, "--steps", 100_000, "--out", tmp_path)
+    end = time.monotonic() + 100
+    while not log(tmp_path) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped and saved at step" in output
+    assert 0 < runs.load_checkpoint(tmp_path / "last.pt")["step"] < 100_000
 
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(finished, tmp_path):
     random.seed(0)
     for _ in range(20):
-        killed_run(tmp_path, signal.SIGKILL, lambda: time.sleep(random.uniform(1, 8)))
+        begun = (tmp_path / "config.json").exists()
+        process = start("train.py", *(["--resume", tmp_path] if begun else
+                                      [*TINY, "--steps", 100, "--out", tmp_path]))
+        time.sleep(random.uniform(1, 8))
+        process.kill()
+        process.communicate()
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
-                models.load_checkpoint(tmp_path / name)
+                runs.load_checkpoint(tmp_path / name)
     run("--resume", tmp_path)
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_resume_refuses_other_settings(finished, capsys):
-    error = run("--resume", finished, "--lr", 0.5, code=2, capsys=capsys).err
-    assert "lr was None there and is 0.5 now" in error and error.count("\n") == 1
-    error = run(*TINY, "--out", finished, code=2, capsys=capsys).err
-    assert "holds a run already" in error
-    assert "no run there" in run("--resume", "/nowhere", code=2, capsys=capsys).err
+    error = one_line(capsys, "--resume", finished, "--batch-size", 2)
+    assert "batch_size was 4 there and is 2 now" in error
+    assert "holds a run already" in one_line(capsys, *TINY, "--out", finished)
+    assert "no run there" in one_line(capsys, "--resume", "/nowhere")
+    assert not Path("/nowhere").exists()
 
 
-def test_checkpoint_of_another_config_is_refused(finished, tmp_path, capsys):
-    other = tmp_path / "run"
-    run(*TINY, "--steps", 1, "--out", other, "--seed", 1)
-    content = torch.load(other / "last.pt", weights_only=True)
-    content["config"]["rank"] = 3
-    torch.save(content, other / "last.pt")
-    error = run("--resume", other, code=2, capsys=capsys).err
-    assert "another config" in error
-    with pytest.raises(UserError, match="do not fit"):
-        data.load(other / "last.pt")
+def test_a_folder_belongs_to_one_run(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with runs.own(folder):
+        for arguments in (["--resume", folder], [*TINY, "--out", folder]):
+            error = one_line(capsys, *arguments)
+            assert f"in use by process {os.getpid()} on " in error
+    run("--resume", folder)  # the lock is free again
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken"])
-def test_unreadable_checkpoints_are_one_line(tmp_path, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UserError, match="not a checkpoint") as caught:
-        data.load(tmp_path / "x.pt")
-    assert "\n" not in str(caught.value)
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    code = f"from sources import runs; import time; owned = runs.own(__import__('pathlib').Path({str(tmp_path)!r})); " \
+        "owned.__enter__(); print('locked', flush=True); time.sleep(100)"
+    process = start("-c", code)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"in use by process {process.pid} "), runs.own(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with runs.own(tmp_path):
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
-    torch.save({"model": Evil()}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        data.load(tmp_path / "x.pt")
-    assert not (tmp_path / "ran").exists()
+# ------------------------------------------------------------------------------ when it goes wrong
 
 
-# ------------------------------------------------------------------------------- when it goes wrong
+@pytest.mark.parametrize("limit", [0, 4_096, 25_000])
+def test_a_full_disk_is_one_line_and_resume_goes_on(limit, finished, tmp_path, monkeypatch, capsys):
+    """No file may grow past `limit` bytes after step 60, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert (finished / "last.pt").stat().st_size > 25_000
+    on_step(monkeypatch, 60, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
+    try:
+        error = one_line(capsys, *TINY, "--steps", 100, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in error and "File too large" in error and "at step 100" in error
+    assert f"last.pt stands; make room, then --resume {tmp_path}" in error
+    assert runs.load_checkpoint(tmp_path / "last.pt")["step"] == 50
+    assert not list(tmp_path.glob(".*"))
+    run("--resume", tmp_path)
+    for name in ("last.pt", "best.pt"):
+        assert equal(weights(tmp_path / name), weights(finished / name))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(finished, monkeypatch):
-    before = (finished / "best.pt").read_bytes()
-
-    def full(content, name):
-        Path(name).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    model = data.load(finished / "best.pt")
-    with pytest.raises(UserError, match="No space left on device; the checkpoint before it stands"):
-        models.save(finished / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 7, 0.5)
-    assert (finished / "best.pt").read_bytes() == before
-    assert not [p for p in finished.iterdir() if p.name.startswith(".")]
+def test_a_disk_full_from_the_start_says_that_nothing_was_saved(tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        error = one_line(capsys, *TINY, "--steps", 1, "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "config.json at step 0: File too large; nothing was saved yet" in error
 
 
 def test_a_non_finite_loss_stops_with_step_and_term(tmp_path, capsys, monkeypatch):
-    from ssn import SSN
     plain, calls = SSN.loss, []
 
     def breaks(self, image, label, mask=None):
@@ -210,19 +274,32 @@ def test_a_non_finite_loss_stops_with_step_and_term(tmp_path, capsys, monkeypatc
         return plain(self, image * float("nan" if len(calls) == 60 else 1), label, mask)
 
     monkeypatch.setattr(SSN, "forward", breaks)
-    error = run(*TINY, "--steps", 100, "--out", tmp_path, code=2, capsys=capsys).err
-    assert "step 60: negative_log_likelihood is not finite" in error and error.count("\n") == 1
-    content = models.load_checkpoint(tmp_path / "last.pt")
+    error = one_line(capsys, *TINY, "--steps", 100, "--out", tmp_path)
+    assert "step 60: negative_log_likelihood is not finite" in error
+    assert f"last.pt stands: --resume {tmp_path} with a lower --lr" in error
+    content = runs.load_checkpoint(tmp_path / "last.pt")
     assert content["step"] == 50 and all(v.isfinite().all() for v in content["state"].values())
+    run("--resume", tmp_path, "--lr", 1e-4)  # as the error advises
+    assert log(tmp_path)[100]["lr"] == 1e-4
+    changes = json.loads((tmp_path / "config.json").read_text())["changes"]
+    assert [(c["step"], c["lr"]) for c in changes] == [(0, None), (50, 1e-4)]
+
+
+def test_non_finite_weights_are_never_saved(tmp_path, capsys, monkeypatch):
+    """As after an update that overflows: loss and gradient of its step were finite."""
+    on_step(monkeypatch, 3, lambda model: next(model.parameters()).data.fill_(float("inf")))
+    error = one_line(capsys, *TINY, "--steps", 3, "--out", tmp_path)
+    assert "step 3: a weight is not finite" in error and "nothing was saved" in error
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_terms_name_the_cause_and_not_its_consequence():
     terms = train.Terms()
     good, bad = torch.tensor(1.0), torch.tensor(float("inf"))
     terms.add(1, {"loss": good, "kl": good, "gradient": good})
+    assert terms.failed() is None
     terms.add(2, {"loss": bad, "kl": bad, "gradient": bad})
-    with pytest.raises(UserError, match="step 2: kl is not finite"):
-        terms.check()
+    assert terms.failed() == "step 2: kl"
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -230,27 +307,83 @@ def test_terms_name_the_cause_and_not_its_consequence():
     (["--data", "imagenet"], "toy1d"),
     (["--data-args", "m=3"], "n, size, seed"),
     (["--data-args", "n"], "key=value"),
+    (["--data-args", "n=" + "1+" * 5000 + "1"], "key=value"),
+    (["--data-args", "n=" + "(" * 400], "whole number"),
     (["--model-args", "ranks=3"], "rank"),
     (["--model-args", "rank=-1"], "rank is at least 0"),
+    (["--model-args", "channels=garbage"], "ssn cannot be built"),
+    (["--model-args", "channels=5"], "ssn cannot be built"),
+    (["--model-args", "channels=()"], "ssn cannot be built"),
+    (["--model-args", "convs=100000"], "ssn cannot be built: it has more than"),
+    (["--model-args", "channels=(999999,999999)"], "ssn cannot be built: it has more than"),
     (["--data", "lidc", "--path", "/nowhere"], "nothing to read at /nowhere"),
     (["--device", "cuda:7"], "--device cuda:7"),
-    (["--steps", "0"], "above 0"),
+    (["--steps", "0"], "from 1 to"),
+    (["--batch-size", "9" * 20], "--batch-size 99999999999999999999: give a whole number"),
+    (["--seed", "-1"], "--seed -1: give a whole number from 0 to 2147483647"),
+    (["--seed", "2147483648"], "from 0 to 2147483647"),
+    (["--lr", "nan"], "--lr nan: give a finite number above 0"),
+    (["--lr", "inf", "--steps", "1"], "--lr inf"),
+    (["--lr", "-1"], "--lr -1.0"),
+    (["--lr-drops", "100"], "STEP:FACTOR"),
+    (["--lr-drops", "100:0.1", "5:inf"], "STEP:FACTOR"),
     (["--annotators", "both"], "all, or numbers"),
     (["--annotators", "99"], "choose from 0 to 11"),
+    (["--path", "a\0b", "--data", "npz"], ""),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
-    error = run("--out", tmp_path / "run", *arguments, code=2, capsys=capsys).err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert message in one_line(capsys, "--out", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [
+    "[]", "{}", "3", '{"settings": []}', '{"settings": {"model": "ssn"}}', "{", "[" * 100_000])
+def test_a_broken_config_is_one_line(content, finished, tmp_path, capsys):
+    shutil.copy(finished / "last.pt", tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    assert "config.json is missing or broken" in one_line(capsys, "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("seed", 10**30), ("seed", "1"), ("steps", []), ("lr", "x"), ("lr", float("nan")),
+    ("lr_drops", [3]), ("lr_drops", ["x"]), ("model_args", []), ("data", None), ("annotators", 3),
+    ("batch_size", -1), ("image_size", 10**9)])
+def test_a_broken_setting_is_one_line(key, value, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    one_line(capsys, "--resume", folder)
+
+
+def test_other_lines_in_the_log_are_left_out(tmp_path):
+    lines = ['{"step": 1, "loss": 2.5}', "[]", "3", '{"loss": 1}', '{"step": "x"}', "{}", '{"st',
+             '{"step": 2, "loss": null}', "[" * 100_000, '{"step": 3, "loss": 0.5}', "\x00"]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert runs.read_log(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 3, "loss": 0.5}]
+    assert runs.read_log(tmp_path / "nowhere") == []
+
+
+def test_a_name_with_a_null_byte_is_one_line(capsys):
+    assert "cannot be a folder's name" in one_line(capsys, "--out", "a\0b")
+
+
+def test_a_strange_world_size_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert "start with torchrun" in one_line(capsys, *TINY, "--out", tmp_path / "run")
 
 
 def test_batch_norm_of_a_single_value_is_one_line(tmp_path, capsys):
     """Seven levels of a 64-pixel image leave one pixel."""
-    error = run("--data", "shapes", "--data-args", "n=6", "--batch-size", 1, "--steps", 2,
-                "--model-args", "channels=(2,2,2,2,2,2,2)", "convs=1", "--device", "cpu",
-                "--out", tmp_path / "run", code=2, capsys=capsys).err
+    error = one_line(capsys, "--data", "shapes", "--data-args", "n=6", "--batch-size", 1, "--steps",
+                     2, "--model-args", "channels=(2,2,2,2,2,2,2)", "convs=1", "--device", "cpu",
+                     "--out", tmp_path / "run")
     assert error.startswith("error: batch norm") and "--batch-size" in error
-    assert error.count("\n") == 1
+
+
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train_step", lambda *a: torch.empty(2**55))
+    assert "out of memory: lower" in one_line(capsys, *TINY, "--out", tmp_path)
 
 
 def test_unknown_options_are_refused():
@@ -258,87 +391,160 @@ def test_unknown_options_are_refused():
         train.parse(["--precision", "fp8"])
 
 
+@pytest.mark.parametrize("stream", [
+    None, io.TextIOWrapper(io.BytesIO(), "ascii"), io.TextIOWrapper(open("/dev/full", "wb", 0))])
+def test_output_that_cannot_be_shown_stops_nothing(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    progress = common.Progress(3)
+    progress.say("± \udcff")
+    progress.update(1, "läuft", line=True)
+    if stream is not None and stream.encoding == "ascii":
+        lines = stream.buffer.getvalue().decode().splitlines()
+        assert lines[0] == "? ?" and lines[1].endswith("l?uft")
+    else:
+        assert sys.stdout is None
+
+
+def test_a_matplotlib_backend_that_is_none_does_no_harm():
+    code = "from analysis import pictures; pictures.new_plot(size=(1, 1)); print('drawn')"
+    assert start("-c", code, MPLBACKEND="nonsense").communicate()[0] == "drawn\n"
+
+
 # -------------------------------------------------------------------------------------- options
 
 
-def test_learning_rate_is_piecewise_constant():
+def test_learning_rates():
     training = dict(lr=0.1, lr_drops=((10, 0.5), (20, 0.1)))
     rates = [train.learning_rate(step, training) for step in (0, 9, 10, 19, 20, 1000)]
     assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.01, 0.01])
     assert train.learning_rate(1000, dict(lr=0.1)) == 0.1
+    poly = dict(lr=0.1, steps=100, poly_power=0.9)
+    assert [train.learning_rate(step, poly) for step in (0, 50, 99)] == \
+        pytest.approx([0.1, 0.1 * 0.5**0.9, 0.1 * 0.01**0.9])
 
 
-def test_annotators_image_size_precision_and_augmentation_reach_the_loop(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(data, "batches", lambda *a, **k: seen.update(k) or iter(()))
+def test_lr_drops_replace_the_recipe_s_schedule(tmp_path):
+    run(*TINY, "--steps", 4, "--lr", 0.01, "--lr-drops", "3:0.01", "1:0.1", "--out", tmp_path)
+    training = json.loads((tmp_path / "config.json").read_text())["training"]
+    assert training["lr_drops"] == [[1, 0.1], [3, 0.01]]
+    assert [entry["lr"] for entry in log(tmp_path).values()] == pytest.approx([0.01, 1e-4])
+    run("--resume", tmp_path, "--lr-drops", "3:0.5", "--steps", 6)
+    assert log(tmp_path)[6]["lr"] == 0.005
+
+
+@pytest.mark.parametrize("training, kind", [
+    (dict(optimizer="adam", lr=1.0, weight_decay=0.1), torch.optim.Adam),
+    (dict(optimizer="sgd", lr=1.0, weight_decay=0.1, momentum=0.9), torch.optim.SGD),
+    (dict(optimizer="rmsprop", lr=1.0, weight_decay=0.1, momentum=0.6, alpha=0.9),
+     torch.optim.RMSprop)])
+def test_optimizers_and_who_decays(training, kind):
+    """Without a gradient only weight decay moves a weight, and not those that ask for none."""
+    model = torch.nn.Linear(2, 1)
+    model.no_weight_decay = ("bias",)
+    optimizer = train.make_optimizer(model, training)
+    assert type(optimizer) is kind and all(optimizer.defaults[k] == v for k, v in training.items()
+                                           if k != "optimizer")
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not torch.equal(model.weight, before[0]) and torch.equal(model.bias, before[1])
+    del model.no_weight_decay
+    assert len(train.make_optimizer(model, training).param_groups) == 1
+
+
+def test_the_gradient_s_norm():
+    model = torch.nn.Linear(3, 2)
+    unused = torch.nn.Parameter(torch.ones(5))
+    optimizer = torch.optim.SGD([*model.parameters(), unused], lr=0.1)
+    image = torch.randn(4, 3)
+    result = train.train_step(lambda x, y: (model(x).square().sum(), {}), optimizer, image, None,
+                              0.0, torch.autocast("cpu", enabled=False))
+    squares = sum(float(v) ** 2 for p in model.parameters() for v in p.grad.flatten())
+    assert result["gradient"].item() == pytest.approx(squares**0.5, rel=1e-6)
+
+
+def test_annotators_image_size_and_augmentation_reach_the_loop(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(data, "batches", lambda *a, **k: given.update(k) or iter(()))
     with pytest.raises(StopIteration):
         train.main([*TINY, "--out", str(tmp_path), "--annotators", "1,2", "--image-size", "24",
                     "--no-augment"])
-    assert seen["annotators"] == (1, 2) and seen["size"] == 24 and seen["augmentation"] is None
+    assert given["annotators"] == (1, 2) and given["size"] == 24 and given["augmentation"] is None
 
 
 def test_bf16_trains_and_changes_the_loss(finished, tmp_path):
     run(*TINY, "--steps", 1, "--precision", "bf16", "--out", tmp_path)
-    a, b = log(tmp_path)[0]["loss"], log(finished)[0]["loss"]
+    a, b = log(tmp_path)[1]["loss"], log(finished)[1]["loss"]
     assert a != b and abs(a / b - 1) < 0.02
+
+
+def test_tf32_is_a_setting_of_matrix_products(tmp_path):
+    run(*TINY, "--steps", 1, "--precision", "tf32", "--out", tmp_path / "a")
+    assert torch.get_float32_matmul_precision() == "high"
+    run(*TINY, "--steps", 1, "--out", tmp_path / "b")
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("arguments", [
     ["--data", "toy1d", "--model-args", "mc_samples=4"],
-    ["--data", "lesions3d", "--data-args", "n=5", "size=32", "--model-args", "pathway=(2,2)",
-     "scales=(1,3)", "patch=12", "hidden=(4,)", "mc_samples=2"]])
-def test_lines_and_volumes_train(arguments, tmp_path):
+    ["--data", "lesions3d", "--data-args", "n=5", "size=32", "--model-args", "mc_samples=2",
+     "deepmedic={'pathway': (2, 2), 'scales': (1, 3), 'patch': 12, 'hidden': (4,)}"],
+    [*TINY, "--image-size", 24]])
+def test_lines_volumes_and_crops_train_and_are_judged(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "report", REPORT)
+    monkeypatch.setattr(evaluate, "SAMPLES", (1, 4))
     run(*arguments, "--device", "cpu", "--steps", 2, "--batch-size", 2, "--out", tmp_path)
-    assert (tmp_path / "samples.png").exists()
-
-
-def test_image_size_crops_the_validation_too(tmp_path):
-    run(*TINY, "--steps", 1, "--image-size", 24, "--out", tmp_path)
-    assert (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "metrics.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(train.lacks_compiler(torch.device("cpu"))), reason="no compiler")
 def test_compiled_loss_is_the_same(tmp_path):
-    """And so are the random numbers in it, which count from the first step with mean_steps=0."""
+    """And so are the random numbers in it."""
     steps = [*TINY, "--steps", 1, "--model-args", "channels=(4,6)", "convs=1", "mc_samples=4",
-             "mean_steps=0", "--out"]
+             "--out"]
     run(*steps, tmp_path / "a")
     run(*steps, tmp_path / "b", "--compile")
-    assert abs(log(tmp_path / "b")[0]["loss"] / log(tmp_path / "a")[0]["loss"] - 1) < 1e-4
+    assert abs(log(tmp_path / "b")[1]["loss"] / log(tmp_path / "a")[1]["loss"] - 1) < 1e-4
 
 
 def test_without_a_compiler_it_goes_on(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.shutil, "which", lambda name: None)
     out = run(*TINY, "--steps", 1, "--compile", "--out", tmp_path, capsys=capsys).out
-    assert "--compile: no C++ compiler (g++) was found; going on without it" in out
-    assert log(tmp_path)[0]["loss"] == log(finished)[0]["loss"]
+    assert "--compile: no compiler (g++) was found; training without it" in out
+    assert log(tmp_path)[1]["loss"] == log(finished)[1]["loss"]
 
 
-def test_two_processes_see_what_one_does(finished, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
-                "train.py")
-    output, _ = start(*TINY, "--steps", 3, "--out", tmp_path, launcher=launcher).communicate()
-    first = log(tmp_path)[0]
-    assert abs(first["loss"] / log(finished)[0]["loss"] - 1) < 1e-5, output
-    assert abs(first["gradient"] / log(finished)[0]["gradient"] - 1) < 1e-4
-    assert "metrics.json" in {p.name for p in tmp_path.iterdir()}
+# --------------------------------------------------------------------------------- two processes
+
+TWO = """
+import sys, torch, evaluate, train
+report = evaluate.report  # at the end of training, judge the folder of another run
+evaluate.report = lambda folder, **options: report(sys.argv[1], samples=(1, 4),
+                                                   device=torch.device("cpu"))
+sys.exit(train.main(sys.argv[2:]))
+"""
 
 
-def test_two_processes_judge_as_one_does(finished, tmp_path):
+def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
-    config["settings"]["data_args"]["n"] = 350  # 70 test cases: batches of 32, 32 and 6
+    config["settings"]["data_args"]["n"] = 170  # 34 test cases: batches of 32 and 2
     (folder / "config.json").write_text(json.dumps(config))
-    evaluate.report(folder, samples=(1, 16), device=torch.device("cpu"), quiet=True)
+    REPORT(folder, samples=(1, 4), device=torch.device("cpu"), quiet=True)
     alone = {name: (folder / name).read_text() for name in ("per_case.csv", "metrics.json")}
-    assert alone["per_case.csv"].count("\n") == 71
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29518",
-                "evaluate.py")
+    assert alone["per_case.csv"].count("\n") == 35
     for name in alone:
         (folder / name).unlink()
-    process = start(folder, "--samples", 1, 16, "--device", "cpu", launcher=launcher)
-    output, _ = process.communicate(timeout=120)
+    (tmp_path / "two.py").write_text(TWO)
+    process = start("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+                    tmp_path / "two.py", folder, *TINY, "--steps", 3, "--out", tmp_path / "two",
+                    PYTHONPATH=str(TOP))
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
+    one, two = log(finished)[1], log(tmp_path / "two")[1]
+    assert abs(two["loss"] / one["loss"] - 1) < 1e-5
+    assert abs(two["gradient"] / one["gradient"] - 1) < 1e-4
     assert {name: (folder / name).read_text() for name in alone} == alone
     assert output.count("numbers and pictures in") == 1

@@ -1,0 +1,108 @@
+"""The measures of a batch of cases, from samples that are gone through once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import metrics
+from common import IGNORE
+from models import labels_of
+from sources.base import Split
+
+
+@dataclass
+class Drawn:
+    """A batch, what the model predicts of it, and what is kept of its samples."""
+
+    batch: Split
+    prediction: Tensor  # (B, *S) uint8, the label map of `predict`
+    hard: Tensor  # (n, B, *S) uint8, the samples' label maps
+    moments: metrics.Moments  # of the samples' probabilities
+    ncc: dict  # {"ncc_<m>": (B,)} of the first m samples
+
+
+def draw(model, batch, chunks, samples) -> Drawn:
+    """Go through a batch's samples once: chunks of logits (m, B, K, *S), one sample's probabilities
+    at a time."""
+    moments, hard, ncc = metrics.Moments(), [], {}
+    for logits in chunks:
+        hard.append(labels_of(logits, 2))
+        for sample in logits:
+            moments.add(sample.softmax(1))
+            if moments.count in samples:
+                ncc[f"ncc_{moments.count}"] = metrics.ncc(moments, batch.labels, batch.weights)
+    prediction = labels_of(model.predict(batch.images), 1)
+    return Drawn(batch, prediction, torch.cat(hard), moments, ncc)
+
+
+def measure(model, drawn, samples, likelihood_samples) -> dict:
+    """The measures of a batch of cases, {name: (B,)}."""
+    batch, weights, (classes, empty) = drawn.batch, drawn.batch.weights, scoring(drawn.batch)
+    labels, hard = only_scored(batch, batch.labels), only_scored(batch, drawn.hard)
+    prediction = only_scored(batch, drawn.prediction)
+    mean = only_scored(batch, labels_of(drawn.moments.mean, 1))
+    out = metrics.sample_scores(hard, labels, classes, weights, empty, samples) | drawn.ncc
+    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
+    out["dice"] = metrics.dice(prediction, labels, classes, weights)
+    out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
+    out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
+    dices = metrics.sample_dice(hard[: max(samples)], labels, classes, weights)  # (n, B)
+    out["dice_better"] = (dices > out["dice"]).double().mean(0)
+    for percent in (5, 25, 50, 75, 95):
+        out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
+    return out | likelihoods(model, batch, likelihood_samples)
+
+
+def geds(batch, hard, samples) -> dict:
+    """ged_<n> of a batch of cases, {name: (B,)}, from samples (n, B, *S)."""
+    labels, hard, (classes, empty) = (only_scored(batch, batch.labels), only_scored(batch, hard),
+                                      scoring(batch))
+    return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
+            for n in samples}
+
+
+def scoring(split) -> tuple[int, float]:
+    """How many classes the maps of `only_scored` have, and the IoU of a class absent in both maps.
+    """
+    classes = 1 + len(split.scored) if split.scored else split.num_classes
+    # where the papers average over a few of many classes, absent ones are left out
+    return classes, float("nan") if split.scored or split.instances is not None else 1.0
+
+
+def only_scored(split, maps):
+    """Label maps whose classes are those that the split's paper averages over, counted from 1; all
+    others are 0, and 255 stays."""
+    if not split.scored:
+        return maps
+    table = torch.zeros(256, dtype=torch.uint8, device=maps.device)
+    table[list(split.scored)] = torch.arange(1, 1 + len(split.scored), device=maps.device).byte()
+    table[IGNORE] = IGNORE
+    return table[maps.long()]
+
+
+def likelihoods(model, batch, n) -> dict:
+    """What needs the annotators' maps one by one: log_likelihood with n samples, and iou_rec of
+    models with latents.
+
+    The expectation over a case's label maps; over two drawn from it where there are more than 8.
+    """
+    probabilities = batch.probabilities  # (B, A)
+    if probabilities.shape[1] > 8:
+        annotators = torch.multinomial(probabilities, 2, replacement=True).T  # (2, B)
+        weights = torch.full(annotators.shape, 0.5, device=annotators.device)
+    else:
+        weights = probabilities.T
+        annotators = torch.arange(len(weights), device=weights.device)[:, None].expand_as(weights)
+    rows = torch.arange(len(batch), device=weights.device)
+    out = {"log_likelihood": torch.zeros_like(weights[0])}
+    for annotator, weight in zip(annotators, weights):
+        label = batch.labels[rows, annotator]  # (B, *S)
+        out["log_likelihood"] += weight * model.log_likelihood(batch.images, label.long(), n)
+        if hasattr(model, "reconstruct"):
+            again = labels_of(model.reconstruct(batch.images, label.long()), 1)
+            # The GED of two single maps is 2 (1 - IoU); NaN where the annotator is missing.
+            iou = 1 - metrics.ged(only_scored(batch, again)[None],
+                                  only_scored(batch, label)[:, None], scoring(batch)[0]) / 2
+            out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
+    return out

@@ -1,0 +1,225 @@
+"""The files of a run, runs/<model>-<data>-<seed>/: settings, lock, log and checkpoints.
+
+Every file is written whole or not at all, and a full disk is one line that says what stands.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+import torch
+
+from common import UserError
+from sources.files import write_atomically, write_text
+
+# ------------------------------------------------------------------------- settings and lock
+
+# What decides a run's result, in config.json's "settings": (types, default).
+CHANGEABLE = ("steps", "path", "lr", "lr_drops")  # what --resume may give anew
+SETTINGS = dict(
+    model=(str, "ssn"), data=(str, "shapes"), path=(str | None, None), steps=(int | None, None),
+    batch_size=(int | None, None), lr=(float | int | None, None), lr_drops=(list | None, None),
+    seed=(int, 0), precision=(str, "fp32"), image_size=(int | None, None), annotators=(str, "all"),
+    augment=(bool, True), quick=(bool, False), model_args=(dict, {}), data_args=(dict, {}))
+
+
+def read_config(folder: Path) -> dict:
+    """The run's config.json, settings it lacks at their defaults; UserError where it is broken."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config["settings"]["data"]  # without which there is no run
+        given = {name: default for name, (_, default) in SETTINGS.items()} | config["settings"]
+        for name, (kinds, _) in SETTINGS.items():
+            if not isinstance(given[name], kinds):
+                raise TypeError(name)
+        if not isinstance(config.setdefault("changes", []), list):
+            raise TypeError("changes")
+        return config | {"settings": given}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
+                        "that train.py wrote") from None
+
+
+def plain(value):
+    """As it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+@contextlib.contextmanager
+def own(folder: Path):
+    """Hold the folder's lock, so that no other run writes here. It ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as lock:
+        try:
+            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"{folder} is in use by {lock.read()}; wait for it to end, or choose "
+                            "another folder with --out") from None
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if list(folder.iterdir()) == [folder / "lock"]:  # a mistake: nothing was begun
+                (folder / "lock").unlink()
+                folder.rmdir()
+
+
+def begin(folder, settings, training, model, split, start) -> None:
+    """config.json, split.json, and log.jsonl cut back to the step the run resumes at."""
+    for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
+        half.unlink()
+    changes = read_config(folder)["changes"] if start else []
+    changes.append({"step": start} | {key: settings[key] for key in CHANGEABLE})
+    versions = {name: version(name) for name in ("torch", "numpy", "matplotlib")}
+    config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
+                  parameters=sum(p.numel() for p in model.parameters()), changes=changes,
+                  versions=dict(python=platform.python_version(), **versions))
+    log = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
+    with writing(folder / "config.json", start):
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    with writing(folder / "split.json", start):
+        write_text(folder / "split.json", json.dumps(split.parts, indent=1) + "\n")
+    with writing(folder / "log.jsonl", start):
+        write_text(folder / "log.jsonl", "".join(log))
+
+
+@contextlib.contextmanager
+def writing(path, step):
+    """A full disk is one line: what could not be written, when, and what stands."""
+    try:
+        yield
+    except OSError as error:
+        stands = "last.pt stands" if (path.parent / "last.pt").exists() else "nothing was saved yet"
+        raise UserError(f"cannot write {path} at step {step}: {error.strerror or error}; {stands}; "
+                        f"make room, then --resume {path.parent}") from error
+
+
+def append(path, entry: dict) -> None:
+    """One more line of JSON."""
+    with writing(path, entry["step"]), open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read_log(folder) -> list[dict]:
+    """The log's entries; lines that a kill or a full disk cut short are left out."""
+    entries, log = [], folder / "log.jsonl"
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            numbers = isinstance(entry, dict) and {type(value) for value in entry.values()}
+            if numbers and numbers <= {int, float} and "step" in entry:
+                entries.append(entry)
+    return entries
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+DIGEST = b"sha256:"  # and 64 hexadecimal digits: a checkpoint's zip comment
+MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+           torch.optim.SGD: ("momentum_buffer",),
+           torch.optim.RMSprop: ("step", "square_avg", "momentum_buffer")}
+
+
+def save(path, name, model, optimizer, step, best) -> None:
+    """One checkpoint, whole or not at all; OSError where there is no room for it.
+
+    A file that torch.load reads. Its zip comment is the SHA-256 of all bytes before the comment.
+    """
+    content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
+                   optimizer=optimizer.state_dict(), step=step, best=best)
+    buffer = io.BytesIO()  # torch.save to a full disk raises many kinds of errors
+    torch.save(content, buffer)
+    buffer.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment and the comment
+    buffer.write((len(DIGEST) + 64).to_bytes(2, "little"))
+    buffer.write(DIGEST + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(buffer.getbuffer()))
+
+
+def load_checkpoint(path) -> dict:
+    """What `save` wrote, checked against its digest; nothing in the file is executed.
+
+    Checkpoints from before there were digests have none to check.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with train.py")
+    raw = Path(path).read_bytes()
+    body, mark, digest = raw[:-64 - len(DIGEST)], raw[-64 - len(DIGEST):-64], raw[-64:]
+    if mark == DIGEST and hashlib.sha256(body).hexdigest().encode() != digest:
+        raise UserError(f"{path}: damaged, its bytes are not those that were saved; use another "
+                        "checkpoint, or train again")
+    try:
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        for key, kind in dict(model=str, config=dict, state=dict, optimizer=dict, step=int,
+                              best=float).items():
+            if not isinstance(content[key], kind):
+                raise TypeError(f"{key} is a {type(content[key]).__name__}")
+        json.dumps(content["config"])  # nothing but numbers, texts and tuples of them
+        return content
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of train.py ({reason})") from error
+
+
+def restore(path, settings, model, optimizer) -> tuple[int, float]:
+    """Load a checkpoint of this run; returns its step and the best validation GED so far."""
+    content = load_checkpoint(path)
+    config = plain(dataclasses.asdict(model.config))
+    if content["model"] != settings["model"] or plain(content["config"]) != config:
+        raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
+                        "config.json; begin another run with --out")
+    check_state(path, model, content["state"])
+    model.load_state_dict(content["state"])
+    restore_optimizer(path, optimizer, content["optimizer"])
+    return content["step"], content["best"]
+
+
+def check_state(path, model, state: dict) -> None:
+    """UserError unless `state` has the model's names, with their shapes and dtypes."""
+    expected = model.state_dict()
+    for name in [*expected, *state]:
+        if name not in expected or not same_kind(state.get(name), expected[name]):
+            raise UserError(f"{path}: its weights do not fit the model of its config; the first "
+                            f"that differs is {str(name)[:80]}")
+
+
+def same_kind(found, expected: torch.Tensor) -> bool:
+    """Whether `found` is an ordinary tensor of the shape and dtype of `expected`."""
+    return (isinstance(found, torch.Tensor) and found.layout == torch.strided
+            and found.shape == expected.shape and found.dtype == expected.dtype)
+
+
+def restore_optimizer(path, optimizer, saved: dict) -> None:
+    """Load the moments of `saved`; UserError unless they fit the optimiser's parameters.
+
+    Options such as the learning rate come from the run's settings, not from the file.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for name in MOMENTS[type(optimizer)]
+             if name != "momentum_buffer" or optimizer.defaults["momentum"]]
+    try:
+        for index, values in saved["state"].items():
+            for name in names:
+                expected = torch.tensor(0.0) if name == "step" else parameters[index]
+                if not same_kind(values[name], expected):
+                    raise ValueError(f"{name} has another shape or dtype than its parameter")
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: its optimiser state does not fit the model ({error}); begin "
+                        "another run with --out") from error

@@ -1,0 +1,140 @@
+"""Instances from samples, against literal transcriptions of the paper's Algorithm 1 and App. H."""
+import itertools
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from analysis.instances import clean_instances, cluster_instances
+
+
+def algorithm_1(samples, alpha, order):
+    """Algorithm 1 to the letter, class 0 the background, on one-hot vectors; a random pixel of U is
+    the first of `order` that is in U."""
+    classes = int(samples.max()) + 1
+    Y = F.one_hot(samples.flatten(1).T, classes).flatten(1).tolist()  # (pixels, n C)
+    I = [-1] * len(Y)
+    U = set(range(len(Y)))
+    p = ([1] + [0] * (classes - 1)) * len(samples)
+    c = 0
+    while U:
+        if c > 0:
+            i = next(i for i in order if i in U)
+            p = Y[i]
+            I[i] = c
+            U.remove(i)
+        for j in sorted(U):
+            d = sum(a != b for a, b in zip(Y[j], p))
+            if d <= alpha:
+                I[j] = c
+                U.remove(j)
+        c += 1
+    return torch.tensor(I).view(samples.shape[1:])
+
+
+def cell_samples(size, cells, n, classes, noise, seed=0):
+    """n random class numbers of square cells with walls of 2 pixels, some pixels wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = size // cells
+    cell = torch.arange(size) // wide
+    truth = 1 + cells * cell[:, None] + cell
+    wall = torch.arange(size) % wide < 2
+    truth[wall] = 0
+    truth[:, wall] = 0
+    table = torch.randint(1, classes, (n, cells * cells + 1), generator=generator)
+    table[:, 0] = 0
+    samples = table[:, truth]
+    wrong = torch.rand(samples.shape, generator=generator) < noise
+    return torch.where(wrong, torch.randint(classes, samples.shape, generator=generator),
+                       samples), truth
+
+
+@pytest.mark.parametrize("alpha", [None, 0, 4, 100])
+def test_clustering_is_algorithm_1(alpha):
+    samples, _ = cell_samples(24, 4, 6, 5, 0.15)
+    order = torch.randperm(24 * 24, generator=torch.Generator().manual_seed(3)).tolist()
+    ids = cluster_instances(samples, alpha, torch.Generator().manual_seed(3))
+    expected = algorithm_1(samples, 6 if alpha is None else alpha, order)
+    assert torch.equal(ids, expected)
+    assert ids.max() == 0 if alpha == 100 else ids.max() > 10
+    assert not torch.equal(cluster_instances(samples, 0, torch.Generator().manual_seed(4)),
+                           cluster_instances(samples, 0, torch.Generator().manual_seed(3)))
+
+
+def test_a_negative_alpha_is_refused():
+    with pytest.raises(ValueError, match="alpha=-1: a distance, from 0 up"):
+        cluster_instances(torch.zeros(2, 3, 3, dtype=torch.long), -1)
+
+
+def test_noisy_cells_are_found_in_seconds():
+    samples, truth = cell_samples(512, 16, 16, 16, 0.15)
+    start = time.process_time()
+    ids = clean_instances(cluster_instances(samples, generator=torch.Generator().manual_seed(0)))
+    assert time.process_time() - start < 5
+    pairs = torch.stack([ids, truth]).flatten(1).unique(dim=1, return_counts=True)
+    common = {}  # each cell's most frequent id
+    for (found, cell), count in zip(pairs[0].T.tolist(), pairs[1].tolist()):
+        common[cell] = max(common.get(cell, (0, 0)), (count, found))
+    assert sum(count for count, _ in common.values()) > 0.98 * truth.numel()
+    assert len({found for _, found in common.values()}) == 16 * 16 + 1
+
+
+def test_clean_up_by_hand():
+    ids = torch.zeros(20, 20, dtype=torch.long)
+    ids[5:10, 5:10] = 1  # 5 x 5 survives
+    ids[5:10, 10:14] = 2  # 4 wide does not
+    ids[0:3, 17:20] = 4  # in a corner, where it may go on beyond the image
+    ids[18, 0] = 5  # nobody within 5 pixels
+    cleaned = clean_instances(ids)
+    expected = ids.clone()
+    expected[ids == 2] = 1
+    assert torch.equal(cleaned, expected)
+    expected[18, 0] = 0
+    assert torch.equal(clean_instances(ids, keep=False), expected)
+    expected[ids == 2] = 2
+    assert torch.equal(clean_instances(ids, erosion=3, keep=False), expected)
+    far = clean_instances(ids, box=3)  # only what touches
+    assert (far[5:10, 10] == 1).all() and (far[5:10, 11:14] == 2).all()
+
+
+def test_an_instance_that_grows_may_survive():
+    ids = torch.zeros(9, 12, dtype=torch.long)
+    ids[2:7, 2:4] = 1  # beside 2, which takes it over and is 5 wide then
+    ids[2:7, 4:7] = 2
+    assert (clean_instances(ids)[2:7, 2:7] == 2).all()
+    assert (clean_instances(ids, keep=False)[2:7, 2:7] == 2).all()
+
+
+def clean_loop(ids, erosion, box):
+    """Appendix H pixel by pixel."""
+    inside = lambda m, y, x, r: m[max(y - r, 0) : y + r + 1, max(x - r, 0) : x + r + 1]
+    pixels = list(itertools.product(*map(range, ids.shape)))
+    ids = ids.clone()
+    for c in sorted(set(ids.unique().tolist()) - {0}):
+        if any((inside(ids, *p, erosion // 2) == c).all() for p in pixels if ids[p] == c):
+            continue
+        before = ids.clone()
+        for p in pixels:
+            around = inside(before, *p, box // 2).flatten().tolist()
+            around = [v for v in around if v not in (0, c)]
+            if before[p] == c and around:
+                ids[p] = min(set(around), key=lambda v: (-around.count(v), v))
+    return ids
+
+
+def test_clean_up_is_appendix_h():
+    samples, _ = cell_samples(32, 4, 4, 4, 0.2)
+    ids = cluster_instances(samples, 2, torch.Generator().manual_seed(0))
+    assert len(ids.unique()) > 30
+    cleaned = clean_instances(ids, 3, 7)
+    assert torch.equal(cleaned, clean_loop(ids, 3, 7))
+    assert len(cleaned.unique()) < len(ids.unique())
+
+
+def test_volumes_are_clustered_too():
+    samples, truth = cell_samples(16, 2, 8, 9, 0)
+    volume = samples[:, None].expand(-1, 6, -1, -1)
+    ids = clean_instances(cluster_instances(volume), 3, 5)
+    assert ids.shape == (6, 16, 16) and len(ids.unique()) == 5
+    assert torch.equal(ids == 0, (truth == 0).expand(6, -1, -1))

@@ -1,0 +1,96 @@
+"""Building models, drawing samples for a split, and what several processes share."""
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import models
+from common import UserError
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_default_model_can_be_built_without_memory(name):
+    model = models.build(name, {}, "meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.config == models.MODELS[name].Config()
+
+
+def test_weights_depend_on_the_seed_alone():
+    """Not on the trial on the meta device that comes first."""
+    torch.manual_seed(3)
+    built = models.build("unet", dict(channels=(4, 6), convs=1)).state_dict()
+    torch.manual_seed(3)
+    Model = models.MODELS["unet"]
+    direct = Model(Model.Config(channels=(4, 6), convs=1)).state_dict()
+    assert all(torch.equal(built[key], direct[key]) for key in direct)
+
+
+@pytest.mark.parametrize("name, value", [*((name, value) for name in models.MODELS
+                                           for value in ("x", ())), ("phiseg", 10**30)])
+def test_nonsense_is_one_line(name, value):
+    for field in dataclasses.fields(models.MODELS[name].Config):
+        try:
+            models.build(name, {field.name: value}, "meta")
+        except UserError as error:
+            assert "\n" not in str(error) and f"{name} cannot be built: " in str(error)
+
+
+@pytest.mark.parametrize("name, fields, message", [
+    ("nothing", {}, "choose one of ssn"),
+    ("ssn", {"ranks": 1}, "--model-args ranks: ssn knows .*channels"),
+    ("unet", {"channels": (10**5, 10**5)}, "more than 1,000,000,000 parameters or"),
+    ("unet", {"convs": 10**6}, "or 5,000 tensors")])
+def test_what_cannot_be_built_is_refused(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        models.build(name, fields)
+
+
+def small_split():
+    return data.load("shapes", "train", n=70, size=32)
+
+
+def drawn(*arguments, **options):
+    """[(cases, all their samples)], the chunks of each batch used up before the next."""
+    return [(cases, torch.cat(list(chunks)))
+            for cases, chunks in models.sample_batches(*arguments, **options)]
+
+
+def test_batches_of_two_processes_are_those_of_one():
+    split = small_split()
+    model = models.build("ssn", dict(channels=(4,), convs=1, num_classes=4)).eval()
+    alone = drawn(model, split, 2, seed=1)
+    shared = [drawn(model, split, 2, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    assert [len(cases) for cases, _ in alone] == [32, len(split) - 32]
+    for i, (cases, samples) in enumerate(alone):
+        others, again = shared[i % 2][i // 2]
+        assert cases.names == others.names and torch.equal(samples, again)
+        assert samples.shape == (2, len(cases), 4, 32, 32)
+
+
+def test_labels_of_is_argmax():
+    scores = torch.randn(3, 4, 5, 6)
+    labels = models.labels_of(scores, 1)
+    assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(1))
+
+
+def test_batch_norm_of_processes_is_batch_norm(tmp_path):
+    """Of one process here; that two see the batches of both is a test of training."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        results = []
+        for shared in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)).double()
+            images = torch.randn(6, 2, 4, 4, dtype=torch.float64)
+            several = models.distribute(model, images.device) if shared else model
+            several(images).pow(3).sum().backward()
+            gradients = [p.grad for p in model.parameters()]
+            several.eval()
+            results.append([*model.state_dict().values(), *gradients, several(images)])
+            assert isinstance(model[1], models.GlooBatchNorm) == shared
+        for alone, other in zip(*results):
+            torch.testing.assert_close(alone, other, rtol=1e-9, atol=1e-9)
+    finally:
+        torch.distributed.destroy_process_group()
