@@ -73,6 +73,7 @@ def damaged_zip(rng, content: bytes) -> bytes:
     """A zip file whose checksums are right although one member's bytes are damaged."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
+        comment = archive.comment  # a checkpoint's digest
     name = rng.choice(sorted(members))
     if rng.random() < 0.1:
         del members[name]
@@ -82,6 +83,7 @@ def damaged_zip(rng, content: bytes) -> bytes:
     with zipfile.ZipFile(out, "w") as archive:
         for name, data in members.items():
             archive.writestr(name, data)
+        archive.comment = comment
     return out.getvalue()
 
 
@@ -233,7 +235,8 @@ def run_folder(rng, folder):
         if rng.random() < 0.5:
             os.mkfifo(file)
     elif kind < 0.2:
-        file.rename(file.with_name(rng.choice(["x", "é😀", "a b", ".hidden", "n0.PNG"]) + file.suffix))
+        name = rng.choice(["x", "é😀", "a b", ".hidden", "n0.PNG"])
+        file.rename(file.with_name(name + file.suffix))
     else:
         damage_file(rng, file)
     options = {"split_file": str(folder / "split.json")} if rng.random() < 0.4 else {}
@@ -387,13 +390,15 @@ def run_image(rng, folder):
                           "--out", str(folder / "out"), "--device", "cpu"])
 
 
-TEXTS = ["", "0", "-1", "1", "nan", "inf", "-inf", "1e999", "x", "../..", "\x00", "99999999999999999999",
-         "[" * 3000, "1+" * 3000 + "1", "()", "(1,)", "('a',)", "None", "a=b", "é😀", "\udcff", "1,2",
-         "cuda:9", "mps", "{}", "True", "1.5", "/dev/null", "x" * 5000]
+TEXTS = ["", "0", "-1", "1", "nan", "inf", "-inf", "1e999", "x", "../..", "\x00",
+         "99999999999999999999", "[" * 3000, "1+" * 3000 + "1", "()", "(1,)", "('a',)", "None",
+         "a=b", "é😀", "\udcff", "1,2", "cuda:9", "mps", "{}", "True", "1.5", "/dev/null",
+         "x" * 5000]
 TRAIN = ["--model", "--data", "--path", "--steps", "--batch-size", "--lr", "--seed", "--precision",
-         "--image-size", "--annotators", "--model-args", "--data-args", "--out", "--resume", "--device"]
-FIELDS = ["rank", "channels", "convs", "mc_samples", "num_classes", "dims", "in_channels", "n", "size",
-          "seed", "name", "split", "path", "hide", "unknown", "latents", "kappa", "top_k"]
+         "--image-size", "--annotators", "--model-args", "--data-args", "--out", "--resume",
+         "--device", "--lr-drops"]
+FIELDS = ["rank", "channels", "convs", "mc_samples", "num_classes", "dims", "in_channels", "n",
+          "size", "seed", "name", "split", "path", "hide", "unknown", "latents", "deepmedic"]
 
 
 def run_command(rng, folder):
@@ -458,7 +463,8 @@ def judge(run, rng, folder) -> tuple[str, str]:
     except SystemExit as error:  # argparse prints its usage and one line
         return ("refused", "") if error.code in (0, 2) else ("exit status", str(error.code))
     except BaseException as error:
-        at = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        at = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename]
         return "traceback", f"{type(error).__name__}: {error} at {at[-1].filename}:{at[-1].lineno}"
     if status in (None, 0):
         return "accepted", ""
