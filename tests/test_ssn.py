@@ -29,7 +29,7 @@ def test_default_is_the_papers_lidc_model():
     assert [tuple(p.shape[:2]) for p in join.parameters() if p.dim() == 4] \
         == [(32, 64), (32, 32), (32, 32)]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 13 * 3 + 3 and {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
+    assert len(norms) == 13 * 3 + 3 and {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.1)}
     assert model.factor.weight.shape == (20, 32, 1, 1)  # R * K maps
     assert SSN.TRAINING["lr"] == 1e-3 and SSN.TRAINING["batch_size"] == 12
 
