@@ -86,15 +86,21 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     return x.masked_fill(uniform(x.shape, x, generator) < p, 0) / (1 - p)
 
 
-def hierarchy_noise(shapes: dict[int, tuple], image: Tensor, n: int,
+def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: int,
                     generator: torch.Generator | None, width: int):
-    """Yield standard normal noise for n draws of a hierarchy of latent maps, {i: (D_i, *S_i)}, m
-    draws at a time: {i: (m * B, D_i, *S_i)}, the cases of a draw together.
+    """Yield standard normal noise for n draws of a hierarchy of latent maps, m draws at a time:
+    {i: (m * B, D_i, *S_i)}, the cases of a draw together.
 
-    m bounds memory: a draw of a case takes `width` feature values for each pixel of the image.
+    channels: D_i of every level, coarse to fine; the coarsest has one position for `multiple`
+        pixels a side, each next one has twice as many. A level of 0 channels has no noise.
+    width: a draw takes so many feature values a pixel of the image; m keeps them below CHUNK.
     """
-    noise = {i: standard_normal((len(image), n, *shape), image, generator).transpose(0, 1)
-             for i, shape in shapes.items()}
+    size, noise = [-(-s // multiple) for s in image.shape[2:]], {}  # rounded up
+    for i, depth in channels.items():
+        if depth:
+            shape = (len(image), n, depth, *size)
+            noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
+        size = [2 * s for s in size]
     m = max(1, CHUNK // (image[:, 0].numel() * width))
     for start in range(0, n, m):
         yield {i: e[start : start + m].flatten(0, 1) for i, e in noise.items()}

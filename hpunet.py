@@ -113,11 +113,9 @@ class HPUNet(nn.Module):
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
         """Yields {i: (m * B, D_i, *S_i)}, noise for m of n draws of all latents at a time."""
-        coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]
-        shapes = {i: (width, *(s * 2**i for s in coarsest))
-                  for i, width in enumerate(self.config.latents) if width}
+        channels = dict(enumerate(self.config.latents))
         width = 4 * self.config.channels[0]  # what the finest level's blocks hold at a time
-        return hierarchy_noise(shapes, image, n, generator, width)
+        return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 6 or 5: (loss in nats, summed over pixels and averaged over the batch; its terms).

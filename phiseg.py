@@ -99,13 +99,10 @@ class PHiSeg(nn.Module):
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
         """Yields {l: (m * B, D, *S_l)}, noise for m of n draws of all latents at a time."""
-        c, shapes = self.config, {}
-        for l in range(c.latent_levels, 0, -1):
-            coarser = 2 ** (c.latent_levels - l)  # z_L has one position for `multiple` pixels
-            size = [math.ceil(s / self.multiple) * coarser for s in image.shape[2:]]
-            shapes[l] = (c.latent_channels, *size)
+        c = self.config
+        channels = dict.fromkeys(range(c.latent_levels, 0, -1), c.latent_channels)
         width = 3 * c.channels[-c.latent_levels]  # of the likelihood's finest level
-        return hierarchy_noise(shapes, image, n, generator, width)
+        return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
         """Logits (B, K, *size) of every level's mask: the sum of its and all coarser residuals."""
