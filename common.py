@@ -4,8 +4,7 @@ Alphabet of shapes, used in every file:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
 
-Sections: noise and Gaussians / losses / U-Net / padding / initialisation,
-demos / device / progress.
+Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / progress.
 """
 
 import ast
@@ -48,7 +47,7 @@ CHUNK = 2**24  # feature values computed at once when sampling a hierarchy: 64 M
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
-    """Smoothly into (-4, 4), close to the identity where networks live. float32.
+    """Smoothly into (-4, 4), a std of 0.018 to 55; close to the identity in between. float32.
 
     An unbounded log std is the most frequent cause of a NaN in the KL of a conditional VAE. Images
     that were not standardised (x 255) begin with a KL of 1e11 nats under a bound of 10 and still
@@ -135,16 +134,16 @@ class DiagonalNormal:
 
 
 def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Tensor:
-    """log p(z) / mix(z), the weights of latents z in a conditional VAE's lower bound of log p(y | x)
+    """log [p(z) / mix(z)] in the lower bound of a conditional VAE's log p(y | x) by importance
+    sampling (Burda et al. 2016),
 
         log (1/n) sum_i p(y | z_i) p(z_i) / mix(z_i),     mix = (n_q q + n_p p) / n,
 
-    by importance sampling (Burda et al. 2016), for n = n_q + n_p draws z_i, the first n_q from the
-    posterior q and the others from the prior p. The methods here take half from each: q may be
-    wrong about masks unlike those of training, and then the draws from p still count. n = n_q = 1
-    gives, on average, the ELBO; more draws tighten the bound.
+    where n_q of the n draws z_i are from the posterior q and n_p from the prior p. Every method
+    takes half from each: q may be wrong about masks unlike those of training, and then the draws
+    from p still count. n = n_q = 1 gives, on average, the ELBO; more draws tighten the bound.
 
-    log_q, log_p: log densities of the z_i in nats, of one shape; so is the result.
+    log_q, log_p: log densities of the z_i in nats, of one shape, as is the result.
     """
     log_share_q, log_share_p = (torch.tensor([n_q, n_p]) / (n_q + n_p)).log().tolist()
     return log_p - torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
