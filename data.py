@@ -21,24 +21,22 @@ import argparse
 import functools
 import inspect
 import itertools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
 from analysis.pictures import paint_image, paint_label, save_grid
 from common import IGNORE, UserError, key_values, reflect_index
 from sources.base import (SPLITS, Split, assign, check_known, collect, locate, random_classes,
-                          relabel, seeded_generator, spline)
+                          relabel, seeded_generator)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
@@ -49,6 +47,7 @@ from sources.own import read_folder, read_npz
 from sources.synapse import read_synapse
 from sources.synthetic import (make_cells, make_lesions3d, make_modes, make_organs, make_shapes,
                                make_toy1d)
+from sources.warp import Warp, apply_warp, center_start, draw_warp
 
 
 def load(name: str, split: str | Sequence[str] = "train", path=None, /, **options):
@@ -168,7 +167,7 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
 def center(split: Split, size: int | Sequence[int]) -> Split:
     """Centre crop or pad to `size`: images by reflection, labels with 255, instances with -1."""
     shape = split.images.shape[2:]
-    lines = [torch.arange(want, device=split.images.device) + _center_start(have, want)
+    lines = [torch.arange(want, device=split.images.device) + center_start(have, want)
              for have, want in zip(shape, _as_size(size, shape))]
 
     def cut(tensor: Tensor, fill: int | None = None) -> Tensor:
@@ -182,11 +181,6 @@ def center(split: Split, size: int | Sequence[int]) -> Split:
     instances = None if split.instances is None else cut(split.instances, -1)
     return replace(split, images=cut(split.images), labels=cut(split.labels, IGNORE),
                    instances=instances)
-
-
-def _center_start(have: int, want: int) -> int:
-    """Where a central window of `want` pixels starts; padding and cropping back are inverse."""
-    return (have - want) // 2 if have >= want else -((want - have) // 2)
 
 
 def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[int, ...]:
@@ -229,14 +223,6 @@ _FULL = Augmentation(flip=(-2, -1), quarter_turns=True, rotation=30, shear=0.1, 
 _MILD = Augmentation(rotation=10, shear=0.05, scale=0.1, translation=4, elastic=2)
 
 
-class _Warp(NamedTuple):
-    """Output pixel o of row b shows the source at  centre + matrix (start + o - centre) + shift."""
-
-    matrix: Tensor  # (B, d, d)
-    start: Tensor  # (B, d) corner of the output window
-    knots: Tensor | None  # (B, d, *k) control points of the shift, in pixels
-
-
 def augment(images: Tensor, labels: Tensor, augmentation: Augmentation,
             generator: torch.Generator, size: int | Sequence[int] | None = None,
             ) -> tuple[Tensor, Tensor]:
@@ -248,88 +234,9 @@ def augment(images: Tensor, labels: Tensor, augmentation: Augmentation,
     cropped (DataError).
     """
     size = _as_size(size, images.shape[2:])
-    warp = _draw_warp(augmentation, len(images), images.shape[2:], size, generator)
-    warp = _Warp(*(part if part is None else part.to(images.device) for part in warp))
-    return _apply_warp(images, labels, warp, size, augmentation.resamples)
-
-
-def _draw_warp(augmentation: Augmentation, count: int, shape, size, generator) -> _Warp:
-    dims, device = len(shape), generator.device
-    if dims == 1 and (augmentation.resamples or augmentation.quarter_turns):
-        raise DataError("1D images cannot be turned or deformed: give Augmentation(flip=(-1,))")
-
-    def uniform(bound: float, *more: int) -> Tensor:  # (count, *more) in +-bound
-        return bound * (2 * torch.rand(count, *more, generator=generator, device=device) - 1)
-
-    def whole(high: int) -> Tensor:  # (count,) in 0..high-1
-        return torch.randint(high, (count,), generator=generator, device=device)
-
-    def turn(cos: Tensor, sin: Tensor, i: int, j: int) -> Tensor:  # in the plane of axes i and j
-        matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
-        matrix[:, i, i], matrix[:, j, j], matrix[:, i, j], matrix[:, j, i] = cos, cos, -sin, sin
-        return matrix
-
-    matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
-    for axis in augmentation.flip:
-        matrix[:, axis, axis] = 1.0 - 2 * whole(2)
-    if augmentation.quarter_turns:
-        quarter = whole(4) if shape[-2] == shape[-1] else 2 * whole(2)
-        circle = torch.tensor([0.0, 1.0, 0.0, -1.0], device=device)
-        matrix = matrix @ turn(circle[(quarter + 1) % 4], circle[quarter], -2, -1)
-    if augmentation.rotation:
-        for i, j in itertools.combinations(range(dims), 2):
-            angle = uniform(math.radians(augmentation.rotation))
-            matrix = matrix @ turn(angle.cos(), angle.sin(), i, j)
-    if augmentation.shear:
-        diagonal = torch.eye(dims, device=device)
-        matrix = matrix @ (diagonal + (1 - diagonal) * uniform(augmentation.shear, dims, dims))
-    if augmentation.scale:
-        matrix = matrix * uniform(math.log1p(augmentation.scale)).exp()[:, None, None]
-
-    start = torch.stack([whole(have - want + 1) if have > want else
-                         torch.full((count,), _center_start(have, want), device=device)
-                         for have, want in zip(shape, size)], 1).float()
-    if augmentation.translation:
-        start = start + uniform(augmentation.translation, dims)
-    knots = None
-    if augmentation.elastic:
-        # A cubic spline over m intervals has m + 3 control points.
-        counts = [max(round(want / augmentation.elastic_spacing), 1) + 3 for want in size]
-        knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator,
-                                                   device=device)
-    return _Warp(matrix, start, knots)
-
-
-def _apply_warp(images: Tensor, labels: Tensor, warp: _Warp, size, resamples: bool):
-    shape, (count, channels) = images.shape[2:], images.shape[:2]
-
-    def spread(values: Tensor, axis: int | None = None) -> Tensor:  # (B,) or (B, size[axis])
-        return values.view(count, *[-1 if i == axis else 1 for i in range(len(size))])
-
-    lines = [spread(torch.arange(want, device=images.device) + warp.start[:, i, None]
-                    - (have - 1) / 2, i) for i, (have, want) in enumerate(zip(shape, size))]
-    # Sums, not a matrix product, whose TF32 mode would move whole pixels between pixels.
-    where = [sum(spread(warp.matrix[:, i, j]) * line for j, line in enumerate(lines))
-             + (have - 1) / 2 for i, have in enumerate(shape)]  # d of (B, *size), source pixels
-    if warp.knots is not None:
-        where = [axis + shift for axis, shift in zip(where, spline(warp.knots, size).unbind(1))]
-
-    flat, outside = 0, False
-    for axis, have in zip(where, shape):
-        index = axis.round().long()
-        outside = outside | (index < 0) | (index >= have)
-        flat = flat * have + reflect_index(index, have)
-    flat = flat.flatten(1)  # (B, pixels of the output)
-    labels = labels.flatten(1).gather(1, flat).view(count, *size).masked_fill(outside, IGNORE)
-    if resamples:
-        # align_corners counts -1..1 from the first pixel's centre to the last's, and mirrors there.
-        grid = [2 * axis / max(have - 1, 1) - 1 for axis, have in zip(where, shape)]
-        images = F.grid_sample(images, torch.stack(grid[::-1], -1), "bilinear",
-                               padding_mode="reflection", align_corners=True)
-    else:
-        flat = flat[:, None].expand(-1, channels, -1)
-        images = images.flatten(2).gather(2, flat).view(count, channels, *size)
-    return images, labels
+    warp = draw_warp(augmentation, len(images), images.shape[2:], size, generator)
+    warp = Warp(*(part if part is None else part.to(images.device) for part in warp))
+    return apply_warp(images, labels, warp, size, augmentation.resamples)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -380,8 +287,8 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
             table = random_classes(batch_size, ids, split.fixed, split.num_classes, generator)
             cases = send(rows)
             labels = relabel(split.instances[cases], send(table))
-        warp = _draw_warp(augmentation, batch_size, shape, size, generator)
-        images, labels = _apply_warp(split.images[cases], labels, _Warp(*map(send, warp)), size,
+        warp = draw_warp(augmentation, batch_size, shape, size, generator)
+        images, labels = apply_warp(split.images[cases], labels, Warp(*map(send, warp)), size,
                                      augmentation.resamples)
         return images, labels.long()
 

@@ -69,8 +69,9 @@ from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_o
 from analysis.predict import images_at, predict_image
 from analysis.scores import draw, geds, measure
 from common import Progress, UserError, key_values, pick_device, start_processes
-from models import MODELS, labels_of, read_config, sample_batches
+from models import MODELS, labels_of, sample_batches
 from sources.files import write_text
+from sources.runs import read_config
 
 SAMPLES = (1, 4, 8, 16, 100)
 LIKELIHOOD_SAMPLES = 16

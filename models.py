@@ -19,7 +19,7 @@ from common import UserError
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
-from runs import check_state, load_checkpoint, read_config, save  # noqa: F401
+from sources.runs import check_state, load_checkpoint
 from ssn import SSN
 from vae_unet import VAEUNet
 

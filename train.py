@@ -11,6 +11,7 @@ A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     split.json    the cases of every split; --data-args split_file=... uses it for another run
     log.jsonl     an object every 50 steps, and one every validation; curves.png draws it
     last.pt       the latest checkpoint; best.pt the one of lowest validation GED
+                  (Rand error for sets with instances)
     lock          held while a process trains here, so that no second one does
 and at the end what evaluate.py writes for best.pt.
 
@@ -40,8 +41,8 @@ import evaluate
 from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
 from models import MODELS, build, distribute, place
-from runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log, restore,
-                  save, writing)
+from sources.runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log,
+                          restore, save, writing)
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
@@ -337,12 +338,12 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             refuse_non_finite(terms, model, step, folder)
 
         if validating:
-            ged = evaluate.score(model, val_split, full=False)["ged_16"].mean().item()
+            name, value = evaluate.validation_score(model, val_split)  # lower is better
             if rank == 0:
-                append(folder / "log.jsonl", {"step": step, "val_ged_16": ged})
-                progress.update(step, f"validation GED {ged:.4f}", line=True)
-                if ged < best:
-                    best = ged
+                append(folder / "log.jsonl", {"step": step, f"val_{name}": value})
+                progress.update(step, f"validation {name} {value:.4f}", line=True)
+                if value < best:
+                    best = value
                     with writing(folder / "best.pt", step):
                         save(folder / "best.pt", settings["model"], model, optimizer, step, best)
 

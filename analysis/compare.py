@@ -9,8 +9,8 @@ import numpy as np
 import metrics
 from analysis.pictures import plot_ged
 from common import UserError
-from models import read_config
 from sources.files import write_text
+from sources.runs import read_config
 
 COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice",
             "dice_present", "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")

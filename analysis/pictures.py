@@ -135,22 +135,6 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
     save_figure(figure, path)
 
 
-def plot_curves(path, log: list[dict]) -> None:
-    """Every term of a run's log, and the validation GED, against the step."""
-    skip = {"step", "steps", "lr", "seconds_per_step"}
-    names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, names):
-        points = [(e["step"], e[name]) for e in log if name in e]
-        ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
-        ax.set_title(name.replace("_", " "), fontsize=8)
-    save_figure(figure, path)
-
-
 def paint_outlines(labels, image) -> Tensor:
     """The outlines of label maps (n, H, W) over an image (C, H, W): RGB (H, W, 3), the brighter
     the more of the maps change class there."""

@@ -9,10 +9,9 @@ import metrics
 from analysis.pictures import paint_image, paint_label, paint_map, paint_outlines, save_grid
 from common import UserError
 from models import labels_of, sample_chunks
-from sources.base import _as_image as as_float_image
 from sources.brats import BRATS, read_patient
-from sources.files import (bounding_box, is_nifti, read_nifti, read_picture, standardised,
-                           write_atomically, write_nifti)
+from sources.files import (as_float_image, bounding_box, is_nifti, read_nifti, read_picture,
+                           standardised, write_atomically, write_nifti)
 
 SHOWN = 64  # samples in the picture, at most
 

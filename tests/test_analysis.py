@@ -21,13 +21,14 @@ import data
 import evaluate
 import metrics
 import models
+from sources import runs
 import sources.brats
 from common import UserError
 from sources.base import Split
 
 # a tiny DeepMedic
-VOLUME = dict(dims=3, in_channels=4, num_classes=4, rank=2, pathway=(3, 4), scales=(1, 3),
-              hidden=(5,), patch=6)
+VOLUME = dict(dims=3, in_channels=4, num_classes=4, rank=2,
+              deepmedic=dict(pathway=(3, 4), scales=(1, 3), hidden=(5,), patch=6))
 
 
 def test_ambiguity_finds_the_threshold(tmp_path):
@@ -318,7 +319,7 @@ def volume_run(run, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     model = models.build("ssn", VOLUME)
-    models.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
+    runs.save(folder / "best.pt", "ssn", model, torch.optim.Adam(model.parameters()), 0, 0.0)
     return folder
 
 

@@ -14,6 +14,7 @@ from data import DATASETS, Augmentation
 from data_files import SYNTHETIC, refused
 from sources.base import Split
 from sources.files import DataError
+from sources.warp import Warp, apply_warp
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +219,8 @@ def test_a_known_rotation_by_hand():
     """cos 0.8, sin 0.6 about pixel (1, 1): output (1, 2) shows the source at (0.4, 1.8)."""
     image = torch.tensor([[10.0, 20, 30], [40, 50, 60], [70, 80, 90]])[None, None]
     label = torch.arange(9).view(1, 3, 3)
-    warp = data._Warp(torch.tensor([[[0.8, -0.6], [0.6, 0.8]]]), torch.zeros(1, 2), None)
-    got, moved = data._apply_warp(image, label, warp, (3, 3), True)
+    warp = Warp(torch.tensor([[[0.8, -0.6], [0.6, 0.8]]]), torch.zeros(1, 2), None)
+    got, moved = apply_warp(image, label, warp, (3, 3), True)
     by_hand = 0.6 * (0.2 * 20 + 0.8 * 30) + 0.4 * (0.2 * 50 + 0.8 * 60)  # = 40
     assert float(got[0, 0, 1, 2]) == pytest.approx(by_hand, abs=1e-4)
     assert float(got[0, 0, 1, 1]) == pytest.approx(50, abs=1e-4)
@@ -228,8 +229,8 @@ def test_a_known_rotation_by_hand():
     by_hand = 0.2 * (0.6 * 10 + 0.4 * 20) + 0.8 * (0.6 * 40 + 0.4 * 50)
     assert float(got[0, 0, 0, 0]) == pytest.approx(by_hand, abs=1e-4) and moved[0, 0, 0] == 3
     # A half-size map: output (0, 0) shows (-1, -1), outside: mirrored to (1, 1), and ignored.
-    warp = data._Warp(2 * torch.eye(2)[None], torch.zeros(1, 2), None)
-    got, moved = data._apply_warp(image, label, warp, (3, 3), True)
+    warp = Warp(2 * torch.eye(2)[None], torch.zeros(1, 2), None)
+    got, moved = apply_warp(image, label, warp, (3, 3), True)
     assert float(got[0, 0, 0, 0]) == pytest.approx(50, abs=1e-4) and moved[0, 0, 0] == 255
 
 

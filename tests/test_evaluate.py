@@ -13,6 +13,7 @@ import data
 import evaluate
 import metrics
 import models
+from sources import runs
 from analysis import scores
 from analysis.calibration import mode_rows, pixel_curve, pooled, total_variation
 from analysis.classes import class_rows, write_classes
@@ -251,7 +252,7 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_every_method_has_its_figure(tmp_path, run, name, fields, picture):
     fields = dict(channels=(4, 6), num_classes=4) | fields
     model = models.build(name, fields)
-    models.save(tmp_path / "best.pt", name, model, torch.optim.Adam(model.parameters()), 0, 0.0)
+    runs.save(tmp_path / "best.pt", name, model, torch.optim.Adam(model.parameters()), 0, 0.0)
     shutil.copy(run / "config.json", tmp_path)
     evaluate.report(tmp_path, samples=(2,), likelihood_samples=1, quiet=True)
     assert (tmp_path / picture).stat().st_size > 0

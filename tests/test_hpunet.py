@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 
+import analysis.instances as instances
 import analysis.paper_figures as figures
 import hpunet
 from common import bounded_log_std, cross_entropy
@@ -536,6 +537,6 @@ def test_pictures(tmp_path, monkeypatch):
     figures.plot_extrapolation(small(in_channels=1 + 3 + 1), seen, label, tmp_path / "fill.png")
     case = dict(name="a", image=image[0], truth=label[0], found=label[0], again=label[0],
                 samples=label[:1].expand(6, -1, -1))
-    figures.plot_instances(tmp_path / "instances.png", [case])
+    instances.plot_instances(tmp_path / "instances.png", [case])
     for name in ("scales", "fill", "instances"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -51,12 +51,17 @@ def small_split():
     return data.load("shapes", "train", n=70, size=32)
 
 
+def drawn(*arguments, **options):
+    """[(cases, all their samples)], the chunks of each batch used up before the next."""
+    return [(cases, torch.cat(list(chunks)))
+            for cases, chunks in models.sample_batches(*arguments, **options)]
+
+
 def test_batches_of_two_processes_are_those_of_one():
     split = small_split()
     model = models.build("ssn", dict(channels=(4,), convs=1, num_classes=4)).eval()
-    alone = list(models.sample_batches(model, split, 2, seed=1))
-    shared = [list(models.sample_batches(model, split, 2, seed=1, rank=rank, world=2))
-              for rank in (0, 1)]
+    alone = drawn(model, split, 2, seed=1)
+    shared = [drawn(model, split, 2, seed=1, rank=rank, world=2) for rank in (0, 1)]
     assert [len(cases) for cases, _ in alone] == [32, len(split) - 32]
     for i, (cases, samples) in enumerate(alone):
         others, again = shared[i % 2][i // 2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-import runs
+from sources import runs
 import train
 from common import UserError
 from ssn import SSN, SSNConfig

@@ -20,7 +20,7 @@ import common
 import data
 import evaluate
 import models
-import runs
+from sources import runs
 import train
 from common import UserError
 from ssn import SSN
@@ -222,7 +222,7 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path, capsys):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = f"import runs, time; owned = runs.own(__import__('pathlib').Path({str(tmp_path)!r})); " \
+    code = f"from sources import runs; import time; owned = runs.own(__import__('pathlib').Path({str(tmp_path)!r})); " \
         "owned.__enter__(); print('locked', flush=True); time.sleep(100)"
     process = start("-c", code)
     assert process.stdout.readline() == "locked\n"

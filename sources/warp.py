@@ -1,0 +1,112 @@
+"""The geometry of augmentation: one affine map and one smooth shift a row, in one resampling."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import IGNORE, reflect_index
+from sources.base import spline
+from sources.files import DataError
+
+
+class Warp(NamedTuple):
+    """Output pixel o of row b shows the source at  centre + matrix (start + o - centre) + shift."""
+
+    matrix: Tensor  # (B, d, d)
+    start: Tensor  # (B, d) corner of the output window
+    knots: Tensor | None  # (B, d, *k) control points of the shift, in pixels
+
+
+def center_start(have: int, want: int) -> int:
+    """Where a central window of `want` pixels starts; padding and cropping back are inverse."""
+    return (have - want) // 2 if have >= want else -((want - have) // 2)
+
+
+def draw_warp(augmentation, count: int, shape: Sequence[int], size: Sequence[int],
+              generator: torch.Generator) -> Warp:
+    """What a `data.Augmentation` does to `count` images of `shape`, seen in a window of `size`.
+
+    DataError where lines (1D) are to be turned or deformed.
+    """
+    dims, device = len(shape), generator.device
+    if dims == 1 and (augmentation.resamples or augmentation.quarter_turns):
+        raise DataError("1D images cannot be turned or deformed: give Augmentation(flip=(-1,))")
+
+    def uniform(bound: float, *more: int) -> Tensor:  # (count, *more) in +-bound
+        return bound * (2 * torch.rand(count, *more, generator=generator, device=device) - 1)
+
+    def whole(high: int) -> Tensor:  # (count,) in 0..high-1
+        return torch.randint(high, (count,), generator=generator, device=device)
+
+    def turn(cos: Tensor, sin: Tensor, i: int, j: int) -> Tensor:  # in the plane of axes i and j
+        matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
+        matrix[:, i, i], matrix[:, j, j], matrix[:, i, j], matrix[:, j, i] = cos, cos, -sin, sin
+        return matrix
+
+    matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
+    for axis in augmentation.flip:
+        matrix[:, axis, axis] = 1.0 - 2 * whole(2)
+    if augmentation.quarter_turns:
+        quarter = whole(4) if shape[-2] == shape[-1] else 2 * whole(2)
+        circle = torch.tensor([0.0, 1.0, 0.0, -1.0], device=device)
+        matrix = matrix @ turn(circle[(quarter + 1) % 4], circle[quarter], -2, -1)
+    if augmentation.rotation:
+        for i, j in itertools.combinations(range(dims), 2):
+            angle = uniform(math.radians(augmentation.rotation))
+            matrix = matrix @ turn(angle.cos(), angle.sin(), i, j)
+    if augmentation.shear:
+        diagonal = torch.eye(dims, device=device)
+        matrix = matrix @ (diagonal + (1 - diagonal) * uniform(augmentation.shear, dims, dims))
+    if augmentation.scale:
+        matrix = matrix * uniform(math.log1p(augmentation.scale)).exp()[:, None, None]
+
+    start = torch.stack([whole(have - want + 1) if have > want else
+                         torch.full((count,), center_start(have, want), device=device)
+                         for have, want in zip(shape, size)], 1).float()
+    if augmentation.translation:
+        start = start + uniform(augmentation.translation, dims)
+    knots = None
+    if augmentation.elastic:
+        # A cubic spline over m intervals has m + 3 control points.
+        counts = [max(round(want / augmentation.elastic_spacing), 1) + 3 for want in size]
+        knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator,
+                                                   device=device)
+    return Warp(matrix, start, knots)
+
+
+def apply_warp(images: Tensor, labels: Tensor, warp: Warp, size, resamples: bool):
+    """Images (B, C, *S) and label maps (B, *S) through the warp, in a window of `size`."""
+    shape, (count, channels) = images.shape[2:], images.shape[:2]
+
+    def spread(values: Tensor, axis: int | None = None) -> Tensor:  # (B,) or (B, size[axis])
+        return values.view(count, *[-1 if i == axis else 1 for i in range(len(size))])
+
+    lines = [spread(torch.arange(want, device=images.device) + warp.start[:, i, None]
+                    - (have - 1) / 2, i) for i, (have, want) in enumerate(zip(shape, size))]
+    # Sums, not a matrix product, whose TF32 mode would move whole pixels between pixels.
+    where = [sum(spread(warp.matrix[:, i, j]) * line for j, line in enumerate(lines))
+             + (have - 1) / 2 for i, have in enumerate(shape)]  # d of (B, *size), source pixels
+    if warp.knots is not None:
+        where = [axis + shift for axis, shift in zip(where, spline(warp.knots, size).unbind(1))]
+
+    flat, outside = 0, False
+    for axis, have in zip(where, shape):
+        index = axis.round().long()
+        outside = outside | (index < 0) | (index >= have)
+        flat = flat * have + reflect_index(index, have)
+    flat = flat.flatten(1)  # (B, pixels of the output)
+    labels = labels.flatten(1).gather(1, flat).view(count, *size).masked_fill(outside, IGNORE)
+    if resamples:
+        # align_corners counts -1..1 from the first pixel's centre to the last's, and mirrors there.
+        grid = [2 * axis / max(have - 1, 1) - 1 for axis, have in zip(where, shape)]
+        images = F.grid_sample(images, torch.stack(grid[::-1], -1), "bilinear",
+                               padding_mode="reflection", align_corners=True)
+    else:
+        flat = flat[:, None].expand(-1, channels, -1)
+        images = images.flatten(2).gather(2, flat).view(count, channels, *size)
+    return images, labels
