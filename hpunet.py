@@ -91,8 +91,8 @@ class HPUNet(nn.Module):
             raise ValueError(f"latents={c.latents}: 1 to {len(c.channels) - 1} numbers (fewer than "
                              "channels) from 0 up, the last one at least 1")
         if not 0 < c.top_k <= 1 or (c.objective == "elbo" and c.top_k != 1):
-            raise ValueError(f"objective={c.objective!r} with top_k={c.top_k}: Eq. 5 needs top_k=1, "
-                             "Eq. 6 one above 0 and at most 1")
+            raise ValueError(f"objective={c.objective!r} with top_k={c.top_k}: Eq. 5 needs "
+                             "top_k=1, Eq. 6 one above 0 and at most 1")
         self.multiple = 2 ** (len(c.channels) - 1)
         self.unet = LatentUNet(c, c.in_channels, len(c.channels))
         self.out = CONV[c.dims](c.channels[0], c.num_classes, 1)
@@ -225,10 +225,9 @@ class HPUNet(nn.Module):
 
 class LatentUNet(nn.Module):
     """A U-Net with latent maps at its coarsest decoder levels: the whole network, with the prior,
-    or the posterior, which goes up no further than to its last latents."""
+    or the posterior, whose decoder has only the `levels` that have latents."""
 
     def __init__(self, c: HPUNetConfig, in_channels: int, levels: int):
-        """levels: of the decoder, the coarsest included."""
         super().__init__()
         self.encoder = nn.ModuleList(
             res_blocks(c, before, after, c.blocks)
