@@ -169,8 +169,7 @@ class LowRankNormal:
             them varies less, but they are not independent: for a loss, not for a picture.
         temperature: T scales the covariance, N(mean, T Sigma); 0 returns the mean n times.
         """
-        batch = len(self.mean)
-        drawn = (n + 1) // 2 if antithetic else n
+        batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
         shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
         deviation = standard_normal(shape, mean, generator) * self.diagonal.sqrt().unsqueeze(1)
         if self.factor is not None:
@@ -239,9 +238,8 @@ AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 def batch_norm(dims: int, channels: int) -> nn.Module:
     """With the epsilon of PHiSeg's and SSN's code, 1e-3, and PyTorch's momentum, 0.1.
 
-    The published running averages move by 1 % a step, and so lag behind the weights in runs of
-    hundreds of steps: a small PHiSeg evaluated with them had a GED of .286, and of .16 to .18
-    with re-estimated statistics.
+    Their averages move by 1 % a step and lag behind the weights in runs of hundreds of steps: a
+    small PHiSeg had a GED of .286 with them, of .16 to .18 with statistics re-estimated.
     """
     return BATCH_NORM[dims](channels, eps=1e-3)
 
@@ -365,10 +363,7 @@ def center_crop(x: Tensor, size) -> Tensor:
 
 
 def init_orthogonal(module: nn.Module) -> None:
-    """Orthogonal weights of gain 1, biases from a normal of std 0.001 cut at two of them.
-
-    The initialisation of the Probabilistic and the Hierarchical Probabilistic U-Net.
-    """
+    """The (Hierarchical) Probabilistic U-Net's start: orthogonal weights, biases of std 0.001."""
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             nn.init.orthogonal_(m.weight)
@@ -377,10 +372,8 @@ def init_orthogonal(module: nn.Module) -> None:
 
 
 def init_he(module: nn.Module) -> None:
-    """Normal weights that keep the variance through a ReLU, biases zero (He et al. 2015).
-
-    The initialisation of PHiSeg's code, and of the U-Net that SSN takes from it.
-    """
+    """The start of PHiSeg's code and SSN's U-Net: normal weights that keep the variance through a
+    ReLU, biases zero (He et al. 2015)."""
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")

@@ -90,10 +90,10 @@ class SSN(nn.Module):
                              f"{c.diagonal_min}: rank is at least 0, mc_samples at least 1, "
                              "diagonal_min above 0")
         self.backbone = backbone or build_backbone(c)
-        features = self.backbone.out_channels
-        self.mean = CONV[c.dims](features, c.num_classes, 1)
-        self.log_diagonal = CONV[c.dims](features, c.num_classes, 1)
-        self.factor = CONV[c.dims](features, c.rank * c.num_classes, 1) if c.rank else None
+        features, conv = self.backbone.out_channels, CONV[c.dims]
+        self.mean = conv(features, c.num_classes, 1)
+        self.log_diagonal = conv(features, c.num_classes, 1)
+        self.factor = conv(features, c.rank * c.num_classes, 1) if c.rank else None
         with torch.no_grad():  # a quiet start: see difference 3
             self.log_diagonal.bias -= 4
             if self.factor:
