@@ -39,7 +39,8 @@ def make_toy1d():
     labels = torch.zeros(1, 2, 21, dtype=torch.uint8)
     labels[:, :, :7] = 1
     labels[:, 1, 7:14] = 1
-    whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"], exact=True)
+    whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"], exact=True,
+                  parts={split: ["line"] for split in SPLITS})
     return whole, dict.fromkeys(SPLITS, [0])  # one case, for training and testing
 
 
@@ -52,8 +53,8 @@ def make_shapes(*, n: Annotated[int, 3] = 1000, size: Annotated[int, 32] = 64, s
       style     every border is a halo, sigmoid(-distance / h), h = 0.4 + 2 u pixels at size 64.
                 Annotators draw tight (-3 px), middle or loose (+3 px), the same way around
                 both objects, and with q = 0.1 + 0.8 u:         P = (1 - q)^2, 2 q (1 - q), q^2
-      presence  a second, faint ellipse (class 3) of contrast 0.1 + 0.3 v (the main object has
-                0.45 to 0.65, the noise 0.04) is drawn or not:  P(drawn) = 0.1 + 0.8 v
+      presence  a second, faint ellipse (class 3) of contrast 0.1 + 0.3 v is drawn or not:
+                                                                P(drawn) = 0.1 + 0.8 v
     The probability of label map (class * 3 + style) * 2 + drawn is the product of the three.
     """
     uniform, normal = _draws(n, seed)
@@ -151,9 +152,8 @@ def make_modes(*, n: Annotated[int, 3] = 500, size: Annotated[int, 48] = 64, see
     images = (images + 0.04 * normal(3, size, size)).clamp(0, 1)
 
     table, probabilities = flip_modes([STREET.index(name) for name in FLIPS], len(STREET))
-    labels = table[:, scene].transpose(0, 1).contiguous()
-    weights = probabilities.repeat(n, 1)
-    return _finish("scene", images, labels, weights, len(STREET) + len(FLIPS))
+    labels, weights = table[:, scene].transpose(0, 1).contiguous(), probabilities.repeat(n, 1)
+    return _finish("scene", images, labels, weights.float(), len(STREET) + len(FLIPS))
 
 
 def flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
@@ -197,11 +197,9 @@ def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, see
     images = (0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
               - 0.45 * torch.sigmoid(3 * (1.2 * width - to_wall) / width)).clamp(0, 1)
     instances.masked_fill_(to_wall < width, 0)
-    maps = []
-    for number in range(4):
-        table = random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
-        maps.append(relabel(instances, table))
-    labels = torch.stack(maps, 1)
+    tables = [random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
+              for number in range(4)]
+    labels = torch.stack([relabel(instances, table) for table in tables], 1)
     return _finish("section", images[:, None], labels, None, 16, instances=instances)
 
 
@@ -286,8 +284,8 @@ def _texture(normal: Callable, size: int, bumps: int, dims: int = 2) -> Tensor:
 def _finish(kind, images, labels, weights, num_classes, groups=None, instances=None):
     """Names the cases and splits them 60/20/20 by group."""
     names = [f"{kind}-{i:04d}" for i in range(len(images))]
-    weights = None if weights is None else weights.float()
-    groups = names if groups is None else groups
-    whole = Split(images, labels, weights, groups, num_classes, names, instances,
-                  exact=instances is None)
-    return whole, split_groups(groups, val=0.25)
+    rows = split_groups(groups or names, val=0.25)
+    parts = {split: [names[i] for i in rows[split]] for split in SPLITS}
+    whole = Split(images, labels, weights, groups or names, num_classes, names, instances,
+                  exact=instances is None, parts=parts)
+    return whole, rows
