@@ -26,12 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import metrics
-from analysis.pictures import paint_image, paint_label, save_grid
+from analysis.pictures import paint_image, paint_label, save_grid, spread
 from common import IGNORE, UserError, key_values
 from sources.base import (SPLITS, Split, centred, check_known, random_classes, read_files, relabel,
                           seeded_generator)
@@ -91,11 +90,9 @@ def _check_options(name: str, source: "Source", given: dict) -> None:
         elif kind is str:
             good, hint = isinstance(value, (str, Path)), "give a text"
         else:
-            least, most = 0 if kind is int else get_args(kind)[1], 99 if key == "hide" else 2**31 - 1
-            good = type(value) is int and least <= value <= most
+            least = 0 if kind is int else get_args(kind)[1]
+            good = type(value) is int and least <= value < 2**31
             hint = f"give a whole number >= {least}"
-            if key == "hide":
-                hint = "give per cent of the image, 0 to 99"
         if not good:
             raise DataError(f"{name} option {key}={repr(value)[:60]}: {hint}")
 
@@ -109,6 +106,8 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
     known labels, both 0 where hidden, and a channel that is 1 there; labels (N * copies, 1, *S),
     the whole map.
     """
+    if percent > 99:
+        raise DataError(f"hide={percent}: give per cent of the image, 0 to 99")
     size, generator = split.images.shape[2:], seeded_generator(percent, len(split))
     maps = torch.multinomial(split.probabilities.cpu(), copies, replacement=True,
                              generator=generator)
@@ -164,10 +163,9 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
     Cases come in seeded permutations chained end to end. Each draws one annotator by `weights`,
     among `annotators` (indices) where given; a set with instances draws new classes for them.
     `size` is the output window: at a random place where it is smaller than the image, centred and
-    padded where it is larger. Batch `step` depends on (seed, step) alone: the stream begins at
-    `start`, so a run that was stopped continues exactly. `batch_size` counts the rows of all
-    `world` processes; this one gets the rows of `rank`. All choices are drawn on the host, so they
-    are the same on every device, and sent ahead without waiting.
+    padded where it is larger. Batch `step` depends on (seed, step) alone; the stream begins at
+    `start`. `batch_size` counts the rows of all `world` processes; this one gets those of `rank`.
+    All is drawn on the host, so it is the same on every device, and sent ahead without waiting.
     Raises DataError where a batch cannot be cut evenly, or a case has none of the annotators.
     """
     if batch_size % world:
@@ -284,12 +282,12 @@ DATASETS: dict[str, Source] = {
         (".pickle", ".pkl", ".npz", *HDF5), tuple(f"{part}/images" for part in SPLITS)),
     "npz": Source(
         read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D", _MILD,
-        "an .npz with images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
-        "(N, A, D, H, W), and optionally weights, groups, names, num_classes", (".npz",)),
+        "an .npz of images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
+        "(N, A, D, H, W)", (".npz",)),
     "folder": Source(
         read_folder, "your own: pictures or NIfTI volumes, a folder for each annotator", _MILD,
-        "a folder with images/NAME.png, labels/ANNOTATOR/NAME.png and optionally groups.csv of "
-        "lines NAME,GROUP; also .tif, .jpg (images), .nii.gz", marks=("images",)),
+        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png; also .tif, .jpg (images), "
+        ".nii.gz", marks=("images",)),
     "em": Source(
         read_em, "sections of electron microscopy, each cell one of 15 classes at random", _FULL,
         "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with train-input.tif "
@@ -297,9 +295,8 @@ DATASETS: dict[str, Source] = {
     "cityscapes": Source(
         read_cityscapes, "street scenes; five classes flip, or each car has a random class",
         Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8, elastic=3),
-        "a folder with leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/ "
-        "(leftImg8bit_trainvaltest and gtFine_trainvaltest of cityscapes-dataset.com)",
-        marks=("leftImg8bit",)),
+        "a folder with leftImg8bit/ and gtFine/ (leftImg8bit_trainvaltest and gtFine_trainvaltest "
+        "of cityscapes-dataset.com)", marks=("leftImg8bit",)),
     "synapse": Source(
         read_synapse, "abdominal CT, slice by slice, eight organs", _MILD,
         "a folder with train_npz/caseXXXX_sliceYYY.npz and test_vol_h5/caseXXXX.npy.h5 "
@@ -363,17 +360,17 @@ def _plot_cases(split: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
     """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
     it, each with its annotator's number and probability."""
     pictures, notes = {}, {}
-    for i in np.linspace(0, len(split) - 1, min(cases, len(split))).round().astype(int).tolist():
+    for i in spread(len(split), cases):
         case, name = split.subset([i]).all_maps(), split.names[i][-36:]
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
-            z = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
-            image, labels = image[:, z], labels[:, z]
-        if image.dim() == 2:  # a line, shown as a band
+            fullest = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
+            image, labels = image[:, fullest], labels[:, fullest]
+        elif image.dim() == 2:  # a line, shown as a band
             image, labels = image[:, None].repeat(1, 5, 1), labels[:, None].repeat(1, 5, 1)
         pictures[name] = [paint_image(image)]
-        likeliest = case.probabilities[0].sort(descending=True, stable=True)
-        for probability, number in zip(likeliest.values[:maps], likeliest.indices[:maps]):
+        probabilities, numbers = case.probabilities[0].sort(descending=True, stable=True)
+        for probability, number in zip(probabilities[:maps], numbers[:maps]):
             if probability > 0:
                 notes[name, len(pictures[name])] = f"{number}: {probability:.2f}"
                 pictures[name].append(paint_label(labels[number], image))
@@ -416,12 +413,8 @@ def main(argv=None) -> int:
         else:
             parser.print_help()
         return 0
-    except (UserError, ImportError) as error:
+    except (UserError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}; what was finished before "
-              "is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; rerun to resume", file=sys.stderr)
