@@ -1,8 +1,7 @@
 """What every data set becomes, a `Split`, and how the cases found in files become one.
 
 A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
-it. Reading waits until the splits are known and checked, so only the cases asked for are read, a
-user's split file can move cases, and several threads decode pictures. `read_files` is the way.
+it. `read_files` reads only the cases asked for, after the splits are known and checked.
 """
 
 import json
@@ -45,8 +44,7 @@ class Split:
     instances: Tensor | None = None
     fixed: int = 1
     exact: bool = False  # whether labels and weights are the whole distribution of label maps
-    # (N, A, 256) uint8: label map a of case i is flips[i, a][labels[i, 0]], so that thousands of
-    # scenes of 32 maps fit into memory; `all_maps` computes them.
+    # (N, A, 256) uint8, saves memory: label map a of case i is flips[i, a][labels[i, 0]].
     flips: Tensor | None = None
     scored: tuple[int, ...] = ()  # classes whose IoU the set's paper averages; () = 1..K-1
     # {split: names of its cases} of the whole set, as `split_file` takes it.
@@ -129,7 +127,9 @@ class Listing:
     # Whether only the splits asked for are read. Otherwise all are, so that each has the number of
     # classes and the size of the whole set.
     apart: bool = False
-    if_empty: str = ""  # why the set may have no case of {split}
+    # Why the set may have no case of {split}.
+    if_empty: str = ("{groups} groups (patients, scenes) are too few to split; give more, or use "
+                     "'all'")
     weights: np.ndarray | None = None  # (N, A)
     flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `flip_modes`
     fixed: int | None = None  # given where the label maps are instance ids, see Split
@@ -149,7 +149,7 @@ def read_files(name: str, source, path, wanted: Sequence[str], split_file, optio
     if not listing.cases:
         raise DataError(f"{place}: holds no cases; it should be {source.layout}")
     splits = assign(place, listing, wanted, split_file)
-    rows, order = splits, range(len(listing.cases))
+    rows, order = splits, list(range(len(listing.cases)))
     if "all" not in wanted:  # read split after split, so that `subset` can give views
         rows, order = {}, []
         for split in SPLITS:
@@ -217,9 +217,8 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
                                 "of a group (patient, scene) must be in one")
     for split in wanted:
         if split != "all" and not splits[split]:
-            why = why or (f"{len({case.group for case in cases})} groups (patients, scenes) are "
-                          "too few to split; give more, or use 'all'")
-            raise DataError(f"{place}: no case is left for {split!r}: {why.format(split=split)}")
+            why = why.format(split=split, groups=len({case.group for case in cases}))
+            raise DataError(f"{place}: no case is left for {split!r}: {why}")
     return splits
 
 
@@ -231,19 +230,16 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
             or not all(isinstance(names, list) for names in listed.values())):
         raise DataError(f'{file}: give {{"train": [names], "val": [names], "test": [names]}}, of '
                         "cases or of groups (patients)")
-    known: dict[str, set[int]] = {}
-    for i, case in enumerate(cases):
-        for key in (case.name, case.group):
-            known.setdefault(key, set()).add(i)
-    for name in map(str, chain(*listed.values())):
-        if name not in known:
-            raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
-                            f"{cases[0].name!r}, of group {cases[0].group!r}")
-    return {split: sorted(set().union(*[known[str(name)] for name in listed.get(split, [])]))
-            for split in SPLITS}
+    listed = {split: set(map(str, listed.get(split, []))) for split in SPLITS}
+    known = {key for case in cases for key in (case.name, case.group)}
+    for name in sorted(set().union(*listed.values()) - known):
+        raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
+                        f"{cases[0].name!r}, of group {cases[0].group!r}")
+    return {split: [i for i, case in enumerate(cases) if names & {case.name, case.group}]
+            for split, names in listed.items()}
 
 
-def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
+def collect(place, listing: Listing, rows: list[int]) -> Split:
     """Reads, checks and stacks the cases at `rows`; a missing label map is 255 and has weight 0.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
@@ -252,10 +248,8 @@ def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
     cases = [listing.cases[i] for i in rows]
-    names, groups = [case.name for case in cases], [case.group for case in cases]
     images, maps = _read_cases(place, listing, cases)
-    size = np.max([image.shape[1:] for image in images], 0)
-    annotators = 1 + max(chain(*maps), default=0)
+    size, annotators = np.max([image.shape[1:] for image in images], 0), 1 + max(chain(*maps, [0]))
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
     labels = np.full((len(cases), annotators, *size), empty, kind)
@@ -264,8 +258,9 @@ def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
         for annotator, label in maps[i].items():
             labels[i, annotator] = centred(label, size, constant_values=empty)
         images[i] = maps[i] = None  # frees them one by one
-    whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None, groups,
-                  listing.num_classes, names, scored=listing.scored)
+    whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None,
+                  [case.group for case in cases], listing.num_classes,
+                  [case.name for case in cases], scored=listing.scored)
     if listing.fixed is not None:
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
         return replace(whole, labels=_fixed_maps(whole))
@@ -279,13 +274,13 @@ def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
     weights = whole.present.numpy()  # (N, A)
     uniform = listing.weights is None and weights.all()
     if listing.weights is not None:
-        if not (np.isfinite(listing.weights) & (listing.weights >= 0)).all():
-            raise DataError(f"{place}: weights: some are negative or not finite")
-        weights = weights * listing.weights[list(rows)]
+        weights = weights * listing.weights[rows]
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise DataError(f"{place}: weights: some are negative or not finite")
     total = weights.sum(1, keepdims=True)
     if not total.all():
-        raise DataError(f"{place}: {names[int(total.argmin())]!r}: no mask of any annotator (or "
-                        "only of weight 0); give one, or leave the case out")
+        raise DataError(f"{place}: {whole.names[int(total.argmin())]!r}: no mask of any annotator "
+                        "(or only of weight 0); give one, or leave the case out")
     if listing.flips:
         table, weights = (part.expand(len(whole), *part.shape) for part in listing.flips)
         return replace(whole, flips=table, weights=weights.float(), exact=True)
@@ -302,10 +297,9 @@ def _read_cases(place, listing: Listing, cases: list[Case]) -> tuple[list, list]
             images.append(image)
             maps.append(drawn)
             if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
-                raise DataError(f"{place}: {cases[len(maps) - 1].name!r}: image is "
+                raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
-                                f"{size_text(images[0].shape)}; give as many channels and axes "
-                                "everywhere")
+                                f"{size_text(images[0].shape)}; all must have as many")
             largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
             slow = time.monotonic() - progress.start > SLOW
             if slow:
@@ -355,9 +349,8 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
 def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
     """Ids from `fixed` on are renumbered without gaps, so that tables of classes stay small."""
     if ids.dtype.kind not in "ui" or (ids < -1).any() or not (ids >= 0).any():
-        least = f", its least {ids.min()}" if ids.size and ids.dtype.kind in "uif" else ""
-        raise DataError(f"{where} is of {ids.dtype}{least}; instance ids are whole numbers from 0 "
-                        "up (at least one); -1 is ignored")
+        raise DataError(f"{where} is of {ids.dtype}, its least {ids.min(initial=0)}; instance ids "
+                        "are whole numbers from 0 up (at least one); -1 is ignored")
     found = np.unique(ids[ids >= fixed])
     return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
 
@@ -367,8 +360,8 @@ def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
     maps = []
     for ids, name in zip(whole.instances, whole.names):
         for number in range(count):
-            generator = seeded_generator(number, *name.encode())
-            table = random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes, generator)
+            table = random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes,
+                                   seeded_generator(number, *name.encode()))
             maps.append(relabel(ids[None], table))
     return torch.cat(maps).unflatten(0, (-1, count))
 
@@ -389,7 +382,7 @@ def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
     """`name`, if it is one of `names`; DataError with all of them if not."""
     if name not in names:
-        raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names) or '(none)'}")
+        raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names)}")
     return name
 
 
