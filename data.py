@@ -130,7 +130,8 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
 
 
 def center(split: Split, size: int | Sequence[int]) -> Split:
-    """Centre crop or pad to `size`: images by reflection, labels with 255, instances with -1."""
+    """A split on the host, cropped to its centre or padded: images by reflection, labels by 255,
+    instances by -1."""
     size = _as_size(size, split.images.shape[2:])
 
     def fit(tensor: Tensor | None, **how) -> Tensor | None:

@@ -163,7 +163,7 @@ def read_files(name: str, source, path, wanted: Sequence[str], split_file, optio
 
 def locate(name: str, path, source) -> Path:
     """The file, or the folder in a known layout, that `path`, or datasets/<name>, points to."""
-    place = Path("datasets", name) if path is None else Path(path)
+    place = Path("datasets", name) if path is None else Path(str(path))
     if place.is_dir():
         if any(any(place.glob(mark)) for mark in source.marks):
             return place
@@ -376,7 +376,8 @@ def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
         spare, lack = max(have - want, 0), max(want - have, 0)
         cuts.append(slice(spare // 2, spare // 2 + want))
         widths.append((lack // 2, lack - lack // 2))
-    return np.pad(array[tuple(cuts)], widths, **how)
+    array = array[tuple(cuts)]
+    return np.pad(array, widths, **how) if np.any(widths) else array
 
 
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
