@@ -200,7 +200,7 @@ def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, see
 def make_organs(*, n: Annotated[int, 12] = 400, size: Annotated[int, 48] = 96, seed: int = 0):
     """Five organs with blurred borders, four slices a patient, three annotators of known weight.
 
-    An organ covers sigmoid(-distance / h) of a pixel; every organ of a patient has its own h, 0.4 to
+    An organ covers sigmoid(-distance / h) of a pixel; each organ of a patient has its own h, 0.4 to
     2.4 px at size 96. Annotators draw all organs where they cover more than 0.2, 0.5 or 0.8
     (probability 1/4, 1/2, 1/4): loose, middle or tight, +-1.39 h.
     """
