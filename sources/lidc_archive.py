@@ -52,7 +52,7 @@ import numpy as np
 
 from common import IGNORE, Progress, say
 from sources.base import split_groups
-from sources.files import DataError, error_line, optional_package, size_text, write_atomically
+from sources.files import DataError, error_line, optional_package, size_text, write_npz
 
 LIDC_ANNOTATORS = 4
 LIDC_PIXEL = 0.5  # mm
@@ -283,17 +283,8 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
     digest = hashlib.sha256(Path(__file__).read_bytes() + ascii((settings, stamps)).encode())
     target = work / f"{digest.hexdigest()[:32]}.npz"
     if not target.exists():
-        save_arrays(target, **cut_series(series, read=read, **settings))
+        write_npz(target, cut_series(series, read=read, **settings))
     return target
-
-
-def save_arrays(path: Path, **arrays) -> None:
-    """A compressed .npz, whole or not at all; the same arrays make the same bytes."""
-    def write(name):
-        with open(name, "wb") as file:  # given a name, NumPy would add ".npz" to it
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
 
 
 # ----------------------------------------------------------------------------- the whole archive
@@ -335,7 +326,7 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
             files[file] = task.patient
     for name, why in sorted(refused):
         say(f"refused: {name}: {why}")
-    save_arrays(work / "result.npz", **collect(files))
+    write_npz(work / "result.npz", collect(files))
     (work / "result.npz").rename(dst)
     say(f"wrote {dst}")
 

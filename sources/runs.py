@@ -25,8 +25,8 @@ from sources.files import write_atomically, write_text
 
 # ------------------------------------------------------------------------- settings and lock
 
-# What decides a run's result, in config.json's "settings": (types, default).
 CHANGEABLE = ("steps", "path", "lr", "lr_drops")  # what --resume may give anew
+# What decides a run's result, in config.json's "settings": (types, default).
 SETTINGS = dict(
     model=(str, "ssn"), data=(str, "shapes"), path=(str | None, None), steps=(int | None, None),
     batch_size=(int | None, None), lr=(float | int | None, None), lr_drops=(list | None, None),
@@ -91,12 +91,11 @@ def begin(folder, settings, training, model, split, start) -> None:
                   parameters=sum(p.numel() for p in model.parameters()), changes=changes,
                   versions=dict(python=platform.python_version(), **versions))
     log = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
-    with writing(folder / "config.json", start):
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    with writing(folder / "split.json", start):
-        write_text(folder / "split.json", json.dumps(split.parts, indent=1) + "\n")
-    with writing(folder / "log.jsonl", start):
-        write_text(folder / "log.jsonl", "".join(log))
+    for name, text in (("config.json", json.dumps(config, indent=2) + "\n"),
+                       ("split.json", json.dumps(split.parts, indent=1) + "\n"),
+                       ("log.jsonl", "".join(log))):
+        with writing(folder / name, start):
+            write_text(folder / name, text)
 
 
 @contextlib.contextmanager
@@ -152,10 +151,7 @@ def save(path, name, model, optimizer, step, best) -> None:
 
 
 def load_checkpoint(path) -> dict:
-    """What `save` wrote, checked against its digest; nothing in the file is executed.
-
-    Checkpoints from before there were digests have none to check.
-    """
+    """What `save` wrote, checked against its digest if it has one; nothing in the file is run."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with train.py")
     raw = Path(path).read_bytes()
@@ -179,8 +175,8 @@ def load_checkpoint(path) -> dict:
 def restore(path, settings, model, optimizer) -> tuple[int, float]:
     """Load a checkpoint of this run; returns its step and the best validation GED so far."""
     content = load_checkpoint(path)
-    config = plain(dataclasses.asdict(model.config))
-    if content["model"] != settings["model"] or plain(content["config"]) != config:
+    if (content["model"], plain(content["config"])) != (
+            settings["model"], plain(dataclasses.asdict(model.config))):
         raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
                         "config.json; begin another run with --out")
     check_state(path, model, content["state"])
@@ -193,15 +189,16 @@ def check_state(path, model, state: dict) -> None:
     """UserError unless `state` has the model's names, with their shapes and dtypes."""
     expected = model.state_dict()
     for name in [*expected, *state]:
-        if name not in expected or not same_kind(state.get(name), expected[name]):
+        if not same_kind(state.get(name), expected.get(name)):
             raise UserError(f"{path}: its weights do not fit the model of its config; the first "
                             f"that differs is {str(name)[:80]}")
 
 
-def same_kind(found, expected: torch.Tensor) -> bool:
+def same_kind(found, expected: torch.Tensor | None) -> bool:
     """Whether `found` is an ordinary tensor of the shape and dtype of `expected`."""
     return (isinstance(found, torch.Tensor) and found.layout == torch.strided
-            and found.shape == expected.shape and found.dtype == expected.dtype)
+            and expected is not None
+            and (found.shape, found.dtype) == (expected.shape, expected.dtype))
 
 
 def restore_optimizer(path, optimizer, saved: dict) -> None:
