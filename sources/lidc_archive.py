@@ -102,11 +102,11 @@ def read_xml(file: str) -> tuple[str, list[list[dict[tuple, list]]]] | None:
     """A reading -> (series UID, sessions); None for XML that is no reading of a CT scan.
 
     sessions[annotator][nodule] = {(slice UID, z): [(part of the nodule, not a hole; [(x, y)])]}.
-    Namespaces do not matter. Entities that explode are refused by Expat itself, from 2.4.1 on.
+    Entities that explode are refused by Expat itself, from 2.4.1 on.
     """
     root = ElementTree.fromstring(Path(file).read_bytes())
-    if root.tag.rpartition("}")[2] != "LidcReadMessage":
-        return None  # of a chest X-ray (IdriReadMessage), or something else altogether
+    if root.tag.rpartition("}")[2] != "LidcReadMessage":  # of a chest X-ray: IdriReadMessage
+        return None
     series = [field.text.strip() for field in root.findall("{*}ResponseHeader/*") if field.text
               and field.tag.rpartition("}")[2].lower() == "seriesinstanceuid"]
     if not series:
@@ -140,9 +140,7 @@ def outlined_places(sessions: list) -> set[tuple]:
 
 def fill(points: list[tuple[int, int]], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The closed polygon of `points` (x, y): pixel centres inside it and on it, both (H, W) bool.
-
-    Exact. A centre is inside if the ray to its right crosses the polygon an odd number of times.
-    """
+    A centre is inside if the ray to its right crosses the polygon an odd number of times."""
     if any(not (0 <= x < shape[1] and 0 <= y < shape[0]) for x, y in points):
         raise DataError(f"an outline leaves its slice of {size_text(shape)} pixels")
     inside, outline = np.zeros((2, *shape), bool)
@@ -244,8 +242,6 @@ def cut_series(series: Series, size: int, window, border: str, read: Callable) -
     for z in sorted({z for _, voxels in nodules for z in voxels[:, 0].tolist()}):
         found = max([found for found in outlined if found.z == z], key=outlined.get)
         hu = read(found.file, pixels=True).hu
-        if hu.ndim != 2 or not np.isfinite(hu).all():
-            raise DataError(f"{found.file}: {size_text(hu.shape)} pixels, or not all are finite")
         for number, lesion in enumerate(lesions):
             masks = np.zeros((LIDC_ANNOTATORS, size, size), np.uint8)
             for annotator, voxels in lesion:
@@ -267,11 +263,10 @@ def cut_series(series: Series, size: int, window, border: str, read: Callable) -
 
 def position_agrees(found: CTSlice) -> bool:
     """Whether SliceLocation confirms z; DataError if the slice has no position or no scale."""
-    if found.z is None or not math.isfinite(found.z):
-        raise DataError(f"slice {found.uid} has no ImagePositionPatient")
-    if len(found.spacing) != 2 or not all(0.1 <= mm <= 5 for mm in found.spacing):
-        raise DataError(f"slice {found.uid} has the PixelSpacing {found.spacing}; two numbers "
-                        "from 0.1 to 5 mm are needed")
+    if found.z is None or not math.isfinite(found.z) or len(found.spacing) != 2 or not all(
+            0.1 <= mm <= 5 for mm in found.spacing):
+        raise DataError(f"slice {found.uid} has ImagePositionPatient {found.z} and PixelSpacing "
+                        f"{found.spacing}; a position and two numbers from 0.1 to 5 mm are needed")
     return found.location is None or abs(abs(found.location) - abs(found.z)) <= 0.01
 
 
@@ -298,7 +293,7 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
     whole or not at all. Finished series are kept in the folder `dst`.work, so rerun to resume;
     delete it when `dst` is there. A bad file or series is reported and skipped.
 
-    `read` is what reads a file. Raises DataError for what the user can mend.
+    `read` is what reads a file.
     """
     src, dst = Path(src), Path(dst)
     if not src.is_dir() or dst.suffix != ".npz":
@@ -334,8 +329,7 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
 def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1) -> list:
     """(function(item), None) of every item, or (None, why) where it fails; with a progress line.
     One worker is this process itself."""
-    progress, results = Progress(len(items)), []
-    call = functools.partial(attempt, function)
+    progress, results, call = Progress(len(items)), [], functools.partial(attempt, function)
     pool = workers > 1 and ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
                                                start_worker)
     try:
@@ -362,7 +356,7 @@ def attempt(function: Callable, item) -> tuple:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with the parent even if that is killed."""
+    """Leaves Ctrl-C to the parent, and ends with the parent even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

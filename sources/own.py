@@ -24,8 +24,8 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
     case; names (N,); num_classes, else the largest label + 1. Images with one axis fewer than the
     labels have one channel and no axis for it. An annotator's map of nothing but 255 is missing.
     """
-    optional = ("weights", "groups", "names", "num_classes")
-    arrays = read_npz_arrays(path, ("images", "labels"), optional)
+    arrays = read_npz_arrays(path, ("images", "labels"),
+                             ("weights", "groups", "names", "num_classes"))
     images, labels = arrays["images"], arrays["labels"]
     shape = labels.shape
     images = images[:, None] if images.ndim == labels.ndim - 1 else images
@@ -34,7 +34,7 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
                         f"{size_text(arrays['images'].shape)}; (N, A, H, W) must meet (N, H, W) or "
                         "(N, C, H, W) (of a single annotator? store labels[:, None])")
     sizes = {"weights": shape[:2], "groups": shape[:1], "names": shape[:1], "num_classes": ()}
-    for key in arrays.keys() & set(optional):
+    for key in arrays.keys() & sizes:
         number = arrays[key].dtype.kind in "buif" or key in ("groups", "names")
         if arrays[key].shape != sizes[key] or not number:
             raise DataError(f"{path}: {key} is {size_text(arrays[key].shape)} of "

@@ -687,14 +687,11 @@ def test_series_that_contradict_themselves(tmp_path, capsys):
     scan(src / "2", "2", "q", *[session(nodule(roi("2.1", BOX)))] * 5)
     hu = scan(src / "3", "3", "r", session(nodule(roi("3.1", BOX))))
     write_slice(src / "3/1-001.slice", "3.1", "3", "r", math.nan, hu[1])
-    hu[1, 0, 0] = np.inf
-    scan(src / "4", "4", "s", session(nodule(roi("4.1", BOX))))
-    write_slice(src / "4/1-001.slice", "4.1", "4", "s", -9.0, hu[1])
     refused, cases = told(capsys, src, tmp_path / "lidc.npz")
     assert len(cases) == 1 and [line.split(": ")[1] for line in refused] == [
-        "series 1 (p)", "series 2 (q)", "series 3 (r)", "series 4 (s)"]
+        "series 1 (p)", "series 2 (q)", "series 3 (r)"]
     for line, fragment in zip(refused, ("differ in size or PixelSpacing", "5 readingSessions",
-                                        "no ImagePositionPatient", "not all are finite")):
+                                        "ImagePositionPatient nan")):
         assert fragment in line
 
 
