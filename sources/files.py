@@ -110,10 +110,8 @@ def read_pages(file: Path) -> np.ndarray:
 
 
 def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
-    """{key: array}, in the order of `needed` and `optional`; other keys are refused.
-
-    NumPy expands no more than the sizes in the zip's directory, so that these are checked first.
-    """
+    """{key: array}, in the order of `needed` and `optional`; other keys are refused. NumPy expands
+    no more than the sizes in the zip's directory, so these are checked first."""
     with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
@@ -141,7 +139,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
     A single slice is (C, H, W), unless dims=3. Axes are turned, in steps of 90 degrees, so that W
     runs to the patient's left, H to the back and D to the head, as in DICOM: files stored in
-    different orders agree. DataError for a broken file and for voxels that are not finite numbers.
+    different orders agree. Voxels that are not finite real numbers are refused.
     """
     nibabel = optional_package("nibabel", file)
     with readable(file, "NIfTI file"):
@@ -149,11 +147,9 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
         array = np.asarray(source.dataobj)
         array = array.reshape(*(array.shape + (1, 1, 1))[:3], -1)  # x, y, z, channel
         array = nibabel.apply_orientation(array, _turned(source)[0]).T
-    if array.dtype.kind not in "buif":
-        raise DataError(f"{file}: voxels of {array.dtype}; one real number each is needed, several "
-                        "along the fourth axis")
-    if not np.isfinite(array).all():
-        raise DataError(f"{file}: some voxels are NaN or infinite; replace them first")
+    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise DataError(f"{file}: voxels of {array.dtype}, or some are NaN or infinite; one real "
+                        "number each is needed, several along the fourth axis")
     # Turned axes have negative strides, which torch refuses.
     array = np.ascontiguousarray(array)
     thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]
@@ -233,11 +229,8 @@ def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
 
 
 def write_atomically(path, write) -> None:
-    """Call write(temporary name), flush to disk and rename to `path`.
-
-    A kill or a full disk leaves what stood at `path` before, whole. Only regular files are
-    replaced, never a device or a folder.
-    """
+    """Call write(temporary name), flush to disk and rename to `path`. A kill or a full disk leaves
+    what stood at `path` before. Only regular files are replaced, never a device or a folder."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file, so it is not replaced; give another name")
     folder = os.path.dirname(os.path.abspath(path))

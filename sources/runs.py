@@ -43,9 +43,7 @@ def read_config(folder: Path) -> dict:
         for name, (kinds, _) in SETTINGS.items():
             if not isinstance(given[name], kinds):
                 raise TypeError(name)
-        if not isinstance(config.setdefault("changes", []), list):
-            raise TypeError("changes")
-        return config | {"settings": given}
+        return config | {"settings": given, "changes": list(config.get("changes", []))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
                         "that train.py wrote") from None
@@ -136,10 +134,8 @@ MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
 
 
 def save(path, name, model, optimizer, step, best) -> None:
-    """One checkpoint, whole or not at all; OSError where there is no room for it.
-
-    A file that torch.load reads. Its zip comment is the SHA-256 of all bytes before the comment.
-    """
+    """One checkpoint that torch.load reads, whole or not at all; OSError where there is no room.
+    Its zip comment is the SHA-256 of all bytes before the comment."""
     content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
                    optimizer=optimizer.state_dict(), step=step, best=best)
     buffer = io.BytesIO()  # torch.save to a full disk raises many kinds of errors
@@ -202,10 +198,8 @@ def same_kind(found, expected: torch.Tensor | None) -> bool:
 
 
 def restore_optimizer(path, optimizer, saved: dict) -> None:
-    """Load the moments of `saved`; UserError unless they fit the optimiser's parameters.
-
-    Options such as the learning rate come from the run's settings, not from the file.
-    """
+    """Load the moments of `saved`; UserError unless they fit the optimiser's parameters. Options
+    such as the learning rate come from the run's settings, not from the file."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for name in MOMENTS[type(optimizer)]
              if name != "momentum_buffer" or optimizer.defaults["momentum"]]
