@@ -161,10 +161,8 @@ def fill_nodule(outlines: dict, slices: dict[tuple, CTSlice], border: str) -> np
         mask, hole = np.zeros((2, *slices[place].shape), bool)
         for included, points in outlines[place]:
             inside, outline = fill(points, mask.shape)
-            if included:
-                mask |= inside | outline if border == "include" else inside
-            else:
-                hole |= inside if border == "include" else inside | outline
+            with_outline = included == (border == "include")
+            (mask if included else hole)[inside | outline if with_outline else inside] = True
         pixels = np.argwhere(mask & ~hole).astype(float)
         voxels.append(np.insert(pixels, 0, slices[place].z, axis=1))
     return np.concatenate(voxels)
