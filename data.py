@@ -400,7 +400,6 @@ def main(argv=None) -> int:
                      help="what becomes 0 and what 1 (default -1000 400)")
     cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
                      help="whether the outlines belong to the nodules (default exclude)")
-    cut.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
                      help="processes (default %(default)s)")
     args = vars(parser.parse_args(argv))
