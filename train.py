@@ -177,6 +177,8 @@ def make_optimizer(model, training: dict):
         free = [p for name, p in model.named_parameters() if name in names]
         groups.append(dict(params=free, weight_decay=0.0))
     options = {k: training[k] for k in ("lr", "weight_decay", "momentum", "alpha") if k in training}
+    if training["optimizer"] == "adam":
+        options.pop("momentum", None)  # of the paper's SGD, where --quick has Adam instead
     if training["optimizer"] == "rmsprop":  # has no fused form
         return torch.optim.RMSprop(groups, **options)
     kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import metrics
 from analysis.pictures import (COLORS, new_figure, paint_image, paint_label, paint_map,
                                save_figure, save_grid, show_image, show_label, show_map)
 from common import IGNORE, center_crop, pad_to_multiple
@@ -253,8 +254,6 @@ def plot_latents(model, image: Tensor, path: str) -> None:
 
 def plot_vae_samples(model, images: dict[str, Tensor], path: str) -> None:
     """Fig. 2: image, prediction, uncertainty map, samples; images {name: (C, H, W)} of one size."""
-    import metrics
-
     batch = torch.stack(list(images.values()))
     probs = model.sample(batch, 16, torch.Generator().manual_seed(0)).softmax(2)
     predictions, maps = model.predict(batch).argmax(1), metrics.uncertainty_map(probs)
