@@ -18,7 +18,7 @@ def test_ratio_is_paired():
 def test_functions_run_in_turn():
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = bench.in_turn(functions, 3, torch.device("cpu"))
+    times = bench.in_turn(functions, 3)
     assert order == list("aabb" + "ab" * 3)
     assert all(len(t) == 3 and min(t) >= 0 for t in times.values())
 
@@ -82,8 +82,17 @@ def test_command_line(tmp_path, capsys):
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1
 
 
+def test_bf16_is_measured_in_bf16(capsys):
+    """Convolutions alone, too: their inputs are of mixed precision."""
+    options = bench.parse(["--precision", "bf16", "--batch-size", "1", "--image-size", "32"])
+    options.device = torch.device("cpu")
+    model = bench.Bench("unet", options)
+    for function, backward in ((model.forward, True), (model.predict, False)):
+        bench.convolutions_alone(function, backward, model.autocast)()
+
+
 @pytest.mark.parametrize("arguments, message", [
-    (["--models", "nope"], "choose from ssn, prob_unet"), (["--rounds", "0"], "1 or more"),
+    (["--models", "nope"], "choose one of ssn, prob_unet"), (["--rounds", "0"], "1 or more"),
     (["--device", "tpu"], "choose auto, cpu, cuda")])
 def test_mistakes_are_one_line(capsys, arguments, message):
     assert bench.main(arguments) == 2
