@@ -20,7 +20,7 @@ Columns of the table `models`:
                  above 1 goes into norms, activations, upsampling, loss and optimiser
     predict      the deterministic answer for one image
     1 sample     one sample of one image; 16 samples: as a multiple of one sample's time
-    memory       largest amount allocated during a plain step, beyond model and optimiser
+    memory       on a GPU: the most that a step allocates, beyond model and optimiser
 """
 
 import argparse
@@ -30,14 +30,11 @@ import json
 import statistics
 import sys
 import time
-import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -65,7 +62,7 @@ def seconds(function) -> float:
 def in_turn(functions: dict, rounds: int) -> dict:
     """Seconds of every function in every round, {name: [rounds]}, run in turn after a warm-up."""
     for function in functions.values():
-        function(), function()
+        seconds(function), seconds(function)
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -85,46 +82,12 @@ def ratio(a: list, b: list) -> tuple[float, float]:
     return statistics.median(each), (each[-1 - quarter] - each[quarter]) / 2
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations create while it is on; `peak` of those alive.
-
-    Memory inside an operation is not counted.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs))
-                  if isinstance(t, torch.Tensor)}
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self.seen:
-                    self.seen[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def freed(self, key):
-        self.now -= self.seen.pop(key)
-
-
 def peak_memory(function, device) -> int:
-    """Bytes that `function` needs at its worst, beyond what stood before."""
-    function()  # what is created once, like the optimiser's state, is not counted
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    with Allocations() as allocations:
-        function()
-    return allocations.peak
+    """Bytes on the GPU that `function` needs at its worst, beyond what stood before."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def operations(function) -> int:
@@ -192,7 +155,7 @@ class Bench:
         return torch.autocast(self.image.device.type, torch.bfloat16, enabled=self.bf16)
 
     def step(self):
-        """One training step, as train.py does it."""
+        """One training step."""
         train.train_step(self.loss, self.optimizer, self.image, self.label, 1e-6, self.autocast())
 
     def forward(self):
@@ -221,15 +184,17 @@ def table_of_models(options) -> list[dict]:
         b.model.eval()
         drawn = in_turn({"one": lambda: b.sample(1), "n": lambda: b.sample(options.samples),
                          "predict": b.predict}, options.rounds)
-        rows.append({"model": name, "parameters": sum(p.numel() for p in b.model.parameters()),
-                     "GFLOP": operations(plain.step) / 1e9,
-                     "step ms": milliseconds(times["step"]),
-                     "/ plain": ratio(times["step"], times["plain"]),
-                     "/ convs": ratio(times["step"], times["convs"]),
-                     "predict ms": milliseconds(drawn["predict"]),
-                     "1 sample ms": milliseconds(drawn["one"]),
-                     f"{options.samples} samples": ratio(drawn["n"], drawn["one"]),
-                     "memory MB": peak_memory(plain.step, options.device) / 1e6})
+        row = {"model": name, "parameters": sum(p.numel() for p in b.model.parameters()),
+               "GFLOP": operations(plain.step) / 1e9, "step ms": milliseconds(times["step"]),
+               "/ plain": ratio(times["step"], times["plain"]),
+               "/ convs": ratio(times["step"], times["convs"]),
+               "predict ms": milliseconds(drawn["predict"]),
+               "1 sample ms": milliseconds(drawn["one"]),
+               f"{options.samples} samples": ratio(drawn["n"], drawn["one"])}
+        if options.device.type == "cuda":
+            b.model.train()
+            row["memory MB"] = peak_memory(b.step, options.device) / 1e6
+        rows.append(row)
         show(rows)
     return rows
 
@@ -313,15 +278,15 @@ TABLES = {"models": table_of_models, "costs": table_of_costs, "evaluation": tabl
 
 
 def show(rows: list[dict]) -> None:
-    """The newest row of a table that Markdown understands, below a header where columns change."""
+    """The newest row of a table that Markdown understands, the first one below a header."""
     def cell(value):
         if isinstance(value, tuple):
             return "{:.2f} ± {:.2f}".format(*value)
         if isinstance(value, float):
             return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        return f"{value:,}" if isinstance(value, int) else str(value or "")
+        return f"{value:,}" if isinstance(value, int) else value
 
-    if len(rows) == 1 or rows[-1].keys() != rows[-2].keys():
+    if len(rows) == 1:
         print("| " + " | ".join(rows[-1]) + " |\n" + "|---" * len(rows[-1]) + "|")
     print("| " + " | ".join(map(cell, rows[-1].values())) + " |", flush=True)
 

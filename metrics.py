@@ -101,7 +101,7 @@ def pairwise_iou(a, b, num_classes=2, empty=1.0):
 
 def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, counts=None):
     """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n samples, for each n of
-    `counts` (default: all of them): all measures of pairs at the price of one.
+    `counts` (default: all of them).
 
     diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4).
     hungarian_iou is the mean IoU of the best 1:1 matching of samples and annotators (Kohl et al.
@@ -207,8 +207,7 @@ def mode_frequencies(samples, modes, num_classes=2):
 
 class Moments:
     """Mean, mean logarithm and variance over samples that are added one at a time, so that no more
-    than one has to be in memory.
-    """
+    than one has to be in memory."""
 
     def __init__(self, probs=()):
         self.count = 0
@@ -323,10 +322,7 @@ def sample_dice(samples, labels, num_classes=2, weights=None):
 
 
 def dice_present(pred, labels, num_classes=2, weights=None):
-    """Dice, mean over the annotators and classes not empty in the reference: SSN's DSC_nod.
-
-    NaN where no annotator has any foreground.
-    """
+    """Dice, mean over the annotators and classes not empty in the reference: SSN's DSC_nod."""
     dices, present = (x[:, :, 0] for x in _dice(pred[None], labels, num_classes))  # (K-1, B, A)
     share = _annotator_weights(labels, weights) * present
     return (share * dices).sum((0, 2)) / share.sum((0, 2))
@@ -433,10 +429,8 @@ def average_precision(pred, target, confidence):
 
 
 def connected_components(mask):
-    """Ids (B, *S) int64 of the connected parts of mask (B, *S) bool; pixels connect by their sides.
-
-    0 where the mask is false; ids are above 0, but not consecutive.
-    """
+    """Ids (B, *S) int64, not consecutive, of the parts of mask (B, *S) bool whose pixels connect by
+    their sides; 0 where the mask is false."""
     size = mask[0].numel()
     ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
     while True:

@@ -55,7 +55,7 @@ LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), se
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; options not given are None, so that --resume can fill them in."""
-    p = argparse.ArgumentParser(description=__doc__, argument_default=None,
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help=f"one of: {' '.join(MODELS)} (default ssn)")
     p.add_argument("--data", help=f"one of: {' '.join(data.DATASETS)} (default shapes)")
@@ -96,8 +96,6 @@ def settle(args) -> tuple[dict, Path]:
     settings = {key: default for key, (_, default) in SETTINGS.items()} | given
     named = args.resume if isinstance(args.resume, str) else args.out
     folder = Path(named or "runs/{model}-{data}-{seed}".format(**settings))
-    if "\0" in str(folder):
-        raise UserError(f"{str(folder)!r} cannot be a folder's name")
     if args.resume:
         before = read_config(folder)["settings"]
         for key, value in plain(given).items():
@@ -207,7 +205,6 @@ class Stop:
         self.restore()
 
     def restore(self):
-        """Signals do what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -221,16 +218,14 @@ class Stop:
 
 
 class Terms:
-    """The mean of every term since the last log, and the first step at which one was not finite.
-
-    Lives on the device: nothing waits for it until it is read.
-    """
+    """The mean of every term since the last log, and the first step at which one was not finite;
+    on the device, so that no step waits for them."""
 
     def __init__(self):
         self.sum, self.count, self.bad, self.since = 0, 0, None, time.monotonic()
 
     def add(self, step: int, terms: dict) -> None:
-        """Count in the terms of one step, tensors on the device."""
+        """Count in the terms of one step."""
         self.names = list(terms)
         values = torch.stack([v.detach().float().reshape(()) for v in terms.values()])
         if self.bad is None:
@@ -285,11 +280,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     model = place(first_model(settings, train_split), device)
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
-    start, best = 0, float("inf")
+    start, best, steps, size = 0, float("inf"), training["steps"], settings["image_size"]
     if last.exists():
         start, best = restore(last, settings, model, optimizer)
 
-    size, steps = settings["image_size"], training["steps"]
     if size is not None:
         val_split = data.center(val_split, size)
     every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))

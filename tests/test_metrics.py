@@ -50,8 +50,8 @@ def ged_loop(samples, labels, weights, num_classes, empty):
     n = len(samples)
     cross = sum(w * d(s, y) for s in samples for y, w in zip(labels, weights)) / n
     within = sum(d(s, t) for s in samples for t in samples) / n**2
-    annotators = sum(v * w * d(y, z) for y, v in zip(labels, weights) for z, w in zip(labels, weights))
-    return 2 * cross - within - annotators
+    marked = list(zip(labels, weights))
+    return 2 * cross - within - sum(v * w * d(y, z) for y, v in marked for z, w in marked)
 
 
 # ---- pairs of label maps ------------------------------------------------------------------------
@@ -346,8 +346,8 @@ def test_ncc_of_constant_maps_is_zero():
 
 
 def test_ncc_worked():
-    # One sample of two values, 0.9 and 0.6: gamma is larger at 0.6, and so is the error of a annotator
-    # who marks the more probable class; of one who marks the other, the error is larger at 0.9.
+    # One sample of two values, 0.9 and 0.6: gamma is larger at 0.6, and so is the error of an
+    # annotator who marks the more probable class; of one who marks the other, it is larger at 0.9.
     p = torch.tensor([0.9, 0.9, 0.6, 0.6])
     probs, label = torch.stack([1 - p, p])[None, None], torch.ones(1, 1, 4, dtype=torch.long)
     close(metrics.ncc(probs, label), [1])
