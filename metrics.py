@@ -9,7 +9,7 @@ any device. A result is one value per case, (B,), unless said otherwise.
   * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. An annotator
     who is 255 everywhere is missing and has no influence, like any annotator of weight 0.
   * `empty` is the IoU of a class that is absent in both maps: 1 for LIDC; NaN leaves the class out
-    of that pair's mean (Cityscapes, SNEMI3D).
+    of that pair's mean (Cityscapes, SNEMI3D). Where no class is left, the IoU is 1.
   * NaN means: this case has no value, for example because it has no annotator. `bootstrap`,
     `paired_test` and `auroc` leave it out.
 
@@ -91,8 +91,8 @@ def _iou_of_all(samples, labels, num_classes, weights, empty):
 def pairwise_iou(a, b, num_classes=2, empty=1.0):
     """Mean foreground IoU of every map of a (n, *S) with every map of b (m, *S), as (n, m).
 
-    Two maps without any foreground have IoU 1. Raises ValueError, as all measures of label maps do,
-    for shapes that do not fit and maps that are not integers.
+    Raises ValueError, as all measures of label maps do, for shapes that do not fit and maps that
+    are not integers.
     """
     return _iou(_joint(a[:, None], b[None]), num_classes, empty)[0, :len(a), len(a):]
 
@@ -113,9 +113,11 @@ def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, count
     for n in counts or (len(samples),):
         kept = [*range(n), *range(len(samples), iou_of_all.shape[1])]
         iou = iou_of_all[:, kept][:, :, kept]  # (B, n + A, n + A)
+        cases = zip(iou[:, :n, n:].double().cpu().numpy(), weights.double().cpu().numpy())
+        matched = torch.tensor([_transport(*case) for case in cases])
         scores |= {f"ged_{n}": _ged(iou, weights),
                    f"diversity_{n}": 1 - iou[:, :n, :n].mean((1, 2)),
-                   f"hungarian_iou_{n}": _matched_iou(iou[:, :n, n:], weights)}
+                   f"hungarian_iou_{n}": matched.to(iou)}
     return scores
 
 
@@ -136,11 +138,6 @@ def _ged(iou, weights):
     u = torch.cat([iou.new_full((len(iou), n), 1 / n), -weights.to(iou)], 1)
     with torch.autocast(iou.device.type, enabled=False):  # bfloat16 would be wrong by 1e-3
         return torch.einsum("bi,bij,bj->b", u, iou, u)
-
-
-def _matched_iou(iou, weights):
-    cases = zip(iou.cpu().numpy(), weights.cpu().numpy())
-    return torch.tensor([_transport(i.astype(float), w.astype(float)) for i, w in cases]).to(iou)
 
 
 def _transport(value, weights):
@@ -193,8 +190,7 @@ def _shortest_paths(start, step):
 def mode_frequencies(samples, modes, num_classes=2):
     """Share of samples whose nearest mode is each of modes (B, M, *S), as (B, M); ties are split.
 
-    Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). A mode that is 255
-    everywhere is missing and no sample's nearest.
+    Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). Missing modes get none.
     """
     iou = _iou(_joint(samples, modes), num_classes, empty=1.0)
     missing = modes.flatten(2).amin(2) == IGNORE
@@ -361,7 +357,7 @@ def _surface(mask):
     """Indices (points, D) of the pixels of mask (*S) that have a face neighbour outside it."""
     inner = mask
     for axis in range(mask.dim()):
-        padded = F.pad(mask.movedim(axis, -1), (1, 1))
+        padded = F.pad(mask.movedim(axis, -1), (1, 1))  # outside the image, nothing is in the mask
         inner = inner & (padded[..., :-2] & padded[..., 2:]).movedim(-1, axis)
     return (mask & ~inner).nonzero().float()
 
@@ -491,10 +487,7 @@ def paired_test(a, b, resamples=10000, seed=0):
 
 
 def auroc(positive, negative):
-    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half.
-
-    NaN where either side has no score.
-    """
+    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half."""
     positive, negative = _given(positive), _given(negative)
     if not len(positive) or not len(negative):
         return math.nan
