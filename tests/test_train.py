@@ -190,17 +190,20 @@ def test_the_command_line_stops_at_sigterm(tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(finished, tmp_path):
     random.seed(0)
-    for _ in range(20):
+
+    def arguments():
         begun = (tmp_path / "config.json").exists()
-        process = start("train.py", *(["--resume", tmp_path] if begun else
-                                      [*TINY, "--steps", 100, "--out", tmp_path]))
+        return ["--resume", tmp_path] if begun else [*TINY, "--steps", 100, "--out", tmp_path]
+
+    for _ in range(20):
+        process = start("train.py", *arguments())
         time.sleep(random.uniform(1, 8))
         process.kill()
         process.communicate()
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
                 runs.load_checkpoint(tmp_path / name)
-    run("--resume", tmp_path)
+    run(*arguments())
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
