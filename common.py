@@ -414,8 +414,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")  # refused like the others
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
@@ -428,12 +428,11 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
     try:
-        world, rank, local, _ = [int(os.environ[name]) for name in names]
+        world, rank, local = (int(os.environ[k]) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     except (KeyError, ValueError):
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: start with "
-                        f"torchrun, which sets {', '.join(names)}, or unset it") from None
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not what "
+                        "else torchrun sets: start with torchrun, or unset it") from None
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
@@ -470,20 +469,13 @@ class Progress:
         if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
             return
         self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = duration((self.total - done) / rate) if rate else "?"
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
-        text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
-        say(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
+        rate = max(done - self.first, 1e-9) / max(now - self.start, 1e-9)
+        left = timedelta(seconds=int((self.total - done) / rate)) if done > self.first else "?"
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        self.say(f"{done}/{self.total}  {speed}  {left} left  {self.note}",
+                 end="" if self.terminal else "\n")
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the progress line."""
+    def say(self, text: str, end: str = "\n") -> None:
+        """A line of its own, in place of the progress line."""
         if not self.quiet:
-            say(f"\r\x1b[K{text}" if self.terminal else text)
-
-
-def duration(seconds: float) -> str:
-    """65 -> "1m05s"."""
-    m, s = divmod(int(seconds), 60)
-    h, m = divmod(m, 60)
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+            say(f"\r\x1b[K{text}" if self.terminal else text, end)
