@@ -27,18 +27,16 @@ def compare(folders) -> str:
     folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder) for folder in folders]
     cases = list(runs[0][1][2])
-    groups = []  # (settings, {seed: run}) of runs that differ in their seeds alone
+    groups = {}  # runs that differ in their seeds alone
     for folder, (settings, run) in zip(folders, runs):
         if run[2].keys() != set(cases):
             raise UserError(f"{folder} and {folders[0]} were judged on different cases")
-        seed = settings.pop("seed", 0)
-        for known, group in groups:
-            if known == settings and seed not in group:
-                group[seed] = run
-                break
-        else:
-            groups.append((settings, {seed: run}))
-    rows = [pooled(list(group.values())) for _, group in groups]
+        seed, copy = settings.pop("seed", 0), 0
+        # the same seed twice is two lines
+        while seed in groups.setdefault(key := (json.dumps(settings, sort_keys=True), copy), {}):
+            copy += 1
+        groups[key][seed] = run
+    rows = [pooled(list(group.values())) for group in groups.values()]
     names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
     lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
     for row, (name, summary, geds) in enumerate(rows):

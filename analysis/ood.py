@@ -95,35 +95,28 @@ def ood(model, split, foreign, foreign_name: str, folder) -> dict:
     foreign = foreign[spread(len(foreign), len(split))].to(split.images.device)
     foreign = as_foreign(foreign, split.images)
 
+    given = {("clean", ""): split.images, ("foreign", foreign_name): foreign}
     strengths = [(kind, strength) for kind in CORRUPTIONS for strength in CORRUPTIONS[kind]]
-    conditions = [("clean", ""), *strengths, ("foreign", foreign_name)]
     marked = ((split.labels > 0) & (split.labels != IGNORE)).flatten(1).sum(1)
     scores, shown = {}, {}  # by condition: {score: (cases,)}, and images for the picture
-    progress = Progress(len(conditions))
-    for kind, strength in conditions:
-        if kind == "clean":
-            images = split.images
-        elif kind == "foreign":
-            images = foreign
-        else:
-            images = corrupt(split.images, kind, strength)
+    progress = Progress(len(strengths) + 2)
+    for condition in [("clean", ""), *strengths, ("foreign", foreign_name)]:
+        images = given[condition] if condition in given else corrupt(split.images, *condition)
         cases = replace(split.subset(range(len(images))), images=images)
         batches = []
         for _, chunks in sample_batches(model, cases, SAMPLES):
-            probs = torch.cat([logits.softmax(2) for logits in chunks])
-            batches.append(warning_scores(probs))
-        scores[kind, strength] = {name: torch.cat([batch[name] for batch in batches])
-                                  .double().cpu().numpy() for name in batches[0]}
-        rows = range(min(3, len(images))) if kind == "foreign" else [int(marked.argmax())]
-        shown[kind, strength] = images[rows]
-        progress.update(len(scores), f"{kind} {strength}")
+            batches.append(warning_scores(torch.cat([logits.softmax(2) for logits in chunks])))
+        scores[condition] = {name: torch.cat([batch[name] for batch in batches])
+                             .double().cpu().numpy() for name in batches[0]}
+        shown[condition] = images[:3] if condition[0] == "foreign" else images[[int(marked.argmax())]]
+        progress.update(len(scores), "{} {}".format(*condition))
 
     out, summary = Path(folder), ood_summary(scores)
     write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     lines = ["kind,strength,case,variance,gamma"]
-    lines += [f"{kind},{strength},{i},{variance:.6g},{gamma:.6g}"
-              for (kind, strength), both in scores.items()
-              for i, (variance, gamma) in enumerate(zip(both["variance"], both["gamma"]))]
+    for (kind, strength), both in scores.items():
+        lines += [f"{kind},{strength},{i},{variance:.6g},{gamma:.6g}"
+                  for i, (variance, gamma) in enumerate(zip(both["variance"], both["gamma"]))]
     write_text(out / "ood.csv", "\n".join(lines) + "\n")
     plot_ood(out / "ood.png", model, shown)
     plot_ood_curve(out / "ood_curve.png", summary)
@@ -156,23 +149,21 @@ def ood_summary(scores: dict) -> dict:
 def plot_ood(path, model, shown: dict) -> None:
     """Bai and Bai's Figs. 3, 8 and 9: image, prediction and uncertainty of one case, by strength.
 
-    shown {(kind, strength): images (1, C, H, W)}, the first "clean", the last "foreign" and up to
-    three images. Every map of uncertainty is divided by its own maximum.
+    shown {(kind, strength): images (n, C, H, W)}: one, and of the last, "foreign", up to three.
+    Every map of uncertainty is divided by its own maximum.
     """
-    images = torch.cat(list(shown.values()))
-    probs = model.sample(images, SAMPLES, torch.Generator(images.device).manual_seed(0))
-    probs = probs.float().softmax(2)
-    labels, maps = labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
-    cells = [[paint_image(image), paint_label(label, image), paint_map(m, 1)]
-             for image, label, m in zip(images, labels, maps)]
-    by_condition, foreign = dict(zip(shown, cells)), list(shown)[-1]
-    rows, notes = {"as it is": by_condition["clean", ""]}, {}
-    for step, strengths in enumerate(zip(*CORRUPTIONS.values()), 1):
-        row = rows[f"strength {step}"] = []
-        for kind, strength in zip(CORRUPTIONS, strengths):
-            notes[f"strength {step}", len(row)] = f"{kind} {strength}"
-            row += by_condition[kind, strength]
-    rows[f"foreign:\n{foreign[1]}"] = sum(cells[len(shown) - 1 :], [])
+    rows, notes = {}, {}
+    for (kind, strength), images in shown.items():
+        probs = model.sample(images, SAMPLES, torch.Generator(images.device).manual_seed(0))
+        probs = probs.float().softmax(2)
+        labels, maps = labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
+        name = {"clean": "as it is", "foreign": f"foreign:\n{strength}"}.get(kind)
+        if kind in CORRUPTIONS:
+            name = f"strength {CORRUPTIONS[kind].index(strength) + 1}"
+            notes[name, len(rows.get(name, ()))] = f"{kind} {strength}"
+        for image, label, m in zip(images, labels, maps):
+            rows.setdefault(name, []).extend(
+                [paint_image(image), paint_label(label, image), paint_map(m, 1)])
     save_grid(path, rows, ["image", "prediction", "uncertainty"] * len(CORRUPTIONS), notes)
 
 
@@ -190,7 +181,7 @@ def plot_ood_curve(path, summary: dict) -> None:
                xlabel=UNITS[kind])
     axes[0, 0].set_ylabel("AUROC against clean")
     axes[0, 0].legend(fontsize=7, loc="lower right")
-    foreign = [f"{values['mean']:.2f} by {score}" for score in ("variance", "gamma")
-               for name, values in summary.items() if name.startswith(f"auroc_{score}_foreign_")]
+    foreign = [f"{name.split('_')[1]} {values['mean']:.2f}" for name, values in summary.items()
+               if name.startswith("auroc_") and "_foreign_" in name]
     figure.suptitle(f"can the samples tell? (foreign images: {', '.join(foreign)})", fontsize=9)
     save_figure(figure, path)
