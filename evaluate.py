@@ -1,7 +1,6 @@
 """Judge a trained run: numbers, pictures, and samples for an image of your own.
 
     python evaluate.py runs/ssn-lidc-0                           # its test split
-    python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that all annotators marked
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples find ambiguous cases?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... blurred and foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
@@ -62,7 +61,7 @@ from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_o
                                plot_samples, plot_uncertainty, short_names, spread)
 from analysis.predict import images_at, predict_image
 from analysis.scores import draw, geds, measure
-from common import Progress, UserError, key_values, pick_device, start_processes
+from common import Progress, UserError, key_values, pick_device, say, start_processes
 from models import MODELS, labels_of, sample_batches
 from sources.files import write_text
 from sources.runs import read_config
@@ -98,9 +97,8 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     cluster = (*(cluster or (CLUSTERED,)), None)[:2]
     classes = classes or whole.images.dim() == 4 and 3 <= whole.num_classes <= 20
-    indices = spread(len(whole), CASES)
-    names = [whole.names[i] for i in indices]
-    shown = dict(zip(names, short_names(names)))
+    pictured = whole.subset(spread(len(whole), CASES))
+    shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     rank, world = process()
     progress, rows, done = Progress(len(whole), quiet=rank > 0), [], 0
@@ -130,10 +128,10 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", whole, values)
-    plot_all(out, model, whole.subset(indices).all_maps(), found, values, summary,
+    plot_all(out, model, pictured.all_maps(), found, values, summary,
              "hide" in settings["data_args"])
-    progress.say(table(summary))
-    progress.say(f"{split} split, {len(whole)} cases: numbers and pictures in {out}")
+    progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
+                 f"numbers and pictures in {out}")
     return summary
 
 
@@ -182,8 +180,7 @@ def gather(rows: list[dict]) -> dict:
     found = {}
     for name, first in rows[0].items():
         values = [row[name] for row in rows]
-        joined = itertools.chain.from_iterable(values)
-        found[name] = list(joined) if isinstance(first, list) else np.concatenate(values)
+        found[name] = sum(values, []) if isinstance(first, list) else np.concatenate(values)
     return found
 
 
@@ -235,8 +232,8 @@ def write_csv(path, split, values) -> None:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["name", "group", *values])
-    for i, case in enumerate(split.names):
-        rows.writerow([case, split.groups[i], *(f"{v[i]:.6g}" for v in values.values())])
+    columns = [[f"{value:.6g}" for value in v] for v in values.values()]
+    rows.writerows(zip(split.names, split.groups, *columns))
     write_text(path, text.getvalue())
 
 
@@ -247,8 +244,8 @@ def table(summary: dict) -> str:
 
 
 def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
-    """The tables and pictures of an evaluation. some: the cases that pictures show; found, values,
-    summary: see `report`; hidden: whether data.hide was used."""
+    """The pictures, and per_class.csv. some: the cases that pictures show; found, values, summary:
+    see `report`; hidden: whether data.hide was used."""
     plot_samples(out / "samples.png", found["shown"])
     plot_overview(out / "overview.png", found["shown"])
     plot_uncertainty(out / "uncertainty.png", found["shown"])
@@ -265,7 +262,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     for name, (plot, file) in FIGURES.items():
         if isinstance(model, MODELS[name]) and (dims == 2 or (dims, name) == (3, "ssn")):
             plot(model, image, out / file)
-    if isinstance(model, MODELS["hpunet"]) and hidden:
+    if isinstance(model, MODELS["hpunet"]) and dims == 2 and hidden:
         plot_extrapolation(model, some.images, some.labels[:, 0], out / "extrapolation.png")
 
 
@@ -311,11 +308,12 @@ def parse(argv=None) -> argparse.Namespace:
 
 def check(args) -> None:
     """UserError for values that make no sense."""
-    counts = [*args.samples, args.likelihood_samples, *(args.cluster or [])[:1]]
+    cluster = args.cluster or [1]
+    counts = [*args.samples, args.likelihood_samples, cluster[0]]
     if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:
         raise UserError(f"--samples, --likelihood-samples, --cluster: numbers of samples are from "
                         f"1 up to {MOST_SAMPLES}, got {min(counts)} to {max(counts)}")
-    if args.cluster and (len(args.cluster) > 2 or min(args.cluster) < 1):
+    if len(cluster) > 2 or min(cluster) < 1:
         raise UserError("--cluster: samples and, if you like, a distance, both from 1 up")
     if args.ood_data and len(args.ood_data) > 2:
         raise UserError("--ood-data: a data set's name, and its path if it needs one")
@@ -334,16 +332,12 @@ def predict_images(args, device) -> None:
     scales = key_values("--scale-class", args.scale_class)
     if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
         raise UserError("--scale-class: a class and a number, such as 1=0.5")
-    scales = {int(k): factor for k, factor in scales.items()}
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
     model = models.load(folder, device)
-    progress = Progress(len(files))
-    for done, file in enumerate(files, 1):
-        written = predict_image(model, data_name, file, out, temperature=args.temperature,
-                                samples=16 if len(args.samples) > 1 else args.samples[0],
-                                class_scales=scales)
-        progress.say(str(written))
-        progress.update(done)
+    for file in files:
+        say(str(predict_image(model, data_name, file, out, temperature=args.temperature,
+                              samples=16 if len(args.samples) > 1 else args.samples[0],
+                              class_scales={int(k): factor for k, factor in scales.items()})))
 
 
 def warn_of_foreign(args, device) -> None:

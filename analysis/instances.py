@@ -16,10 +16,10 @@ def cluster_instances(samples: Tensor, alpha: int | None = None,
                       generator: torch.Generator | None = None) -> Tensor:
     """Algorithm 1: pixels that change together from sample to sample are one instance.
 
-    samples (n, *S), n label maps of one image, in which every class but 0 stands for objects (map
-    others to 0 first) -> instance ids (*S) int64, 0 the background. Greedy: a random pixel gathers
-    all remaining ones within Hamming distance alpha, counted on one-hot vectors, where a sample
-    that differs counts twice. The default, alpha = n, is the paper's: half of them may differ.
+    samples (n, *S), n label maps of one image, in which every class but 0 stands for objects ->
+    instance ids (*S) int64, 0 the background. Greedy: a random pixel gathers all remaining ones
+    within Hamming distance alpha, counted on one-hot vectors, where a sample that differs counts
+    twice. The default, alpha = n, is the paper's: half of them may differ.
     """
     alpha = len(samples) if alpha is None else alpha
     if alpha < 0:  # the loop would not end
@@ -41,14 +41,12 @@ def cluster_instances(samples: Tensor, alpha: int | None = None,
 
 @torch.no_grad()
 def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = True) -> Tensor:
-    """Appendix H: paint over instances too thin to survive an erosion; ids (*S) -> ids (*S), 2D or
-    3D; erosion and box are odd.
+    """Appendix H: paint over instances too thin to survive an erosion; 2D or 3D ids (*S) -> (*S).
 
     Where no `erosion` wide box fits into an instance, each of its pixels takes the most frequent id
     of other instances in the `box` around it (of several, the lowest). Where there is none, it
     keeps its id (SNEMI3D), or with keep=False becomes background, 0 (Cityscapes). One instance
-    after the other: one that earlier ones made thicker may survive. The image's edge erodes
-    nothing.
+    after the other: one that earlier ones made thicker may survive. Both widths are odd.
     """
     size, dims, reach = ids.shape, ids.dim(), box // 2
     thin, counts = ids.unique(return_counts=True)
@@ -90,7 +88,7 @@ def objects(maps: Tensor, first: int) -> Tensor:
 
 def find_instances(samples: Tensor, alpha: int | None = None, first: int = 1) -> Tensor:
     """Objects in the samples' label maps (n, B, H, W), whose classes from `first` up stand for
-    objects: clustered and cleaned instance ids (B, H, W)."""
+    objects: instance ids (B, H, W)."""
     erosion, box = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's: 256 pixels
     found = []
     for maps in objects(samples, first).unbind(1):
@@ -107,9 +105,8 @@ def rand_errors(batch, found: Tensor) -> Tensor:
 
 
 def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, ending: str) -> dict:
-    """{name: (B,)}: rand_error_<ending>, ap_<ending> and ap50_<ending> of the ids `found`
-    (B, H, W), and rand_error_components of the connected parts of the foreground in the label map
-    `prediction`, which is what a deterministic network can do.
+    """{name: (B,)}: Rand error and average precision of the ids `found` (B, H, W), and the Rand
+    error of the connected parts of the label map `prediction`: what a deterministic network can do.
 
     An object's confidence is the mean over it of the probability of the classes that stand for
     objects; probs (B, K, H, W) are the samples' means.

@@ -1,7 +1,7 @@
 """How images, label maps and maps of numbers are painted and laid out, the same in every picture,
 and the pictures that every evaluation draws.
 
-Functions take arrays and write PNGs. They use matplotlib's Figure, not pyplot, without a display.
+Functions take arrays and write PNGs. Figure without pyplot needs no display.
 """
 
 import itertools
@@ -243,8 +243,7 @@ def plot_uncertainty(path, cases: list[Case]) -> None:
 
 def plot_dice(path, values) -> None:
     """SSN's Fig. 5: the samples' Dice of each case, and the share above the prediction's."""
-    order = np.argsort(values["dice"], kind="stable")
-    order = order[spread(len(order), 80)]
+    order = np.argsort(values["dice"], kind="stable")[spread(len(values["dice"]), 80)]
     dice = {name: numbers[order] for name, numbers in values.items() if name.startswith("dice")}
     better = values["dice_better"].mean()
     x = np.arange(len(order))

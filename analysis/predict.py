@@ -42,20 +42,19 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
 
     name = file.resolve().name if file.is_dir() else stem(file)
     out.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        written = out / f"{name}.npz"
-        content = io.BytesIO()
-        np.savez_compressed(content, **{kind: array.numpy() for kind, array in arrays.items()})
-        write_atomically(written, lambda name: Path(name).write_bytes(content.getvalue()))
-    else:
-        written = out / f"{name}_samples.nii.gz"
-        for kind, array in arrays.items():
-            whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
-            whole[:1] = kind == "probabilities"  # beyond the box all is background
-            whole[(..., *box)] = array
-            write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
     plot_prediction(out / f"{name}_samples.png", image, arrays)
-    return written
+    if source is None:
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        write_atomically(out / f"{name}.npz",
+                         lambda path: Path(path).write_bytes(content.getvalue()))
+        return out / f"{name}.npz"
+    for kind, array in arrays.items():
+        whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
+        whole[:1] = kind == "probabilities"  # beyond the box all is background
+        whole[(..., *box)] = array
+        write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
+    return out / f"{name}_samples.nii.gz"
 
 
 @torch.no_grad()
@@ -91,12 +90,11 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
     if not hasattr(model, "distribution"):
         raise UserError("--temperature and --scale-class change the normal over logits that only "
                         "ssn predicts; leave them out for this model")
-    factors = torch.ones(classes)
-    for k, factor in (class_scales or {}).items():
-        if k >= classes:
-            raise UserError(f"--scale-class {k}={factor:g}: this model's classes are 0 to "
-                            f"{classes - 1}")
-        factors[k] = factor
+    class_scales = class_scales or {}
+    if max(class_scales, default=0) >= classes:
+        raise UserError(f"--scale-class {max(class_scales)}: this model's classes are 0 to "
+                        f"{classes - 1}")
+    factors = torch.tensor([float(class_scales.get(k, 1)) for k in range(classes)])
     normal = model.distribution(batch)
     for logits in sample_chunks(model, batch, n, classes, generator, temperature=temperature):
         yield normal.scale_classes(logits, factors)

@@ -169,6 +169,7 @@ def test_weights_of_the_end(run, tmp_path):
 
 def test_compare_tabulates_and_tests_runs(run, tmp_path, capsys):
     evaluate.report(run, samples=(16,))
+    capsys.readouterr()
     better = tmp_path / "better"
     shutil.copytree(run, better)
     rows = list(csv.reader((run / "per_case.csv").open()))
