@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from analysis.pictures import (COLORS, new_plot, paint_image, paint_label, paint_map, save_figure,
-                               save_grid, spread)
+from analysis.pictures import paint_image, paint_label, paint_map, save_grid, spread
 from common import IGNORE, Progress, UserError, reflect_pad
 from models import labels_of, sample_batches
 from sources.files import write_text
 
 CORRUPTIONS = {"blur": (1, 2, 4, 8), "patch": (5, 10, 20, 40), "noise": (0.25, 0.5, 1, 2)}
-UNITS = {"blur": "blur, sigma in pixels", "patch": "patch, % of the side",
-         "noise": "noise, in std of the images"}
 CASES, SAMPLES = 64, 10
 MARGIN = 5  # pixels round the predicted foreground that count
 
@@ -26,8 +23,9 @@ MARGIN = 5  # pixels round the predicted foreground that count
 def corrupt(images, kind: str, strength: float, seed=0) -> torch.Tensor:
     """Images (B, C, H, W) taken out of their distribution (Bai and Bai 2023, Sec. 4.2).
 
-    A patch is as bright as the image's maximum; the units of strength are those of UNITS. Places
-    and noise depend on seed and case alone, not on the strength.
+    strength: of a blur its sigma in pixels; of a patch, as bright as the image's maximum, per cent
+    of the image's sides; of noise, standard deviations of the images. Places and noise do not
+    depend on it.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "blur":
@@ -80,7 +78,7 @@ def ood(model, split, foreign, foreign_name: str, folder) -> dict:
 
     (Bai and Bai 2023, Sec. 4.2.) For every corruption and strength the AUROC of both warning scores
     against the same cases left as they are. foreign: images (M, C', H', W') of another data set.
-    Writes ood.json, which is returned, ood.csv with every score, ood.png and ood_curve.png.
+    Writes ood.json, which is returned, and ood.png.
     """
     for owner, images in (("this data set", split.images), (foreign_name, foreign)):
         if images.dim() != 4:
@@ -109,13 +107,7 @@ def ood(model, split, foreign, foreign_name: str, folder) -> dict:
 
     out, summary = Path(folder), ood_summary(scores)
     write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    lines = ["kind,strength,case,variance,gamma"]
-    for (kind, strength), both in scores.items():
-        lines += [f"{kind},{strength},{i},{variance:.9g},{gamma:.9g}"
-                  for i, (variance, gamma) in enumerate(zip(both["variance"], both["gamma"]))]
-    write_text(out / "ood.csv", "\n".join(lines) + "\n")
     plot_ood(out / "ood.png", model, shown)
-    plot_ood_curve(out / "ood_curve.png", summary)
     return summary
 
 
@@ -161,22 +153,3 @@ def plot_ood(path, model, shown: dict) -> None:
             rows.setdefault(name, []).extend(
                 [paint_image(image), paint_label(label, image), paint_map(m, 1)])
     save_grid(path, rows, ["image", "prediction", "uncertainty"] * len(CORRUPTIONS), notes)
-
-
-def plot_ood_curve(path, summary: dict) -> None:
-    """AUROC against strength, a panel a corruption, and that of foreign images in the title."""
-    figure, axes = new_plot(1, len(CORRUPTIONS), size=(8, 2.8))
-    for ax, (kind, strengths) in zip(axes[0], CORRUPTIONS.items()):
-        x = range(len(strengths))
-        for score, color in (("variance", COLORS[5]), ("gamma", COLORS[0])):
-            points = [summary[f"auroc_{score}_{kind}_{s}"] for s in strengths]
-            ax.errorbar(x, [p["mean"] for p in points], [p["stderr"] for p in points],
-                        label=score, color=color, marker="o", markersize=3, capsize=2)
-        ax.axhline(0.5, color=COLORS[7], linestyle="--", linewidth=1)
-        ax.set(ylim=(-0.02, 1.02), xticks=x, xticklabels=strengths, xlabel=UNITS[kind])
-    axes[0, 0].set_ylabel("AUROC against clean")
-    axes[0, 0].legend(fontsize=7, loc="lower right")
-    foreign = [f"{name.split('_')[1]} {values['mean']:.2f}" for name, values in summary.items()
-               if name.startswith("auroc_") and "_foreign_" in name]
-    figure.suptitle(f"can the samples tell? (foreign images: {', '.join(foreign)})", fontsize=9)
-    save_figure(figure, path)
