@@ -8,7 +8,7 @@ from torch import Tensor
 
 import metrics
 from analysis.pictures import numbered, paint_image, paint_label, save_grid
-from common import POOL, center_crop
+from common import center_crop
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = T
 
 def _surviving(ids: Tensor, erosion: int) -> Tensor:
     """Ids of the pixels whose `erosion` wide box lies within their instance."""
-    pool = POOL["max"][ids.dim()]
+    pool = {2: F.max_pool2d, 3: F.max_pool3d}[ids.dim()]
     high = pool(ids[None, None].float(), erosion, 1, erosion // 2)[0, 0]
     low = -pool(-ids[None, None].float(), erosion, 1, erosion // 2)[0, 0]
     return ids[high == low]
