@@ -239,13 +239,12 @@ def test_a_failed_write_leaves_what_stood_there(tmp_path):
 
 
 def test_pictures_are_drawn(tmp_path):
-    figure, axes = analysis.pictures.new_figure(1, 3, title="three")
+    figure, axes = analysis.pictures.new_plot(1, 2, size=(3, 2))
     label = torch.tensor([[0, 1], [2, 255]])
     image = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
-    analysis.pictures.show_image(axes[0, 0], image)
-    analysis.pictures.show_label(axes[0, 1], label, image)
-    analysis.pictures.show_map(axes[0, 2], image[0])
-    picture = axes[0, 1].get_images()[0].get_array()
+    analysis.pictures.show_picture(axes[0, 0], analysis.pictures.paint_label(label, image), "a")
+    analysis.pictures.show_map(axes[0, 1], image[0])
+    picture = axes[0, 0].get_images()[0].get_array()
     np.testing.assert_allclose(picture[1, 1], 0.5)  # ignored: grey
     np.testing.assert_allclose(picture[0, 0], 0.0)  # background: the image's own black
     analysis.pictures.save_figure(figure, tmp_path / "three.png")
