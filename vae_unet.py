@@ -95,7 +95,7 @@ class VAEUNet(nn.Module):
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64, 64), convs=1, width=24, depths=(2, 2, 2),
                         heads=(2, 4, 8), kl_scale="pixel", ce_weight=1.0, dice_weight=0.0,
                         kl_weight=1.0)
-    QUICK_TRAINING = dict(optimizer="adam", lr=5e-3, batch_size=8, steps=800)
+    QUICK_TRAINING = dict(optimizer="adam", lr=5e-3, batch_size=8, steps=500)
 
     def __init__(self, config: VAEUNetConfig = VAEUNetConfig()):
         super().__init__()

@@ -117,6 +117,17 @@ def numbered(name: str, count: int) -> list[str]:
     return [f"{name} {i}" for i in range(1, count + 1)]
 
 
+def paint_outlines(labels, image) -> Tensor:
+    """The outlines of label maps (n, H, W) over an image (C, H, W): RGB (H, W, 3), the brighter
+    the more of the maps change class there."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:, :, :-1] |= labels[:, :, :-1] != labels[:, :, 1:]
+    share = edge.float().mean(0).unsqueeze(2)
+    line = torch.tensor(to_rgb(COLORS[0])).expand(*image.shape[1:], 3)
+    return torch.lerp(paint_image(image), line, (share > 0) * (0.3 + 0.7 * share))
+
+
 def spread(count: int, most: int) -> list[int]:
     """At most `most` indices, evenly spread over 0 .. count - 1."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 import metrics
-from analysis.pictures import fullest_slice, paint_image, paint_label, paint_map, save_grid
+from analysis.pictures import (fullest_slice, paint_image, paint_label, paint_map, paint_outlines,
+                               save_grid)
 from common import UserError
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
@@ -24,7 +25,8 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
     A picture (8 or 16 bits, scaled to [0, 1], or floats as they are) or a NIfTI (for a model
     trained on `folder` or `brats` every channel at mean 0 and standard deviation 1, as there; else
     as it is) gives in the folder `out`
-        <name>_samples.png        image, prediction, uncertainty, samples; of a volume, one slice
+        <name>_samples.png        image, prediction, all outlines, uncertainty, samples; of a volume,
+                                  one slice
         <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
                                   probabilities float32 (K, H, W), the samples' mean, and
                                   uncertainty and entropy float32 (H, W)
@@ -108,12 +110,13 @@ def plot_prediction(path, image, arrays: dict) -> None:
         arrays = {name: array.select(-3, fullest) for name, array in arrays.items()}
     samples = arrays["samples"][:SHOWN]
     rows = {"": [paint_image(image), paint_label(arrays["prediction"], image),
-                 paint_map(1 - arrays["probabilities"][0], 1), paint_map(arrays["uncertainty"], 1),
-                 paint_map(arrays["entropy"])]}
+                 paint_outlines(samples, image), paint_map(1 - arrays["probabilities"][0], 1),
+                 paint_map(arrays["uncertainty"], 1), paint_map(arrays["entropy"])]}
     for i in range(0, len(samples), 8):
         rows[f"samples\n{i + 1} to {min(i + 8, len(samples))}"] = [
             paint_label(sample, image) for sample in samples[i : i + 8]]
-    save_grid(path, rows, ["image", "prediction", "foreground", "uncertainty", "entropy"], cell=1.3)
+    save_grid(path, rows, ["image", "prediction", "outlines", "foreground", "uncertainty",
+                           "entropy"], cell=1.3)
 
 
 def images_at(path: Path) -> list[Path]:

@@ -112,8 +112,9 @@ class Case:
     read: Callable[[], tuple[np.ndarray, dict[int, np.ndarray]]]
 
     def __post_init__(self):
-        # File names may hold bytes that are not UTF-8, which no CSV or JSON could be written with.
-        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8")
+        # File names may hold bytes that are not UTF-8, and damaged arrays of text what is no
+        # character at all; no CSV or JSON could be written with either.
+        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8", "replace")
                                  for text in (self.name, self.group))
 
 
