@@ -42,11 +42,6 @@ from backbones.det_unet import DetUNet
 from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, encode,
                     halve, init_orthogonal, pad_to_multiple, valid_label)
 
-TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
-                lr_drops=tuple((40_000 * i, 10 ** (-0.4 * i)) for i in range(1, 6)))  # to 1e-6
-QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2)
-QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
-
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -95,15 +90,14 @@ def build_unet(c: UNetConfig) -> nn.Module:
 class Mixture(nn.Module):
     """M outputs of equal probability: p(y | x) = 1/M sum_m prod_i softmax(eta_m)[i, y_i].
 
-    A subclass sets `count`, which is M, and defines `outputs` and `loss`.
+    A subclass sets `count`, which is M, and defines `loss` and outputs(image, n), the logits
+    (n, B, K, *S) of the first n <= M outputs.
     """
 
-    TRAINING, QUICK_CONFIG, QUICK_TRAINING = TRAINING, QUICK_CONFIG, QUICK_TRAINING
-    count: int
-
-    def outputs(self, image: Tensor, n: int) -> Tensor:
-        """Logits of the first n <= M outputs, (n, B, K, *S)."""
-        raise NotImplementedError
+    TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
+                    lr_drops=tuple((40_000 * i, 10 ** (-0.4 * i)) for i in range(1, 6)))  # to 1e-6
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2)
+    QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
 
     def forward(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         return self.loss(image, label, mask)
@@ -142,7 +136,6 @@ class DeterministicUNet(Mixture):
             init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int = 1) -> Tensor:
-        """The only logit map, (1, B, K, *S)."""
         return self.head(self.unet(image)).unsqueeze(0)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -158,7 +151,7 @@ class EnsembleUNet(Mixture):
     """M U-Nets of independent initial weights. Default: 188 M parameters; `members[m]` is one."""
 
     Config = EnsembleUNetConfig
-    QUICK_CONFIG = QUICK_CONFIG | dict(members=2)
+    QUICK_CONFIG = Mixture.QUICK_CONFIG | dict(members=2)
 
     def __init__(self, config: EnsembleUNetConfig = EnsembleUNetConfig()):
         super().__init__()
@@ -168,7 +161,6 @@ class EnsembleUNet(Mixture):
         self.members = nn.ModuleList(DeterministicUNet(config) for _ in range(config.members))
 
     def outputs(self, image: Tensor, n: int) -> Tensor:
-        """The logits of the first n members, (n, B, K, *S)."""
         return torch.cat([member.outputs(image) for member in self.members[:n]])
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -194,15 +186,13 @@ class MHeads(Mixture):
         if config.heads < 2 or not 0 <= config.epsilon < 1:
             raise ValueError(f"heads={config.heads}, epsilon={config.epsilon}: heads is at least "
                              "2, epsilon at least 0 and below 1")
-        self.config, self.count = config, config.heads
-        c = config
+        self.config, self.count, c = config, config.heads, config
         self.unet = build_unet(c)
         self.heads = CONV[c.dims](self.unet.out_channels, c.heads * c.num_classes, 1)
         if c.norm == "none":
             init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int) -> Tensor:
-        """The logits of the first n heads, (n, B, K, *S)."""
         logits = self.heads(self.unet(image))  # (B, M*K, *S)
         return logits.unflatten(1, (self.count, -1)).transpose(0, 1)[:n]
 
@@ -212,9 +202,8 @@ class MHeads(Mixture):
         Arguments as DeterministicUNet.loss. Every case has its own best head.
         """
         losses = cross_entropy(self.outputs(image, self.count), valid_label(label, mask))  # (M, B)
-        best = losses.min(0).values
+        best, epsilon = losses.min(0).values, self.config.epsilon
         others = (losses.sum(0) - best) / (self.count - 1)  # mean of the others
-        epsilon = self.config.epsilon
         loss = ((1 - epsilon) * best + epsilon * others).mean()
         return loss, {"best": best.detach().mean(), "others": others.detach().mean()}
 
@@ -223,21 +212,18 @@ class DropoutUNet(DeterministicUNet):
     """One U-Net; a sample is one random dropout mask, in training as in sampling.
 
     `predict` uses none: the usual approximation of the mean over masks. The encoder's levels before
-    the first dropout are computed once for all samples (by default a seventh of the network's
-    multiplications), the rest once a sample.
+    the first dropout are computed once for all samples, the rest once a sample.
     """
 
     Config = DropoutUNetConfig
-    QUICK_CONFIG = QUICK_CONFIG | dict(dropout_blocks=1)  # of three levels
+    QUICK_CONFIG = Mixture.QUICK_CONFIG | dict(dropout_blocks=1)  # of three levels
 
     def __init__(self, config: DropoutUNetConfig = DropoutUNetConfig()):
         c = config
-        if not (0 < c.p < 1 and 1 <= c.dropout_blocks < len(c.channels)):
-            raise ValueError(f"p={c.p}, dropout_blocks={c.dropout_blocks}: p is between 0 and 1, "
-                             f"dropout_blocks 1 to {len(c.channels) - 1}, as the image is never "
-                             "dropped")
-        if c.norm != "none":
-            raise ValueError(f"norm={c.norm!r}: dropout_unet is the paper's, without a norm")
+        if not (0 < c.p < 1 and 1 <= c.dropout_blocks < len(c.channels) and c.norm == "none"):
+            raise ValueError(f"p={c.p}, dropout_blocks={c.dropout_blocks}, norm={c.norm!r}: p is "
+                             f"between 0 and 1, dropout_blocks 1 to {len(c.channels) - 1}, as the "
+                             "image is never dropped, and norm 'none'")
         super().__init__(c)
 
     def outer(self, image: Tensor) -> list[Tensor]:
@@ -255,9 +241,7 @@ class DropoutUNet(DeterministicUNet):
             x = block(dropout(halve(x), c.p, generator))
         for depth, block in enumerate(self.unet.decoder):
             x = torch.cat([skips.pop(), double(x)], 1)
-            if depth < c.dropout_blocks:
-                x = dropout(x, c.p, generator)
-            x = block(x)
+            x = block(dropout(x, c.p, generator) if depth < c.dropout_blocks else x)
         return self.head(center_crop(x, size))
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):

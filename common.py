@@ -43,18 +43,17 @@ def key_values(option: str, items: list[str]) -> dict:
 
 # ------------------------------------------------------------------------ noise and Gaussians
 
-# A std stays within exp(+-4), 0.018 to 55, so the KL of two that differ in std alone is at most
-# exp(16) / 2. Images that were not standardised (x 255) begin with a KL of 1e11 nats under a bound
-# of 10 and still have 6e3 after 300 steps; under 4, these are 3e6 and 6.
-LOG_STD_BOUND = 4.0
+CHUNK = 2**24  # feature values computed at once when sampling a hierarchy: 64 MB in float32
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
-    """Smoothly into (-4, 4), close to the identity where networks live. float32.
+    """Smoothly into (-4, 4), a std of 0.018 to 55; close to the identity in between. float32.
 
-    An unbounded log sigma is the most frequent cause of a NaN in the KL of a conditional VAE.
+    An unbounded log std is the most frequent cause of a NaN in the KL of a conditional VAE. Images
+    that were not standardised (x 255) begin with a KL of 1e11 nats under a bound of 10 and still
+    have 6e3 after 300 steps; under 4, these are 3e6 and 6.
     """
-    return LOG_STD_BOUND * torch.tanh(x.float() / LOG_STD_BOUND)
+    return 4 * torch.tanh(x.float() / 4)
 
 
 def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None, *,
@@ -86,6 +85,26 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     return x.masked_fill(uniform(x.shape, x, generator) < p, 0) / (1 - p)
 
 
+def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: int,
+                    generator: torch.Generator | None, width: int):
+    """Yield standard normal noise for n draws of a hierarchy of latent maps, m draws at a time:
+    {i: (m * B, D_i, *S_i)}, the cases of a draw together.
+
+    channels: D_i of every level, coarse to fine; the coarsest has one position for `multiple`
+        pixels a side, each next one has twice as many. A level of 0 channels has no noise.
+    width: a draw takes so many feature values a pixel of the image; m keeps them below CHUNK.
+    """
+    size, noise = [-(-s // multiple) for s in image.shape[2:]], {}  # rounded up
+    for i, depth in channels.items():
+        if depth:
+            shape = (len(image), n, depth, *size)
+            noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
+        size = [2 * s for s in size]
+    m = max(1, CHUNK // (image[:, 0].numel() * width))
+    for start in range(0, n, m):
+        yield {i: e[start : start + m].flatten(0, 1) for i, e in noise.items()}
+
+
 class DiagonalNormal:
     """Independent normals, the latent distribution of every conditional VAE here.
 
@@ -114,6 +133,22 @@ class DiagonalNormal:
         return kl.flatten(1).sum(1)
 
 
+def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Tensor:
+    """log [p(z) / mix(z)] in the lower bound of a conditional VAE's log p(y | x) by importance
+    sampling (Burda et al. 2016),
+
+        log (1/n) sum_i p(y | z_i) p(z_i) / mix(z_i),     mix = (n_q q + n_p p) / n,
+
+    where n_q of the n draws z_i are from the posterior q and n_p from the prior p. Every method
+    takes half from each: q may be wrong about masks unlike those of training, and then the draws
+    from p still count. n = n_q = 1 gives, on average, the ELBO; more draws tighten the bound.
+
+    log_q, log_p: log densities of the z_i in nats, of one shape, as is the result.
+    """
+    log_share_q, log_share_p = (torch.tensor([n_q, n_p]) / (n_q + n_p)).log().tolist()
+    return log_p - torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
+
+
 class LowRankNormal:
     """N(mean, F F^T + diag(D)) over whole logit maps (SSN Eq. 5).
 
@@ -134,24 +169,21 @@ class LowRankNormal:
             them varies less, but they are not independent: for a loss, not for a picture.
         temperature: T scales the covariance, N(mean, T Sigma); 0 returns the mean n times.
         """
-        batch = len(self.mean)
-        drawn = (n + 1) // 2 if antithetic else n
-        # autocast would run the product in bfloat16 and round every sample
-        with torch.autocast(self.mean.device.type, enabled=False):
-            shape = batch, drawn, *self.mean.shape[1:]
-            deviation = standard_normal(shape, self.mean, generator)  # (B, n, K, *S)
-            deviation = deviation * self.diagonal.sqrt().unsqueeze(1)
-            if self.factor is not None:
-                noise = standard_normal((batch, drawn, self.factor.shape[1]), self.mean, generator)
+        batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
+        shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
+        deviation = standard_normal(shape, mean, generator) * self.diagonal.sqrt().unsqueeze(1)
+        if self.factor is not None:
+            noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
+            # autocast would run the product in bfloat16 and round every sample
+            with torch.autocast(mean.device.type, enabled=False):
                 product = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
-                deviation = product.view(shape)
-            if temperature != 1:
-                deviation = deviation * temperature**0.5
-            mean = self.mean.unsqueeze(1)
-            samples = mean + deviation
-            if antithetic:
-                samples = torch.cat([samples, mean - deviation], 1)[:, :n]
-            return samples.transpose(0, 1)
+            deviation = product.view(shape)  # (B, n, K, *S)
+        if temperature != 1:
+            deviation = deviation * temperature**0.5
+        samples = mean + deviation
+        if antithetic:
+            samples = torch.cat([samples, mean - deviation], 1)[:, :n]
+        return samples.transpose(0, 1)
 
     def scale_classes(self, samples: Tensor, scale: Tensor) -> Tensor:
         """Scale each class's part of (sample - mean) after the fact (SSN Fig. 6).
@@ -200,12 +232,15 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-POOL = {"average": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
-        "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}}
+AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def batch_norm(dims: int, channels: int) -> nn.Module:
-    """As in PHiSeg's and SSN's code: TensorFlow's epsilon, averages that move by 1 % a step."""
+    """With the epsilon of PHiSeg's and SSN's code, 1e-3, and PyTorch's momentum, 0.1.
+
+    Their averages move by 1 % a step and lag behind the weights in runs of hundreds of steps: a
+    small PHiSeg had a GED of .286 with them, of .16 to .18 with statistics re-estimated.
+    """
     return BATCH_NORM[dims](channels, eps=1e-3)
 
 
@@ -234,7 +269,7 @@ def encode(blocks, x: Tensor) -> list[Tensor]:
 
 def halve(x: Tensor) -> Tensor:
     """Average pooling, which all five papers use; for even sizes the same as bilinear halving."""
-    return POOL["average"][x.dim() - 2](x, 2)
+    return AVERAGE_POOL[x.dim() - 2](x, 2)
 
 
 def double(x: Tensor) -> Tensor:
@@ -324,14 +359,11 @@ def center_crop(x: Tensor, size) -> Tensor:
     return x
 
 
-# ----------------------------------------------------------------------- initialisation, checks
+# ---------------------------------------------------------------- initialisation, checks, demos
 
 
 def init_orthogonal(module: nn.Module) -> None:
-    """Orthogonal weights of gain 1, biases from a normal of std 0.001 cut at two of them.
-
-    The initialisation of the Probabilistic and the Hierarchical Probabilistic U-Net.
-    """
+    """The (Hierarchical) Probabilistic U-Net's start: orthogonal weights, biases of std 0.001."""
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             nn.init.orthogonal_(m.weight)
@@ -340,10 +372,8 @@ def init_orthogonal(module: nn.Module) -> None:
 
 
 def init_he(module: nn.Module) -> None:
-    """Normal weights that keep the variance through a ReLU, biases zero (He et al. 2015).
-
-    The initialisation of PHiSeg's code, and of the U-Net that SSN takes from it.
-    """
+    """The start of PHiSeg's code and SSN's U-Net: normal weights that keep the variance through a
+    ReLU, biases zero (He et al. 2015)."""
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
@@ -357,6 +387,23 @@ def check_choice(name: str, value, allowed) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
+def train_small(model: nn.Module, batches, steps: int, lr: float, drop_at: int) -> None:
+    """What the methods' demos do: Adam at `lr`, from step `drop_at` on at a quarter of it.
+
+    batches: an iterator over (image, label). The model is left in eval mode.
+    """
+    optimizer, progress = torch.optim.Adam(model.parameters(), lr=lr), Progress(steps)
+    for step, (image, label) in zip(range(steps), batches):
+        optimizer.param_groups[0]["lr"] = lr if step < drop_at else lr / 4
+        optimizer.zero_grad()
+        loss, terms = model(image, label)
+        loss.backward()
+        optimizer.step()
+        note = ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
+        progress.update(step + 1, note, line=step % 100 == 99)
+    model.eval()
+
+
 # ------------------------------------------------------------------------------------- device
 
 
@@ -367,8 +414,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")  # refused like the others
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
@@ -381,12 +428,11 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
     try:
-        world, rank, local, _ = [int(os.environ[name]) for name in names]
+        world, rank, local = (int(os.environ[k]) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     except (KeyError, ValueError):
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: start with "
-                        f"torchrun, which sets {', '.join(names)}, or unset it") from None
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not what "
+                        "else torchrun sets: start with torchrun, or unset it") from None
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
@@ -423,20 +469,13 @@ class Progress:
         if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
             return
         self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = duration((self.total - done) / rate) if rate else "?"
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
-        text = f"{done}/{self.total}  {speed}  {left} left  {self.note}"
-        say(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
+        rate = max(done - self.first, 1e-9) / max(now - self.start, 1e-9)
+        left = timedelta(seconds=int((self.total - done) / rate)) if done > self.first else "?"
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        self.say(f"{done}/{self.total}  {speed}  {left} left  {self.note}",
+                 end="" if self.terminal else "\n")
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the progress line."""
+    def say(self, text: str, end: str = "\n") -> None:
+        """A line of its own, in place of the progress line."""
         if not self.quiet:
-            say(f"\r\x1b[K{text}" if self.terminal else text)
-
-
-def duration(seconds: float) -> str:
-    """65 -> "1m05s"."""
-    m, s = divmod(int(seconds), 60)
-    h, m = divmod(m, 60)
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+            say(f"\r\x1b[K{text}" if self.terminal else text, end)

@@ -9,10 +9,8 @@
     python data.py show --data shapes             # a table, and a PNG with all label maps
     python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
 
-sources/README.md describes every file layout. A `Split` is moved to the device whole. Batches are
-drawn, cropped and augmented there, so training never waits for a worker or a copy. Batch number
-`step` is a pure function of (seed, step): a run that stops at step s continues exactly with
-`start=s`, and several processes together see what one would see.
+sources/README.md describes every file layout. A `Split` is moved to the device whole, and batches
+are drawn, cropped and augmented there, so training never waits for a worker or a copy.
 
 Shapes: N cases, B batch, C channels, K classes, A annotators, *S space. 255 means ignore.
 """
@@ -28,26 +26,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import metrics
-from analysis.pictures import paint_image, paint_label, save_grid
-from common import IGNORE, UserError, key_values, reflect_index
-from sources.base import (SPLITS, Split, assign, check_known, collect, locate, random_classes,
-                          relabel, seeded_generator)
+from analysis.pictures import paint_image, paint_label, save_grid, spread
+from common import IGNORE, UserError, key_values
+from sources.base import (SPLITS, Split, centred, check_known, random_classes, read_files, relabel,
+                          seeded_generator)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
-from sources.files import DataError, error_line, size_text
+from sources.files import DataError, size_text
 from sources.lidc import HDF5, read_lidc
 from sources.lidc_archive import LIDC_WINDOW, build_lidc
 from sources.own import read_folder, read_npz
 from sources.synapse import read_synapse
 from sources.synthetic import (make_cells, make_lesions3d, make_modes, make_organs, make_shapes,
                                make_toy1d)
-from sources.warp import Warp, apply_warp, center_start, draw_warp
+from sources.warp import Augmentation, Warp, apply_warp, draw_warp
 
 
 def load(name: str, split: str | Sequence[str] = "train", path=None, /, **options):
@@ -62,59 +59,30 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     Raises DataError for anything the user can correct.
     """
     source = DATASETS[check_known("data set", name, DATASETS)]
-    if "path" in options:
-        if path is not None:
-            raise DataError(f"path is given twice, {path} and {options['path']}: give one")
-        path = str(options.pop("path"))
     wanted = [split] if isinstance(split, str) else list(split)
-    for which in wanted:
-        check_known("split", which, (*SPLITS, "all"))
-    options = _check_options(name, source, options)
+    for one in wanted:
+        check_known("split", one, (*SPLITS, "all"))
+    path = options.pop("path", path)  # positional-only, so that no option can take its place
+    _check_options(name, source, options)
     percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
-
-    if not source.layout:
-        if path is not None:
-            raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
+    if source.layout:
+        whole, rows = read_files(name, source, path, wanted, split_file, options)
+    elif path is None:
         whole, rows = source.read(**options)
-        whole.parts = {which: [whole.names[i] for i in rows[which]] for which in SPLITS}
     else:
-        try:
-            place = locate(name, path, source)
-            # A split file may move any case to any split.
-            everything = split_file or "all" in wanted
-            listing = source.read(place, SPLITS if everything else wanted, **options)
-        except OSError as error:  # such as a folder that may not be opened
-            raise DataError(f"{path or name}: not a readable data set: "
-                            f"{error_line(error)}") from error
-        if not listing.cases:
-            raise DataError(f"{place}: holds no cases; it should be {source.layout}")
-        rows = assign(place, listing, wanted, split_file)
-        names = {which: [listing.cases[i].name for i in rows[which]] for which in SPLITS}
-        if "all" in wanted:
-            whole = collect(place, listing, range(len(listing.cases)))
-        else:  # the cases of each split in one run, so that `subset` can give a view
-            needed, runs = [], {}
-            for which in SPLITS:
-                if which in wanted or not listing.apart:
-                    runs[which] = range(len(needed), len(needed) + len(rows[which]))
-                    needed += rows[which]
-            whole, rows = collect(place, listing, needed), runs
-        whole.parts = names
-
-    splits = [whole if which == "all" else whole.subset(rows[which]) for which in wanted]
+        raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
+    splits = [whole if one == "all" else whole.subset(rows[one]) for one in wanted]
     if percent:
         splits = [hide(one, percent) for one in splits]
     return splits[0] if isinstance(split, str) else splits
 
 
-def _check_options(name: str, source: "Source", given: dict) -> dict:
-    """`given`, if the set has such options and values; see `sources.synthetic` on annotations."""
+def _check_options(name: str, source: "Source", given: dict) -> None:
+    """DataError unless the set has such options and values: `sources.synthetic` on annotations."""
     allowed = {key: parameter.annotation
                for key, parameter in inspect.signature(source.read).parameters.items()
                if parameter.kind is parameter.KEYWORD_ONLY}
-    if source.layout:
-        allowed["split_file"] = str
-    allowed["hide"] = int
+    allowed |= {"split_file": str, "hide": int} if source.layout else {"hide": int}
     for key, value in given.items():
         kind = allowed[check_known(f"{name} option", key, allowed)]
         if get_origin(kind) is Literal:
@@ -123,14 +91,10 @@ def _check_options(name: str, source: "Source", given: dict) -> dict:
             good, hint = isinstance(value, (str, Path)), "give a text"
         else:
             least = 0 if kind is int else get_args(kind)[1]
-            good = isinstance(value, int) and not isinstance(value, bool)
-            good = good and least <= value < 2**31
+            good = type(value) is int and least <= value < 2**31
             hint = f"give a whole number >= {least}"
-        if good and key == "hide":
-            good, hint = value <= 99, "give per cent of the image, 0 to 99"
         if not good:
             raise DataError(f"{name} option {key}={repr(value)[:60]}: {hint}")
-    return given
 
 
 def hide(split: Split, percent: int, copies: int = 4) -> Split:
@@ -142,19 +106,20 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
     known labels, both 0 where hidden, and a channel that is 1 there; labels (N * copies, 1, *S),
     the whole map.
     """
+    if percent > 99:
+        raise DataError(f"hide={percent}: give per cent of the image, 0 to 99")
     size, generator = split.images.shape[2:], seeded_generator(percent, len(split))
     maps = torch.multinomial(split.probabilities.cpu(), copies, replacement=True,
                              generator=generator)
     rows = torch.arange(len(split)).repeat_interleave(copies)
     labels = split.label_maps(rows, maps.flatten())
     sides = torch.randint(2 * len(size), (len(rows),), generator=generator)
-    sides = sides.view(-1, *[1] * len(size))
     hidden = torch.zeros(len(rows), *size, dtype=torch.bool)
     for axis, have in enumerate(size):
         depth = round(have * percent / 100)
-        line = torch.arange(have).view(-1, *[1] * (len(size) - axis - 1))
-        hidden |= (sides == 2 * axis) & (line < depth)
-        hidden |= (sides == 2 * axis + 1) & (line >= have - depth)
+        lines = hidden.movedim(axis + 1, 1)  # a view
+        lines[sides == 2 * axis, :depth] = True
+        lines[sides == 2 * axis + 1, have - depth:] = True
     classes = torch.arange(split.num_classes).view(-1, *[1] * len(size))
     known = torch.cat([split.images[rows], (labels[:, None] == classes).float()], 1)
     images = torch.cat([known.masked_fill(hidden[:, None], 0), hidden[:, None].float()], 1)
@@ -165,22 +130,16 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
 
 
 def center(split: Split, size: int | Sequence[int]) -> Split:
-    """Centre crop or pad to `size`: images by reflection, labels with 255, instances with -1."""
-    shape = split.images.shape[2:]
-    lines = [torch.arange(want, device=split.images.device) + center_start(have, want)
-             for have, want in zip(shape, _as_size(size, shape))]
+    """A split on the host, cropped to its centre or padded: images by reflection, labels by 255,
+    instances by -1."""
+    size = _as_size(size, split.images.shape[2:])
 
-    def cut(tensor: Tensor, fill: int | None = None) -> Tensor:
-        for axis, (line, have) in enumerate(zip(lines, shape), start=-len(shape)):
-            tensor = tensor.index_select(axis, reflect_index(line, have))
-            if fill is not None:
-                outside = (line < 0) | (line >= have)
-                tensor = tensor.masked_fill(outside.view(-1, *[1] * (-axis - 1)), fill)
-        return tensor
+    def fit(tensor: Tensor | None, **how) -> Tensor | None:
+        return None if tensor is None else torch.from_numpy(centred(tensor.numpy(), size, **how))
 
-    instances = None if split.instances is None else cut(split.instances, -1)
-    return replace(split, images=cut(split.images), labels=cut(split.labels, IGNORE),
-                   instances=instances)
+    return replace(split, images=fit(split.images, mode="reflect"),
+                   labels=fit(split.labels, constant_values=IGNORE),
+                   instances=fit(split.instances, constant_values=-1))
 
 
 def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[int, ...]:
@@ -193,52 +152,6 @@ def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[in
     return sizes
 
 
-# ---------------------------------------------------------------------------------- augmentation
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What may be done to an image and its label map, drawn anew for every row of a batch."""
-
-    flip: tuple[int, ...] = ()  # axes (-1 is left-right) mirrored with probability 1/2
-    quarter_turns: bool = False  # in the last two axes; half turns only, where these differ in size
-    rotation: float = 0.0  # degrees, uniform in +-rotation, in every plane
-    shear: float = 0.0  # off-diagonal terms of the map, uniform in +-shear
-    scale: float = 0.0  # magnification, log-uniform between 1/(1 + scale) and 1 + scale
-    translation: float = 0.0  # pixels, uniform in +-translation, along every axis
-    elastic: float = 0.0  # pixels, standard deviation of the control points' shifts
-    elastic_spacing: float = 24.0  # pixels between control points of the cubic B-spline
-
-    @property
-    def resamples(self) -> bool:
-        """Whether pixels land between pixels; if not, they are only moved, bit for bit."""
-        return any((self.rotation, self.shear, self.scale, self.translation, self.elastic))
-
-
-# The papers name these transformations and give no magnitudes: the numbers are ours. Where
-# probabilities depend on a width or a shape (shapes, lesions3d) nothing is resampled, so that they
-# stay exact.
-_FULL = Augmentation(flip=(-2, -1), quarter_turns=True, rotation=30, shear=0.1, scale=0.15,
-                     translation=2, elastic=3)
-_MILD = Augmentation(rotation=10, shear=0.05, scale=0.1, translation=4, elastic=2)
-
-
-def augment(images: Tensor, labels: Tensor, augmentation: Augmentation,
-            generator: torch.Generator, size: int | Sequence[int] | None = None,
-            ) -> tuple[Tensor, Tensor]:
-    """Augments a batch in one resampling: images (B, C, *S), label maps (B, *S) -> the same kinds.
-
-    `size` is the output window: at a random place where it is smaller than the image, centred and
-    padded where it is larger. Images are interpolated linearly and reflected past their border;
-    labels take the nearest pixel, and 255 past it. 2D and 3D; 1D images can only be flipped or
-    cropped (DataError).
-    """
-    size = _as_size(size, images.shape[2:])
-    warp = draw_warp(augmentation, len(images), images.shape[2:], size, generator)
-    warp = Warp(*(part if part is None else part.to(images.device) for part in warp))
-    return apply_warp(images, labels, warp, size, augmentation.resamples)
-
-
 # --------------------------------------------------------------------------------------- batches
 
 
@@ -249,18 +162,16 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
     """Endless training batches: images (B, C, *S) float32 and label maps (B, *S) int64.
 
     Cases come in seeded permutations chained end to end. Each draws one annotator by `weights`,
-    among `annotators` (indices) where given; a set with instances draws new classes for them. Batch
-    `step` depends on (seed, step) alone, and the stream begins at `start`. `batch_size` counts the
-    rows of all `world` processes; this one gets the rows of `rank`. All choices are drawn on the
-    host, so they are the same on every device, and sent ahead without waiting.
+    among `annotators` (indices) where given; a set with instances draws new classes for them.
+    `size` is the output window: at a random place where it is smaller than the image, centred and
+    padded where it is larger. Batch `step` depends on (seed, step) alone; the stream begins at
+    `start`. `batch_size` counts the rows of all `world` processes; this one gets those of `rank`.
+    All is drawn on the host, so it is the same on every device, and sent ahead without waiting.
     Raises DataError where a batch cannot be cut evenly, or a case has none of the annotators.
     """
-    if batch_size < 1 or batch_size % world:
+    if batch_size % world:
         raise DataError(f"batch size {batch_size} cannot be cut evenly over {world} processes: "
                         f"give a multiple of {world}")
-    if len(split) == 0 or seed < 0 or start < 0:
-        raise DataError(f"{len(split)} cases, seed {seed}, start {start}: give at least one case, "
-                        "and seed and start from 0 up")
     augmentation = augmentation or Augmentation()
     device, shape = split.images.device, split.images.shape[2:]
     size = _as_size(size, shape)
@@ -276,20 +187,18 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
         return tensor.to(device, non_blocking=True)
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
-        rows = _rows(len(split), batch_size, seed, step)
         # Drawn for the whole batch on every rank; `send` selects its rows afterwards.
-        generator = seeded_generator(seed, 1, step)
+        rows = _rows(len(split), batch_size, seed, step)
+        cases, generator = send(rows), seeded_generator(seed, 1, step)
         if split.instances is None:
             annotator = torch.multinomial(weights[rows], 1, generator=generator)[:, 0]
-            cases = send(rows)
             labels = split.label_maps(cases, send(annotator))
         else:
             table = random_classes(batch_size, ids, split.fixed, split.num_classes, generator)
-            cases = send(rows)
             labels = relabel(split.instances[cases], send(table))
         warp = draw_warp(augmentation, batch_size, shape, size, generator)
         images, labels = apply_warp(split.images[cases], labels, Warp(*map(send, warp)), size,
-                                     augmentation.resamples)
+                                    augmentation.resamples)
         return images, labels.long()
 
     return map(draw, itertools.count(start))
@@ -316,10 +225,10 @@ def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor
         return weights
     if split.instances is not None:
         raise DataError("annotators: a set with instances has none, its labels are drawn at random")
-    count = weights.shape[1]
-    if not set(annotators) or not set(annotators) <= set(range(count)):
-        raise DataError(f"annotators {list(annotators)}: choose from 0 to {count - 1}")
-    weights = weights * torch.tensor([float(a in annotators) for a in range(count)])
+    everyone = range(weights.shape[1])
+    if not annotators or not set(annotators) <= set(everyone):
+        raise DataError(f"annotators {list(annotators)}: choose from 0 to {everyone[-1]}")
+    weights = weights * torch.tensor([float(a in annotators) for a in everyone])
     without = (weights.sum(1) == 0).nonzero().flatten().tolist()
     if without:
         raise DataError(f"annotators {list(annotators)}: none of them labelled {len(without)} of "
@@ -328,6 +237,14 @@ def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor
 
 
 # ----------------------------------------------------------------------------------------- table
+
+
+# The papers name their transformations and give no magnitudes: the numbers are ours. Where
+# probabilities depend on a width or a shape (shapes, lesions3d) nothing is resampled, so that they
+# stay exact.
+_FULL = Augmentation(flip=(-2, -1), quarter_turns=True, rotation=30, shear=0.1, scale=0.15,
+                     translation=2, elastic=3)
+_MILD = Augmentation(rotation=10, shear=0.05, scale=0.1, translation=4, elastic=2)
 
 
 @dataclass(frozen=True)
@@ -366,12 +283,12 @@ DATASETS: dict[str, Source] = {
         (".pickle", ".pkl", ".npz", *HDF5), tuple(f"{part}/images" for part in SPLITS)),
     "npz": Source(
         read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D", _MILD,
-        "an .npz with images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
-        "(N, A, D, H, W), and optionally weights, groups, names, num_classes", (".npz",)),
+        "an .npz of images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
+        "(N, A, D, H, W)", (".npz",)),
     "folder": Source(
         read_folder, "your own: pictures or NIfTI volumes, a folder for each annotator", _MILD,
-        "a folder with images/NAME.png, labels/ANNOTATOR/NAME.png and optionally groups.csv of "
-        "lines NAME,GROUP; also .tif, .jpg (images), .nii.gz", marks=("images",)),
+        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png; also .tif, .jpg (images), "
+        ".nii.gz", marks=("images",)),
     "em": Source(
         read_em, "sections of electron microscopy, each cell one of 15 classes at random", _FULL,
         "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with train-input.tif "
@@ -379,9 +296,8 @@ DATASETS: dict[str, Source] = {
     "cityscapes": Source(
         read_cityscapes, "street scenes; five classes flip, or each car has a random class",
         Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8, elastic=3),
-        "a folder with leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/ "
-        "(leftImg8bit_trainvaltest and gtFine_trainvaltest of cityscapes-dataset.com)",
-        marks=("leftImg8bit",)),
+        "a folder with leftImg8bit/ and gtFine/ (leftImg8bit_trainvaltest and gtFine_trainvaltest "
+        "of cityscapes-dataset.com)", marks=("leftImg8bit",)),
     "synapse": Source(
         read_synapse, "abdominal CT, slice by slice, eight organs", _MILD,
         "a folder with train_npz/caseXXXX_sliceYYY.npz and test_vol_h5/caseXXXX.npy.h5 "
@@ -400,18 +316,16 @@ DATASETS: dict[str, Source] = {
 def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
     """A table of the data set, and a PNG (`out`, or <name>.png) of cases of `split` with their
     label maps. Raises DataError as `load` does."""
-    options = options or {}
-    if split == "all":
-        splits = {split: load(name, split, path, **options)}
-    else:
-        try:
-            splits = dict(zip(SPLITS, load(name, SPLITS, path, **options)))
-        except DataError:  # perhaps only another split is missing
-            splits = {split: load(name, split, path, **options)}
-    out = Path(out or f"{name}.png")
-    _plot_cases(splits[split], out)
-    columns = [_summary(one) for one in splits.values()]
-    lines = [f"{'':12}" + "".join(f"{which:>18}" for which in splits)]
+    options, out = options or {}, Path(out or f"{name}.png")
+    wanted = ["all"] if split == "all" else list(SPLITS)
+    try:
+        splits = load(name, wanted, path, **options)
+    except DataError:  # perhaps only another split is missing
+        wanted = [split]
+        splits = load(name, wanted, path, **options)
+    _plot_cases(splits[wanted.index(split)], out)
+    columns = [_summary(one) for one in splits]
+    lines = [f"{'':12}" + "".join(f"{which:>18}" for which in wanted)]
     lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
@@ -447,17 +361,17 @@ def _plot_cases(split: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
     """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
     it, each with its annotator's number and probability."""
     pictures, notes = {}, {}
-    for i in np.linspace(0, len(split) - 1, min(cases, len(split))).round().astype(int).tolist():
+    for i in spread(len(split), cases):
         case, name = split.subset([i]).all_maps(), split.names[i][-36:]
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
-            z = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
-            image, labels = image[:, z], labels[:, z]
-        if image.dim() == 2:  # a line, shown as a band
+            fullest = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
+            image, labels = image[:, fullest], labels[:, fullest]
+        elif image.dim() == 2:  # a line, shown as a band
             image, labels = image[:, None].repeat(1, 5, 1), labels[:, None].repeat(1, 5, 1)
         pictures[name] = [paint_image(image)]
-        likeliest = case.probabilities[0].sort(descending=True, stable=True)
-        for probability, number in zip(likeliest.values[:maps], likeliest.indices[:maps]):
+        probabilities, numbers = case.probabilities[0].sort(descending=True, stable=True)
+        for probability, number in zip(probabilities[:maps], numbers[:maps]):
             if probability > 0:
                 notes[name, len(pictures[name])] = f"{number}: {probability:.2f}"
                 pictures[name].append(paint_label(labels[number], image))
@@ -486,7 +400,6 @@ def main(argv=None) -> int:
                      help="what becomes 0 and what 1 (default -1000 400)")
     cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
                      help="whether the outlines belong to the nodules (default exclude)")
-    cut.add_argument("--png", metavar="FOLDER", help="write the crops as a tree of PNGs, too")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
                      help="processes (default %(default)s)")
     args = vars(parser.parse_args(argv))
@@ -500,12 +413,8 @@ def main(argv=None) -> int:
         else:
             parser.print_help()
         return 0
-    except (UserError, ImportError) as error:
+    except (UserError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or ''}; what was finished before "
-              "is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; rerun to resume", file=sys.stderr)

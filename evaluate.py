@@ -1,7 +1,6 @@
 """Judge a trained run: numbers, pictures, and samples for an image of your own.
 
     python evaluate.py runs/ssn-lidc-0                           # its test split
-    python evaluate.py runs/ssn-lidc-0 --cases agreed            # cases that all annotators marked
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples find ambiguous cases?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... blurred and foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
@@ -11,33 +10,27 @@
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling cases (bootstrap)
     per_case.csv     every measure of every case
-    per_class.csv    2D with 3 to 20 classes, or --per-class: Dice and 95% Hausdorff distance of
-                     every class, of `predict` and of 8 samples (VAE U-Net's Table 2)
-    samples.png      image, every annotator, prediction and 16 samples, a column a case
-    overview.png     the same in short, a row a case
+    per_class.csv    Dice and 95% Hausdorff distance of every class (VAE U-Net's Table 2)
+    samples.png      image, every annotator, prediction and 16 samples; overview.png: in short
     uncertainty.png  annotators' and samples' mean, PHiSeg's gamma map, variance over samples
     maps.png         does the model vary where annotators contradict it? (PHiSeg's Fig. 3)
     dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
     ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
-    manipulation.png SSN: one sample, its classes scaled after the fact (SSN's Fig. 6)
-    levels.png       PHiSeg: samples growing level by level, and their residuals (its Fig. 1)
-    scales.png       HPU-Net: all latents sampled, only the finest, only the coarsest (its Fig. 3)
-    extrapolation.png    HPU-Net with --data-args hide=50: what it predicts where nothing is known
-    latents.png      VAE U-Net: mean and variance of its latents (its Fig. 11)
     instances.png    sets with instances: objects clustered from samples (HPU-Net's Fig. 4)
     modes.png        sets of known probabilities: frequencies of modes and classes against them
+    manipulation.png of SSN, levels.png of PHiSeg, latents.png of VAE U-Net, scales.png of HPU-Net,
+    and its extrapolation.png (--data-args hide=50): figures of their papers
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. Of the
-deterministic `predict`: dice, dice_present, and ged_predict, the GED it would have alone. Of the
-mean of the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats
-the prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_likelihood in nats;
-iou_rec for models with latents. Where the probabilities are known: mode_tv_<n>, the total variation
-between the modes drawn for a case and their probabilities (n true draws have some too);
-mode_pooled_tv_<n>, the same with both averaged over the cases first, and mode_gap_<n>, the worst
-mode's difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects
-clustered from n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), and
-rand_error_components of the connected parts of the prediction. dice_class_<k> and hd95_class_<k>
-(in pixels): of `predict`, over the cases that have class k.
+deterministic `predict`: dice, dice_present, ged_predict, and dice_class_<k> and hd95_class_<k> (in
+pixels) over the cases that have class k. Of the mean of the samples' probabilities: dice_mean.
+dice_better is the share of samples whose Dice beats the prediction's, dice_q05 to dice_q95 are
+quantiles of the samples' Dice. log_likelihood in nats; iou_rec, of reconstructions. Where the
+probabilities are known: mode_tv_<n>, the total variation between the modes drawn for a case and
+their probabilities (n true draws have some too); mode_pooled_tv_<n>, the same with both averaged
+over the cases first, and mode_gap_<n>, the worst mode's difference then. Of sets with instances:
+rand_error_<n>, ap_<n>, ap50_<n> of objects clustered from n samples (--cluster N ALPHA:
+rand_error_<n>_<alpha>, ...), and rand_error_components of the prediction's connected parts.
 """
 
 import argparse
@@ -65,10 +58,10 @@ from analysis.ood import ood
 from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
                                     plot_manipulation, plot_maps, plot_scales)
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
-                               plot_samples, plot_uncertainty, printable, short_names, spread)
+                               plot_samples, plot_uncertainty, short_names, spread)
 from analysis.predict import images_at, predict_image
 from analysis.scores import draw, geds, measure
-from common import Progress, UserError, key_values, pick_device, start_processes
+from common import Progress, UserError, key_values, pick_device, say, start_processes
 from models import MODELS, labels_of, sample_batches
 from sources.files import write_text
 from sources.runs import read_config
@@ -77,6 +70,8 @@ SAMPLES = (1, 4, 8, 16, 100)
 LIKELIHOOD_SAMPLES = 16
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
+FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_levels, "levels.png"),
+           "vae_unet": (plot_latents, "latents.png"), "hpunet": (plot_scales, "scales.png")}
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -84,19 +79,15 @@ MOST_SAMPLES = 1000  # all pairs of them are compared
 
 @torch.no_grad()
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES, device=None,
-           quiet=False) -> dict:
+           classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES, device=None) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
-    Under torchrun the processes share the cases; all but the first write and return nothing.
-    split: "test", "val" or "all". cases: "all", or "agreed", those every annotator marked (the
-    later papers' subset B). weights: "best", the checkpoint of lowest validation GED, or "last".
-    classes: every class by itself, too, as is done anyway where it costs little. cluster:
-    (samples,) or (samples, Hamming distance) by which objects are found; default 16.
+    Under torchrun the processes share the cases; all but the first write and return nothing. The
+    parameters are the command line's options; cluster: (samples,) or (samples, alpha).
     Raises UserError or DataError for what the user can mend.
     """
     folder = Path(folder)
-    settings, model, (whole,) = open_run(folder, (split,), path, weights, device)
+    settings, model, (whole,) = open_run(folder, (split,), path, device, weights)
     if cases == "agreed":
         whole = whole.subset((whole.marked | ~whole.present).all(1).nonzero().flatten().tolist())
         if not len(whole):
@@ -106,12 +97,11 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     cluster = (*(cluster or (CLUSTERED,)), None)[:2]
     classes = classes or whole.images.dim() == 4 and 3 <= whole.num_classes <= 20
-    indices = spread(len(whole), CASES)
-    names = [whole.names[i] for i in indices]
-    shown = dict(zip(names, short_names(names)))
+    pictured = whole.subset(spread(len(whole), CASES))
+    shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     rank, world = process()
-    progress, rows, done = Progress(len(whole), quiet=quiet or rank > 0), [], 0
+    progress, rows, done = Progress(len(whole), quiet=rank > 0), [], 0
     n = max(samples) if whole.instances is None else max(*samples, cluster[0])
     for batch, chunks in sample_batches(model, whole, n, 0, rank, world):
         drawn = draw(model, batch, chunks, samples)
@@ -123,8 +113,8 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     if rank > 0:
         return {}
 
-    parts = [split, cases] + ["last"] * (weights == "last")
-    out = folder if parts == ["test", "all"] else folder / "-".join(parts)
+    own = f"{split}-{cases}" + ("-last" if weights == "last" else "")
+    out = folder if own == "test-all" else folder / own
     out.mkdir(exist_ok=True)
     values = {name: v for name, v in found.items() if isinstance(v, np.ndarray) and v.ndim == 1}
     if whole.exact:
@@ -138,14 +128,14 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", whole, values)
-    plot_all(out, model, whole.subset(indices).all_maps(), found, values, summary,
+    plot_all(out, model, pictured.all_maps(), found, values, summary,
              "hide" in settings["data_args"])
-    progress.say(table(summary))
-    progress.say(f"{split} split, {len(whole)} cases: numbers and pictures in {out}")
+    progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
+                 f"numbers and pictures in {out}")
     return summary
 
 
-def open_run(folder, splits, path=None, weights="best", device=None):
+def open_run(folder, splits, path=None, device=None, weights="best"):
     """(the run's settings, its model, its splits), the last two on the device."""
     settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
@@ -171,8 +161,7 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
         n, alpha = cluster
         found = find_instances(hard[:n], alpha, batch.fixed)
         ending = f"{n}_{alpha}" if alpha else f"{n}"
-        for name, values in instance_scores(batch, found, prediction, drawn.moments.mean).items():
-            rows[name if name.endswith("components") else f"{name}_{ending}"] = values
+        rows |= instance_scores(batch, found, prediction, drawn.moments.mean, ending)
         rows["instances_shown"] = instances_to_show(model, batch, shown, found, hard)
     elif classes:
         rows |= class_rows(batch, prediction, hard)
@@ -191,8 +180,7 @@ def gather(rows: list[dict]) -> dict:
     found = {}
     for name, first in rows[0].items():
         values = [row[name] for row in rows]
-        joined = itertools.chain.from_iterable(values)
-        found[name] = list(joined) if isinstance(first, list) else np.concatenate(values)
+        found[name] = sum(values, []) if isinstance(first, list) else np.concatenate(values)
     return found
 
 
@@ -200,8 +188,7 @@ def gather(rows: list[dict]) -> dict:
 
 
 @torch.no_grad()
-def score(model, split, samples=(16,), seed=0, full=True,
-          likelihood_samples=LIKELIHOOD_SAMPLES) -> dict:
+def score(model, split, samples=(16,), full=True) -> dict:
     """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`.
 
     full=False: only what `validation_score` needs. Under torchrun the processes share the cases,
@@ -209,18 +196,17 @@ def score(model, split, samples=(16,), seed=0, full=True,
     """
     was_training, rows = model.training, []
     model.eval()
-    for batch, chunks in sample_batches(model, split, max(samples), seed, *process()):
+    for batch, chunks in sample_batches(model, split, max(samples), 0, *process()):
         if full:
             drawn = draw(model, batch, chunks, samples)
-            rows.append(measure(model, drawn, samples, likelihood_samples))
+            rows.append(measure(model, drawn, samples, LIKELIHOOD_SAMPLES))
             continue
         hard = torch.cat([labels_of(logits, 2) for logits in chunks])
-        row = geds(batch, hard, samples)
+        rows.append(geds(batch, hard, samples))
         if batch.instances is not None:
             for n in samples:
                 found = find_instances(hard[:n], None, batch.fixed)
-                row[f"rand_error_{n}"] = rand_errors(batch, found)
-        rows.append(row)
+                rows[-1][f"rand_error_{n}"] = rand_errors(batch, found)
     model.train(was_training)
     return gather(rows)
 
@@ -246,9 +232,9 @@ def write_csv(path, split, values) -> None:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["name", "group", *values])
-    for i, case in enumerate(split.names):
-        rows.writerow([case, split.groups[i], *(f"{v[i]:.6g}" for v in values.values())])
-    write_text(path, printable(text.getvalue()))
+    columns = [[f"{value:.6g}" for value in v] for v in values.values()]
+    rows.writerows(zip(split.names, split.groups, *columns))
+    write_text(path, text.getvalue())
 
 
 def table(summary: dict) -> str:
@@ -258,8 +244,8 @@ def table(summary: dict) -> str:
 
 
 def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
-    """The tables and pictures of an evaluation. some: the cases that pictures show; found, values,
-    summary: see `report`; hidden: whether data.hide was used."""
+    """The pictures, and per_class.csv. some: the cases that pictures show; found, values, summary:
+    see `report`; hidden: whether data.hide was used."""
     plot_samples(out / "samples.png", found["shown"])
     plot_overview(out / "overview.png", found["shown"])
     plot_uncertainty(out / "uncertainty.png", found["shown"])
@@ -273,16 +259,11 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     if "instances_shown" in found:
         plot_instances(out / "instances.png", found["instances_shown"][:4])
     image, dims = some.images[0], model.config.dims
-    if isinstance(model, MODELS["ssn"]) and dims > 1:
-        plot_manipulation(model, image, out / "manipulation.png")
-    if isinstance(model, MODELS["phiseg"]) and dims == 2:
-        plot_levels(model, image, out / "levels.png")
-    if isinstance(model, MODELS["vae_unet"]) and dims == 2:
-        plot_latents(model, image, out / "latents.png")
-    if isinstance(model, MODELS["hpunet"]) and dims == 2:
-        plot_scales(model, image, out / "scales.png")
-        if hidden:
-            plot_extrapolation(model, some.images, some.labels[:, 0], out / "extrapolation.png")
+    for name, (plot, file) in FIGURES.items():
+        if isinstance(model, MODELS[name]) and (dims == 2 or (dims, name) == (3, "ssn")):
+            plot(model, image, out / file)
+    if isinstance(model, MODELS["hpunet"]) and dims == 2 and hidden:
+        plot_extrapolation(model, some.images, some.labels[:, 0], out / "extrapolation.png")
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -295,7 +276,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("run", help="folder that train.py wrote")
     p.add_argument("--split", choices=["test", "val", "all"], default="test")
     p.add_argument("--cases", choices=["all", "agreed"], default="all",
-                   help="agreed: only cases that every annotator marked")
+                   help="agreed: only cases that every annotator marked (later papers' subset B)")
     p.add_argument("--weights", choices=["best", "last"], default="best",
                    help="best: of lowest validation GED; last: at the end of training")
     p.add_argument("--path", help="judge on this file of the same data set")
@@ -306,7 +287,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--ambiguous", action="store_true",
                    help="can samples tell on which cases annotators disagree?")
     p.add_argument("--per-class", action="store_true",
-                   help="Dice and Hausdorff distance of every class by itself")
+                   help="every class by itself, too (default: in 2D, of 3 to 20 classes)")
     p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
                    help="sets with instances: cluster N samples (16) within Hamming distance ALPHA "
                    "(N); choose on --split val: fewer broken objects with a larger one")
@@ -327,11 +308,12 @@ def parse(argv=None) -> argparse.Namespace:
 
 def check(args) -> None:
     """UserError for values that make no sense."""
-    counts = [*args.samples, args.likelihood_samples, *(args.cluster or [])[:1]]
+    cluster = args.cluster or [1]
+    counts = [*args.samples, args.likelihood_samples, cluster[0]]
     if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:
         raise UserError(f"--samples, --likelihood-samples, --cluster: numbers of samples are from "
                         f"1 up to {MOST_SAMPLES}, got {min(counts)} to {max(counts)}")
-    if args.cluster and (len(args.cluster) > 2 or min(args.cluster) < 1):
+    if len(cluster) > 2 or min(cluster) < 1:
         raise UserError("--cluster: samples and, if you like, a distance, both from 1 up")
     if args.ood_data and len(args.ood_data) > 2:
         raise UserError("--ood-data: a data set's name, and its path if it needs one")
@@ -350,29 +332,23 @@ def predict_images(args, device) -> None:
     scales = key_values("--scale-class", args.scale_class)
     if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
         raise UserError("--scale-class: a class and a number, such as 1=0.5")
-    scales = {int(k): factor for k, factor in scales.items()}
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
-    model = models.load(folder / "best.pt", device)
-    progress = Progress(len(files))
-    if len(files) > 1:
-        progress.say(f"{len(files)} images in {printable(place)}")
-    for done, file in enumerate(files, 1):
-        written = predict_image(model, data_name, file, out, temperature=args.temperature,
-                                samples=16 if len(args.samples) > 1 else args.samples[0],
-                                class_scales=scales)
-        progress.say(printable(written))
-        progress.update(done)
+    model = models.load(folder, device)
+    for file in files:
+        say(str(predict_image(model, data_name, file, out, temperature=args.temperature,
+                              samples=16 if len(args.samples) > 1 else args.samples[0],
+                              class_scales={int(k): factor for k, factor in scales.items()})))
 
 
 def warn_of_foreign(args, device) -> None:
     """--ood: can samples tell corrupted and foreign images?"""
     folder = Path(args.run)
-    settings, model, (split,) = open_run(folder, (args.split,), args.path, "best", device)
-    name, place = (*(args.ood_data or ["organs" if settings["data"] == "shapes" else "shapes"]),
-                   None)[:2]
+    settings, model, (split,) = open_run(folder, (args.split,), args.path, device)
+    name, *place = args.ood_data or ["organs" if settings["data"] == "shapes" else "shapes"]
+    foreign = data.load(name, "test", *place).images
     out = folder if args.split == "test" else folder / f"{args.split}-all"
     out.mkdir(exist_ok=True)
-    summary = ood(model, split, data.load(name, "test", place).images, name, out)
+    summary = ood(model, split, foreign, name, out)
     print("AUROC against the same images left as they are:")
     print(table({name.removeprefix("auroc_"): values for name, values in summary.items()
                  if name.startswith("auroc_")}))
@@ -384,18 +360,18 @@ def main(argv=None) -> int:
     try:
         check(args)
         device, _, world = start_processes(args.device)
-        if world > 1 and (args.image or args.compare or args.ambiguous or args.ood
-                          or args.ood_data):
+        args.ood = args.ood or args.ood_data
+        if world > 1 and (args.image or args.compare or args.ambiguous or args.ood):
             raise UserError("torchrun shares the judging of a split alone; start this with python")
         if args.image:
             predict_images(args, device)
         elif args.compare:
             print(compare([args.run, *args.compare]), end="")
         elif args.ambiguous:
-            _, model, splits = open_run(Path(args.run), ("val", "test"), args.path, "best", device)
+            _, model, splits = open_run(Path(args.run), ("val", "test"), args.path, device)
             result = ambiguity(model, *splits, args.run)
             print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
-        elif args.ood or args.ood_data:
+        elif args.ood:
             warn_of_foreign(args, device)
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
@@ -406,11 +382,8 @@ def main(argv=None) -> int:
             dist.barrier()
             dist.destroy_process_group()
         return 0
-    except (UserError, data.DataError) as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}",
-              file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: out of memory: fewer --samples, or --device cpu", file=sys.stderr)
     return 2

@@ -3,10 +3,10 @@
 One image, many plausible masks, made from coarse to fine. The coarsest levels i = 0 .. L of a
 U-Net's decoder have a latent map each, drawn given the image X and the coarser draws z_<i,
         z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X),                      (Eq. 1)
-and joined to the features it was predicted from before both go up a level. A sample S(X, z) costs a
-run of the decoder. Coarse latents come to decide on objects, fine ones on outlines. In training the
-draws come from a posterior net q of the same kind, which is also given an annotator's mask Y
-(Eq. 3), and one minimises (GECO)
+and joined to the features it was predicted from. A sample S(X, z) costs a run of the decoder.
+Coarse latents come to decide on objects, fine ones on outlines. In training the draws come from a
+posterior net q of the same kind, which is also given an annotator's mask Y (Eq. 3), and one
+minimises (GECO)
         lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
             + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ].                    (Eq. 6)
 lambda rises until the reconstruction reaches its target kappa, then falls and leaves the pressure
@@ -38,7 +38,6 @@ Differences from the paper
 """
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -47,10 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, cross_entropy, encode,
-                    init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
-
-CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
-DECAY = 0.99  # of the moving average, a step
+                    hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
+                    pad_to_multiple, valid_label)
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,9 @@ class HPUNet(nn.Module):
         if not (0 < len(c.latents) < len(c.channels) and min(c.latents) >= 0 < c.latents[-1]):
             raise ValueError(f"latents={c.latents}: 1 to {len(c.channels) - 1} numbers (fewer than "
                              "channels) from 0 up, the last one at least 1")
-        if not 0 < c.top_k <= 1:
-            raise ValueError(f"top_k={c.top_k}: above 0 and at most 1")
-        if c.objective == "elbo" and c.top_k != 1:
-            raise ValueError(f"objective='elbo' with top_k={c.top_k}: Eq. 5 needs top_k=1")
+        if not 0 < c.top_k <= 1 or (c.objective == "elbo" and c.top_k != 1):
+            raise ValueError(f"objective={c.objective!r} with top_k={c.top_k}: Eq. 5 needs "
+                             "top_k=1, Eq. 6 one above 0 and at most 1")
         self.multiple = 2 ** (len(c.channels) - 1)
         self.unet = LatentUNet(c, c.in_channels, len(c.channels))
         self.out = CONV[c.dims](c.channels[0], c.num_classes, 1)
@@ -116,18 +112,10 @@ class HPUNet(nn.Module):
         return self.posterior.encode(torch.cat([image, hot], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
-        """Yields standard normal noise for n draws of all latents, m at a time so that memory stays
-        bounded: {i: (m * B, D_i, *S_i)}, the cases of a draw together."""
-        c, noise = self.config, {}
-        coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]
-        for i, width in enumerate(c.latents):
-            if width:
-                shape = (len(image), n, width, *(s * 2**i for s in coarsest))
-                noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
-        width = 4 * c.channels[0]  # what the finest level's blocks hold at a time
-        m = max(1, CHUNK // (image[:, 0].numel() * width))
-        for start in range(0, n, m):
-            yield {i: e[start : start + m].flatten(0, 1) for i, e in noise.items()}
+        """Yields {i: (m * B, D_i, *S_i)}, noise for m of n draws of all latents at a time."""
+        channels = dict(enumerate(self.config.latents))
+        width = 4 * self.config.channels[0]  # what the finest level's blocks hold at a time
+        return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 6 or 5: (loss in nats, summed over pixels and averaged over the batch; its terms).
@@ -171,7 +159,7 @@ class HPUNet(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(now)
             now /= dist.get_world_size()
-        average = torch.where(self.steps_seen == 0, now, now.lerp(self.constraint, DECAY))
+        average = torch.where(self.steps_seen == 0, now, now.lerp(self.constraint, 0.99))
         self.constraint.copy_(average)
         self.steps_seen += 1
         return constraint + (average - constraint).detach()
@@ -182,19 +170,19 @@ class HPUNet(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None, *,
-               scales: Collection[int] | None = None) -> Tensor:
+               scales: list[int] | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S); the encoder runs once whatever n is.
 
         scales: numbers of the latent maps that are drawn, 0 the most global; the others stand at
             their mean given the coarser ones (Fig. 3). By default all are drawn.
         """
-        for i in scales or ():
-            check_choice("scales", i, [i for i, width in enumerate(self.config.latents) if width])
+        levels = [i for i, width in enumerate(self.config.latents) if width]
+        scales = levels if scales is None else scales
+        for i in scales:
+            check_choice("scales", i, levels)
         shared, logits = self.encode(image), []
         for noise in self.noise(image, n, generator):
-            for i, e in noise.items():
-                if scales is not None and i not in scales:
-                    noise[i] = torch.zeros_like(e)
+            noise = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
             _, _, x = self.unet(shared, noise=noise)
             logits.append(self._logits(x, image))
         return torch.cat(logits)
@@ -215,17 +203,11 @@ class HPUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling, (B,):
-
-            log (1/n) sum_k P_c(y | S(x, z^k)) p(z^k | x) / mix(z^k),      mix = (q + p) / 2,
-
-        over all pixels, half of the z^k from q and half from p, as q may be wrong about masks that
-        it was never taught. On average n = 1, from q, gives the ELBO; more samples tighten it.
-        """
+        """Lower bound of log p(y | x) in nats by importance sampling, (B,), over all pixels; half
+        of the draws from the posterior, half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         shared_p, shared_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
-        log_share_q, log_share_p = torch.tensor([n_q / n, n_p / n]).log().tolist()
         for from_q, count in ((True, n_q), (False, n_p)):
             for noise in self.noise(image, count):
                 if from_q:
@@ -236,18 +218,16 @@ class HPUNet(nn.Module):
                     _, q, _ = self.posterior(shared_q, latents=latents)
                 log_q = sum(q[i].log_prob(z) for i, z in latents.items())
                 log_p = sum(p[i].log_prob(z) for i, z in latents.items())
-                log_mix = torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
-                log_ratio = (log_p - log_mix).view(-1, len(image))
+                log_ratio = importance_log_ratio(log_q, log_p, n_q, n_p).view(-1, len(image))
                 log_weights.append(log_ratio - cross_entropy(self._logits(x, image), label))
         return torch.cat(log_weights).logsumexp(0) - math.log(n)
 
 
 class LatentUNet(nn.Module):
     """A U-Net with latent maps at its coarsest decoder levels: the whole network, with the prior,
-    or the posterior, which goes up no further than to its last latents."""
+    or the posterior, whose decoder has only the `levels` that have latents."""
 
     def __init__(self, c: HPUNetConfig, in_channels: int, levels: int):
-        """levels: of the decoder, the coarsest included."""
         super().__init__()
         self.encoder = nn.ModuleList(
             res_blocks(c, before, after, c.blocks)
@@ -277,19 +257,15 @@ class LatentUNet(nn.Module):
         """
         chosen, normals, x, given = {}, {}, shared[0], latents or noise
         if given:
-            rows = len(next(iter(given.values())))
-            x = torch.cat([x] * (rows // len(x)))
+            x = torch.cat([x] * (len(next(iter(given.values()))) // len(x)))
         for i in range(len(shared)):
             if i > 0:
                 x = self.decoder[i - 1](self.joins[i - 1](x, shared[i]))
             if str(i) in self.heads:
                 normals[i] = DiagonalNormal(*self.heads[str(i)](x).chunk(2, 1))
-                if latents:
-                    chosen[i] = latents[i]
-                elif noise:
-                    chosen[i] = normals[i].mean + normals[i].std * noise[i]
-                else:
-                    chosen[i] = normals[i].mean
+                chosen[i] = latents[i] if latents else normals[i].mean
+                if noise:
+                    chosen[i] = chosen[i] + normals[i].std * noise[i]
                 x = torch.cat([x, chosen[i].to(x.dtype)], 1)
         return chosen, normals, x
 
@@ -306,11 +282,10 @@ class ResBlock(nn.Module):
     def __init__(self, c: HPUNetConfig, before: int, after: int):
         super().__init__()
         conv, half = CONV[c.dims], max(1, after // 2)
-        self.first = conv(before, half, 3, padding=1)
-        rest = []
+        self.first, self.rest = conv(before, half, 3, padding=1), nn.Sequential()
         for _ in range(c.convs - 1):
-            rest += [nn.ReLU(inplace=True), conv(half, half, 3, padding=1)]
-        self.rest = nn.Sequential(*rest, conv(half, after, 1))
+            self.rest.extend([nn.ReLU(inplace=True), conv(half, half, 3, padding=1)])
+        self.rest.append(conv(half, after, 1))
         self.side = conv(before, after, 1) if before != after else nn.Identity()
 
     def forward(self, x):
@@ -373,32 +348,20 @@ def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
 if __name__ == "__main__":
     import data
     import metrics
-    from analysis.instances import clean_instances, cluster_instances, plot_instances
+    from analysis.instances import find_instances, plot_instances
     from analysis.paper_figures import plot_scales
-    from common import Progress
+    from common import train_small
 
     train, test = data.load("cells", ("train", "test"), size=32)
     torch.manual_seed(0)
     model = HPUNet(HPUNetConfig(num_classes=16, channels=(16, 32, 32), blocks=1, convs=1,
                                 latents=(2, 1), kappa=1.3, top_k=0.2))
-    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [900], 0.25)
     batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["cells"].augmentation)
-    progress = Progress(1300)
-    for step in range(1, 1301):
-        loss, terms = model(*next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        note = ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
-        progress.update(step, note, line=step % 200 == 0)
+    train_small(model, batches, steps=1300, lr=4e-3, drop_at=900)
 
-    model.eval()
     test = test.subset(range(20))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
-    # smaller boxes than the paper's: these cells are only 6 to 8 pixels wide
-    found = torch.stack([clean_instances(cluster_instances(s), 3, 7) for s in samples.unbind(1)])
+    found = find_instances(samples)
     error = metrics.rand_error(found, test.instances.long())
     print(f"instances clustered from 16 samples: Rand error {error.mean():.3f}")
     again = model.reconstruct(test.images, test.labels[:, 0].long()).argmax(1)
@@ -406,4 +369,3 @@ if __name__ == "__main__":
         dict(name=test.names[i], image=test.images[i], truth=test.instances[i], found=found[i],
              again=again[i], samples=samples[:, i]) for i in range(4)])
     plot_scales(model, test.images[0], "hpunet_scales.png")
-    print("samples, scale by scale: hpunet_scales.png; instances: hpunet_instances.png")

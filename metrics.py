@@ -8,19 +8,20 @@ any device. A result is one value per case, (B,), unless said otherwise.
     of them, as Eq. 7 of the Probabilistic U-Net does, map the others to 0 in samples and labels.
   * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. An annotator
     who is 255 everywhere is missing and has no influence, like any annotator of weight 0.
-  * NaN has one meaning: this case has no value. It comes from cases without any annotator, and from
-    `dice_present` without foreground, `hausdorff95` with one empty surface, `rand_error` and
-    `average_precision` without target instances. `bootstrap` and `paired_test` leave it out.
+  * `empty` is the IoU of a class that is absent in both maps: 1 for LIDC; NaN leaves the class out
+    of that pair's mean (Cityscapes, SNEMI3D). Where no class is left, the IoU is 1.
+  * NaN means: this case has no value, for example because it has no annotator. `bootstrap`,
+    `paired_test` and `auroc` leave it out.
 
-All pairs of maps are compared in one matrix product per class, in chunks of BUDGET elements.
-Products of zeros and ones are exact in float32 (TF32 too) and are added up as integers: the counts
-are exact. Everything is computed in float32, whatever autocast says.
+All pairs of maps are compared in one matrix product per class, in chunks of BUDGET elements. The
+counts are exact: products of zeros and ones are, in float32 and TF32, and are added as integers.
 """
 
 import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import IGNORE
 
@@ -29,7 +30,7 @@ BUDGET = 2**20  # elements of a temporary (4 MB); keeps a chunk's counts below f
 
 # ---- all pairs of label maps --------------------------------------------------------------------
 
-def _joint(samples, labels, num_classes):
+def _joint(samples, labels):
     """samples (n, B, *S) and labels (B, A, *S) as one set of maps, (B, n + A, P) uint8."""
     if samples.shape[1:2] != labels.shape[:1] or samples.shape[2:] != labels.shape[2:]:
         raise ValueError(f"samples (n, B, *S) and labels (B, A, *S) must share B and *S, "
@@ -37,8 +38,6 @@ def _joint(samples, labels, num_classes):
     if samples.is_floating_point() or labels.is_floating_point():
         raise ValueError(f"label maps must be integers, got {samples.dtype} and {labels.dtype}: "
                          f"take the most probable class first")
-    if not 2 <= num_classes <= IGNORE:
-        raise ValueError(f"num_classes counts the background and is 2..{IGNORE}, got {num_classes}")
     return torch.cat([samples.byte().movedim(0, 1), labels.byte()], 1).flatten(2)
 
 
@@ -47,11 +46,9 @@ def _overlaps(maps, num_classes):
 
     inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
     """
-    highest = maps.amax((0, 1))  # (P,)
-    ignored = highest == IGNORE
-    # background in every map, a pixel counts for no class: less to multiply without these
-    clear = maps.mT[:, (highest > 0) & ~ignored]  # (B, P', N)
-    mixed = maps.mT[:, ignored]  # (B, P'', N), ignored by some map
+    highest = maps.amax((0, 1))  # (P,); where it is 0, a pixel counts for no class
+    clear = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
+    mixed = maps.mT[:, highest == IGNORE]  # (B, P'', N), ignored by some map
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
     for k in range(1, num_classes):
         inter = 0
@@ -77,20 +74,14 @@ def _iou(maps, num_classes, empty):
 
 def _annotator_weights(labels, weights):
     """(B, A) probabilities of the annotators: 0 for missing ones, NaN in cases without any."""
-    present = labels.flatten(2).amin(2) < IGNORE
-    if weights is None:
-        weights = present.float()
-    elif weights.shape != present.shape:
-        raise ValueError(f"weights must be (B, A) = {tuple(present.shape)} as labels are, "
-                         f"got {tuple(weights.shape)}")
-    else:
-        weights = weights.to(labels.device, torch.float32) * present
+    present = (labels.flatten(2).amin(2) < IGNORE).float()
+    weights = present if weights is None else weights.to(present) * present
     return weights / weights.sum(1, keepdim=True)
 
 
 def _iou_of_all(samples, labels, num_classes, weights, empty):
     """IoU (B, n + A, n + A) of samples and labels; pixels no annotator labelled count nowhere."""
-    maps = _joint(samples, labels, num_classes)  # (B, n + A, P)
+    maps = _joint(samples, labels)  # (B, n + A, P)
     missing = (weights == 0)[:, :, None]
     unlabelled = maps[:, len(samples) :].masked_fill(missing, IGNORE).amin(1) == IGNORE  # (B, P)
     maps[:, : len(samples)].masked_fill_(unlabelled[:, None], IGNORE)
@@ -100,32 +91,33 @@ def _iou_of_all(samples, labels, num_classes, weights, empty):
 def pairwise_iou(a, b, num_classes=2, empty=1.0):
     """Mean foreground IoU of every map of a (n, *S) with every map of b (m, *S), as (n, m).
 
-    `empty` is the IoU of a class absent in both maps: 1 for LIDC; NaN leaves the class out of that
-    pair's mean (Cityscapes, SNEMI3D), and two maps without any foreground then have IoU 1.
-    Raises ValueError, as all measures of label maps do, for shapes that do not fit, maps that are
-    not integers and num_classes below 2.
+    Raises ValueError, as all measures of label maps do, for shapes that do not fit and maps that
+    are not integers.
     """
-    return _iou(_joint(a[:, None], b[None], num_classes), num_classes, empty)[0, :len(a), len(a):]
+    return _iou(_joint(a[:, None], b[None]), num_classes, empty)[0, :len(a), len(a):]
 
 
 # ---- distributions over label maps --------------------------------------------------------------
 
 def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, counts=None):
     """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n samples, for each n of
-    `counts` (default: all of them): all measures of pairs at the price of one.
+    `counts` (default: all of them).
 
-    diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4),
-    without pixels that no annotator labelled, as in ged.
+    diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4).
+    hungarian_iou is the mean IoU of the best 1:1 matching of samples and annotators (Kohl et al.
+    2019, App. B.1). In the paper both sets are repeated to their least common multiple. Transport
+    of masses 1/n of the samples to the annotators' weights has the same optimum.
     """
-    most, weights = len(samples), _annotator_weights(labels, weights)
-    iou_of_all = _iou_of_all(samples, labels, num_classes, weights, empty)  # (B, most + A, same)
-    scores = {}
-    for n in counts or (most,):
-        iou = torch.cat([iou_of_all[:, :n], iou_of_all[:, most:]], 1)
-        iou = torch.cat([iou[:, :, :n], iou[:, :, most:]], 2)
+    weights, scores = _annotator_weights(labels, weights), {}
+    iou_of_all = _iou_of_all(samples, labels, num_classes, weights, empty)
+    for n in counts or (len(samples),):
+        kept = [*range(n), *range(len(samples), iou_of_all.shape[1])]
+        iou = iou_of_all[:, kept][:, :, kept]  # (B, n + A, n + A)
+        cases = zip(iou[:, :n, n:].double().cpu().numpy(), weights.double().cpu().numpy())
+        matched = torch.tensor([_transport(*case) for case in cases])
         scores |= {f"ged_{n}": _ged(iou, weights),
                    f"diversity_{n}": 1 - iou[:, :n, :n].mean((1, 2)),
-                   f"hungarian_iou_{n}": _matched_iou(iou[:, :n, n:], weights)}
+                   f"hungarian_iou_{n}": matched.to(iou)}
     return scores
 
 
@@ -148,29 +140,12 @@ def _ged(iou, weights):
         return torch.einsum("bi,bij,bj->b", u, iou, u)
 
 
-def hungarian_iou(samples, labels, num_classes=2, weights=None, empty=1.0):
-    """Mean IoU of the best 1:1 matching of samples and annotators (Kohl et al. 2019, App. B.1).
-
-    In the paper both sets are repeated to their least common multiple. The same optimum is found by
-    transporting masses 1/n of the samples to masses 1/A of the annotators, or to their weights.
-    Matching the annotators to only the best of the samples gives higher numbers, not comparable.
-    """
-    n, weights = len(samples), _annotator_weights(labels, weights)
-    iou = _iou(_joint(samples, labels, num_classes), num_classes, empty)
-    return _matched_iou(iou[:, :n, n:], weights)
-
-
-def _matched_iou(iou, weights):
-    cases = zip(iou.cpu().numpy(), weights.cpu().numpy())
-    return torch.tensor([_transport(i.astype(float), w.astype(float)) for i, w in cases]).to(iou)
-
-
 def _transport(value, weights):
     """max sum(T * value) over T >= 0 (n, A) with rows adding up to 1/n and columns to weights.
 
-    Successive shortest paths. Sample after sample goes to the annotator with room where the loss is
-    least, and may push earlier samples on to other annotators on the way. Only annotators are nodes
-    of the search: the best way from annotator j to k is the sample at j that loses least by moving.
+    Successive shortest paths: sample after sample goes to the annotator with room where the loss is
+    least, and may push earlier samples on to other annotators on the way. From annotator j to k
+    moves the sample at j that loses least by it.
     """
     if np.isnan(weights).any():  # no annotator
         return math.nan
@@ -185,24 +160,23 @@ def _transport(value, weights):
             moves = np.where(sent[:, :, None] > eps, loss_by_move, np.inf)
             mover, step = moves.argmin(0), moves.min(0)  # (A, A)
             loss, previous = _shortest_paths(-value[i], step)
-            first = end = np.where(room > eps, loss, np.inf).argmin()
-            moved = []  # (sample, from annotator, to annotator), the last move first
-            while previous[first] >= 0:
-                moved.append((mover[previous[first], first], previous[first], first))
-                first = previous[first]
-            amount = min(left, room[end], *(sent[s, j] for s, j, _ in moved))
+            way = [np.where(room > eps, loss, np.inf).argmin()]  # annotators, from the last back
+            while previous[way[-1]] >= 0:
+                way.append(previous[way[-1]])
+            moved = [(mover[j, k], j, k) for k, j in zip(way, way[1:])]  # sample, from j, to k
+            amount = min(left, room[way[0]], *(sent[s, j] for s, j, _ in moved))
             for s, j, k in moved:
                 sent[s, j] -= amount
                 sent[s, k] += amount
-            sent[i, first] += amount
-            room[end] -= amount
+            sent[i, way[-1]] += amount
+            room[way[0]] -= amount
             left -= amount
     return (sent * value).sum() / n
 
 
 def _shortest_paths(start, step):
-    """Bellman-Ford: the least loss (A,) of reaching each annotator, entering at j for start[j] and
-    going from j to k for step[j, k]; and the annotator before it on that way, or -1."""
+    """Bellman-Ford: the least loss (A,) of reaching each annotator, where entering at j costs
+    start[j] and going from j to k step[j, k]; and the annotator before it on that way, or -1."""
     loss, previous = start, np.full(len(start), -1)
     while True:
         through = loss[:, None] + step
@@ -213,25 +187,23 @@ def _shortest_paths(start, step):
         loss = np.where(better, through.min(0), loss)
 
 
-def mode_frequencies(samples, modes, num_classes=2, empty=1.0):
+def mode_frequencies(samples, modes, num_classes=2):
     """Share of samples whose nearest mode is each of modes (B, M, *S), as (B, M); ties are split.
 
-    Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). A mode that is 255
-    everywhere is missing and no sample's nearest.
+    Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). Missing modes get none.
     """
-    iou = _iou(_joint(samples, modes, num_classes), num_classes, empty)
+    iou = _iou(_joint(samples, modes), num_classes, empty=1.0)
     missing = modes.flatten(2).amin(2) == IGNORE
     iou = iou[:, :len(samples), len(samples):].masked_fill(missing[:, None], -math.inf)  # (B, n, M)
     nearest = (iou > iou.amax(2, keepdim=True) - 1e-6).float()  # rounding must not break ties
     return (nearest / nearest.sum(2, keepdim=True)).mean(1)
 
 
-# ---- maps of uncertainty ------------------------------------------------------------------------
+# ---- maps of uncertainty: of probs (n, B, K, *S), probabilities and not logits, or of Moments ----
 
 class Moments:
     """Mean, mean logarithm and variance over samples that are added one at a time, so that no more
-    than one has to be in memory. The functions below take it in place of `probs`.
-    """
+    than one has to be in memory."""
 
     def __init__(self, probs=()):
         self.count = 0
@@ -263,8 +235,8 @@ class Moments:
 def gamma_map(probs):
     """PHiSeg's map of variability E_s[CE(mean, s)], as (B, *S) nats (Baumgartner et al. 2019).
 
-    probs (n, B, K, *S) are probabilities, not logits. As CE(y, s) = -sum_k y_k log(s_k + 1e-8) is
-    linear in y, the samples enter only by their mean and their mean log.
+    As CE(y, s) = -sum_k y_k log(s_k + 1e-8) is linear in y, the samples enter only by their mean
+    and their mean log.
     """
     moments = Moments.of(probs)
     return -(moments.mean * moments.mean_log).sum(1)
@@ -275,22 +247,21 @@ def ncc(probs, labels, weights=None):
 
         E_y[NCC(E_s[CE(mean, s)], E_s[CE(y, s)])]          (Baumgartner et al. 2019, Eq. 5)
 
-    the normalised cross-correlation (Pearson's, over pixels) of the gamma map with each annotator's
-    error map, averaged over the annotators. probs (n, B, K, *S). With a constant map it is 0.
+    NCC is Pearson's correlation over the pixels that the annotator y does not ignore; 0 where one
+    of the maps is constant.
     """
     moments = Moments.of(probs)
     error, valid = _annotator_errors(moments, labels)
     gamma = gamma_map(moments).flatten(1)[:, None].expand_as(error)
-    # Pearson's correlation over the valid pixels, (B, A)
-    correlation = (_standardised(gamma, valid) * _standardised(error, valid)).sum(-1)
+    correlation = (_standardised(gamma, valid) * _standardised(error, valid)).sum(-1)  # (B, A)
     return (_annotator_weights(labels, weights) * correlation).sum(1)
 
 
 def error_map(probs, labels, weights=None):
     """PHiSeg's average error E_y,s[CE(y, s)] over annotators y and samples s, as (B, *S) nats.
 
-    What `gamma_map` should look like (Baumgartner et al. 2019, Fig. 3). probs (n, B, K, *S). The
-    mean is over the annotators that do not ignore the pixel; 0 where all do.
+    What `gamma_map` should look like (Baumgartner et al. 2019, Fig. 3). The mean is over the
+    annotators that do not ignore the pixel; 0 where all do.
     """
     error, valid = _annotator_errors(Moments.of(probs), labels)
     weights = _annotator_weights(labels, weights)[:, :, None] * valid
@@ -300,13 +271,9 @@ def error_map(probs, labels, weights=None):
 
 def _annotator_errors(moments, labels):
     """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
-    mean_log = moments.mean_log
-    if mean_log.shape[:1] != labels.shape[:1] or mean_log.shape[2:] != labels.shape[2:]:
-        raise ValueError(f"probs (n, B, K, *S) and labels (B, A, *S) must share B and *S, got "
-                         f"{(moments.count, *mean_log.shape)} and {tuple(labels.shape)}")
     labels = labels.flatten(2).long()  # (B, A, P)
     valid = labels != IGNORE
-    return -mean_log.flatten(2).gather(1, labels * valid), valid
+    return -moments.mean_log.flatten(2).gather(1, labels * valid), valid
 
 
 def _standardised(x, valid):
@@ -322,8 +289,7 @@ def _standardised(x, valid):
 def uncertainty_map(probs):
     """VAE U-Net's map: variance over the samples, divided by its maximum; (B, *S) in 0..1.
 
-    probs (n, B, K, *S); the variances of the K probabilities are added. Hard samples go in as
-    one-hot maps: a variance of class numbers would mean nothing. Without variance the map is 0.
+    The variances of the K probabilities are added. Without any, the map is 0.
     """
     variance = Moments.of(probs).variance
     peak = variance.flatten(1).amax(1).clamp(min=1e-10)  # less is rounding
@@ -331,10 +297,7 @@ def uncertainty_map(probs):
 
 
 def entropy_map(probs):
-    """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e.
-
-    probs (n, B, K, *S).
-    """
+    """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e."""
     return torch.special.entr(Moments.of(probs).mean).sum(1)
 
 
@@ -355,10 +318,7 @@ def sample_dice(samples, labels, num_classes=2, weights=None):
 
 
 def dice_present(pred, labels, num_classes=2, weights=None):
-    """Dice, mean over the annotators and classes not empty in the reference: SSN's DSC_nod.
-
-    NaN where no annotator has any foreground.
-    """
+    """Dice, mean over the annotators and classes not empty in the reference: SSN's DSC_nod."""
     dices, present = (x[:, :, 0] for x in _dice(pred[None], labels, num_classes))  # (K-1, B, A)
     share = _annotator_weights(labels, weights) * present
     return (share * dices).sum((0, 2)) / share.sum((0, 2))
@@ -367,7 +327,7 @@ def dice_present(pred, labels, num_classes=2, weights=None):
 def _dice(samples, labels, num_classes):
     """Dice, 1 where both are empty, and presence in the reference, each (K-1, B, n, A)."""
     n, dices, present = len(samples), [], []
-    for inter, size in _overlaps(_joint(samples, labels, num_classes), num_classes):
+    for inter, size in _overlaps(_joint(samples, labels), num_classes):
         size = size.expand_as(inter)
         inter, of_sample, of_label = inter[:, :n, n:], size[:, :n, n:], size[:, n:, :n].mT
         dices.append((2 * inter / (of_sample + of_label)).nan_to_num(nan=1.0))
@@ -375,23 +335,16 @@ def _dice(samples, labels, num_classes):
     return torch.stack(dices), torch.stack(present)
 
 
-def hausdorff95(pred, label, num_classes=2, spacing=1.0):
-    """95th percentile of the surface distances of pred and label (B, *S), per class: (B, K-1).
+def hausdorff95(pred, label, num_classes=2):
+    """95th percentile of the surface distances of pred and label (B, *S), in pixels: (B, K-1).
 
     The distances of both directions are pooled. A surface is the pixels with a face neighbour
-    outside their class or the image; ignored pixels are of no class. `spacing` is the size of a
-    pixel, one number or one per axis, and gives the unit. Both empty: 0. One empty: NaN.
+    outside their class or the image; ignored pixels are of no class. Both empty: 0. One empty: NaN.
     """
-    if pred.shape != label.shape:
-        raise ValueError(f"pred and label must both be (B, *S), "
-                         f"got {tuple(pred.shape)} and {tuple(label.shape)}")
-    spacing = torch.as_tensor(spacing, dtype=torch.float32, device=pred.device)
-    if spacing.numel() not in (1, pred.dim() - 1):
-        raise ValueError(f"spacing must be 1 or {pred.dim() - 1} numbers, got {spacing.numel()}")
     valid = (pred != IGNORE) & (label != IGNORE)
     result = torch.zeros(len(pred), num_classes - 1, device=pred.device)
     for b, k in np.ndindex(*result.shape):
-        p, q = (_surface((x[b] == k + 1) & valid[b]) * spacing for x in (pred, label))
+        p, q = (_surface((x[b] == k + 1) & valid[b]) for x in (pred, label))
         if len(p) and len(q):
             distances = torch.cat([_nearest(p, q), _nearest(q, p)])
             result[b, k] = distances.cpu().double().quantile(0.95)  # float32 would round the rank
@@ -403,11 +356,10 @@ def hausdorff95(pred, label, num_classes=2, spacing=1.0):
 def _surface(mask):
     """Indices (points, D) of the pixels of mask (*S) that have a face neighbour outside it."""
     inner = mask
-    for axis, size in enumerate(mask.shape):
-        outside = torch.zeros_like(mask.narrow(axis, 0, 1))
-        inner = inner & torch.cat([outside, mask.narrow(axis, 0, size - 1)], axis)
-        inner = inner & torch.cat([mask.narrow(axis, 1, size - 1), outside], axis)
-    return (mask & ~inner).nonzero()
+    for axis in range(mask.dim()):
+        padded = F.pad(mask.movedim(axis, -1), (1, 1))  # outside the image, nothing is in the mask
+        inner = inner & (padded[..., :-2] & padded[..., 2:]).movedim(-1, axis)
+    return (mask & ~inner).nonzero().float()
 
 
 def _nearest(points, others):
@@ -417,18 +369,18 @@ def _nearest(points, others):
                       for p in points.split(max(1, BUDGET // len(others)))])
 
 
-# ---- instances: maps of ids, 0 is background, every other number is one object ------------------
+# ---- instances: maps of ids; 0 is background or ignored, every other number (also 255) one object
 
 def rand_error(pred, target):
     """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
 
     As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
     included): is a pair within one object? A pixel of pred 0 is an object of its own (SNEMI3D's
-    script divides the number of these by the image size, so they vanish). 255 is an id like
-    others: set pixels to be ignored to 0 in target. Without foreground in target: NaN.
+    script divides the number of these by the image size, so they vanish). Without foreground in
+    target: NaN.
     """
     errors = []
-    for p, t in _pairs_of_maps(pred, target):
+    for p, t in zip(pred.flatten(1).long(), target.flatten(1).long(), strict=True):
         table = _contingency(p, t)[0][:, 1:]
         alone = table[0].sum()
         both = table[1:].square().sum() + alone
@@ -439,20 +391,19 @@ def rand_error(pred, target):
     return torch.stack(errors)
 
 
-def average_precision(pred, target, confidence=None):
+def average_precision(pred, target, confidence):
     """Average precision of id maps pred, target (B, *S): {"ap", "ap50"}, each (B,).
 
     The Cityscapes scheme (Kohl et al. 2019, App. B.3): a predicted object is right if its IoU with
     a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
     is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
-    confidence is the mean of the map `confidence` (B, *S) over it; without a map all rank equal.
-    Cityscapes has one curve for all images; here each image has its own. Set pixels to be ignored
-    to 0 in both maps. Without objects in target: NaN.
+    confidence is the mean of the map `confidence` (B, *S) over it. Cityscapes has one curve for all
+    images; here each image has its own. Without objects in target: NaN.
     """
     thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
     curves = []
-    for b, (p, t) in enumerate(_pairs_of_maps(pred, target)):
-        table, row = _contingency(p, t)
+    for b in range(len(pred)):
+        table, row = _contingency(pred[b].flatten().long(), target[b].flatten().long())
         inter = table[1:, 1:]
         if inter.shape[1] == 0:
             curves.append(torch.full_like(thresholds, math.nan))
@@ -461,8 +412,7 @@ def average_precision(pred, target, confidence=None):
         # Above 0.5, an object overlaps no second one: the matches are 1:1 by themselves.
         right = iou.amax(1)[:, None] > thresholds  # (objects, thresholds)
         score = torch.zeros(len(table), device=pred.device)
-        if confidence is not None:
-            score = score.index_add(0, row, confidence[b].flatten().float()) / table.sum(1)
+        score = score.index_add(0, row, confidence[b].flatten().float()) / table.sum(1)
         score, order = score[1:].sort(descending=True)
         last_of_ties = score.diff(append=score.new_full((1,), -math.inf)) != 0
         hits = right[order].cumsum(0)[last_of_ties]
@@ -475,10 +425,8 @@ def average_precision(pred, target, confidence=None):
 
 
 def connected_components(mask):
-    """Ids (B, *S) int64 of the connected parts of mask (B, *S) bool; pixels connect by their sides.
-
-    0 where the mask is false; ids are above 0, but not consecutive.
-    """
+    """Ids (B, *S) int64, not consecutive, of the parts of mask (B, *S) bool whose pixels connect by
+    their sides; 0 where the mask is false."""
     size = mask[0].numel()
     ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
     while True:
@@ -496,17 +444,8 @@ def connected_components(mask):
         ids = high
 
 
-def _pairs_of_maps(pred, target):
-    if pred.shape != target.shape:
-        raise ValueError(f"pred and target must both be (B, *S), "
-                         f"got {tuple(pred.shape)} and {tuple(target.shape)}")
-    return zip(pred.flatten(1).long(), target.flatten(1).long())
-
-
 def _contingency(pred, target):
     """Pixels shared by each object of pred and of target (P,), id 0 first; and each pixel's row."""
-    if min(pred.min(), target.min()) < 0:
-        raise ValueError("instance ids must be 0 (background) or above, got a negative one")
     (rows, row), (columns, column) = (
         torch.cat([ids, ids.new_zeros(1)]).unique(return_inverse=True) for ids in (pred, target))
     shape = len(rows), len(columns)
@@ -517,15 +456,13 @@ def _contingency(pred, target):
 # ---- statistics over cases ----------------------------------------------------------------------
 
 def bootstrap(values, resamples=1000, seed=0):
-    """{"mean", "stderr", "n"} of one value per case; NaN cases have none.
+    """{"mean", "stderr", "n"} of one value per case; without any, mean and stderr are NaN.
 
     The standard error is that of the means of `resamples` draws of all n cases with replacement;
-    cases count as independent. Without any case, mean and stderr are NaN.
+    cases count as independent.
     """
-    values = _float64(values)
-    values = values[~np.isnan(values)]
-    n = len(values)
-    if n == 0:
+    values = _given(values)
+    if not (n := len(values)):
         return {"mean": math.nan, "stderr": math.nan, "n": 0}
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(n, size=n)].mean() for _ in range(resamples)]
@@ -536,13 +473,9 @@ def paired_test(a, b, resamples=10000, seed=0):
     """Two-sided p-value of the paired permutation test: is the mean of a - b over cases chance?
 
     If it were, the sign of each case's difference would be a coin. Up to 16 cases, all 2^N patterns
-    of signs are tried; beyond, `resamples` random ones and the observed one. Cases where a or b is
-    NaN are left out.
+    of signs are tried; beyond, `resamples` random ones and the observed one.
     """
-    a, b = _float64(a), _float64(b)
-    if a.shape != b.shape:
-        raise ValueError(f"a and b must be values of the same cases, got {len(a)} and {len(b)}")
-    diff = (a - b)[~np.isnan(a - b)]
+    diff = _given(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
     observed = abs(diff.sum()) - 1e-12 * abs(diff).sum()  # equal up to rounding is equal
     if len(diff) <= 16:
         flips = np.arange(2**len(diff))[:, None] >> np.arange(len(diff)) & 1
@@ -554,11 +487,8 @@ def paired_test(a, b, resamples=10000, seed=0):
 
 
 def auroc(positive, negative):
-    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half.
-
-    Scores in any shape; NaN are left out. NaN where either side has none.
-    """
-    positive, negative = (x[~np.isnan(x)] for x in map(_float64, (positive, negative)))
+    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half."""
+    positive, negative = _given(positive), _given(negative)
     if not len(positive) or not len(negative):
         return math.nan
     negative = np.sort(negative)
@@ -566,6 +496,7 @@ def auroc(positive, negative):
     return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
 
 
-def _float64(values):
-    values = values.detach().cpu() if torch.is_tensor(values) else values
-    return np.asarray(values, dtype=np.float64).ravel()
+def _given(values):
+    """The values that are not NaN, as one axis of float64."""
+    values = np.asarray(values, dtype=float)
+    return values[~np.isnan(values)]

@@ -37,28 +37,26 @@ MODELS = {
     "ensemble": EnsembleUNet,
     "m_heads": MHeads,
 }
-LARGEST = 10**9  # parameters; the largest default model, the ensemble, has 1.9e8
-MOST_TENSORS = 5_000  # of parameters; the ensemble has 896
+LARGEST, MOST_TENSORS = 10**9, 5_000  # of parameters; the ensemble has 1.9e8 in 896 tensors
 
 
 def build(name: str, fields: dict, device="cpu") -> nn.Module:
     """The model `name` with these fields of its config, the others at their defaults.
 
-    Built on the device "meta" first, which takes no memory. Raises UserError where the fields are
-    not the model's, do not fit, or make a model too large to be meant.
+    UserError where the fields are not the model's, do not fit, or make a model too large to be
+    meant; a first build on the device "meta", which takes no memory, finds out.
     """
     if name not in MODELS:
         raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
     Model = MODELS[name]
-    known = {f.name for f in dataclasses.fields(Model.Config)}
-    if unknown := sorted(fields.keys() - known):
-        raise UserError(f"--model-args {unknown[0]}: {name} knows {', '.join(sorted(known))}")
-    count = tensors = 0
+    known = sorted(field.name for field in dataclasses.fields(Model.Config))
+    for field in fields.keys() - known:
+        raise UserError(f"--model-args {field}: {name} knows {', '.join(known)}")
+    sizes = []
 
     def limit(module, parameter_name, parameter):
-        nonlocal count, tensors
-        count, tensors = count + (0 if parameter is None else parameter.numel()), tensors + 1
-        if count > LARGEST or tensors > MOST_TENSORS:
+        sizes.append(0 if parameter is None else parameter.numel())
+        if sum(sizes) > LARGEST or len(sizes) > MOST_TENSORS:
             raise ValueError(f"it has more than {LARGEST:,} parameters or {MOST_TENSORS:,} tensors")
 
     hook = register_module_parameter_registration_hook(limit)
@@ -96,11 +94,11 @@ def place(model, device) -> nn.Module:
 
 
 def sample_batches(model, split, n, seed=0, rank=0, world=1):
-    """Yield (some cases of `split` as a Split, chunks of n samples of each); the whole split, or
-    under torchrun every world-th batch.
+    """Yield (a batch of `split` as a Split, the `sample_chunks` of n samples of it, to be used up
+    before the next batch); the whole split, or under torchrun every world-th batch.
 
-    As many cases at once as keep their logits under 128 MiB, at most 32. The chunks are those of
-    `sample_chunks`, to be used up before the next batch. Draws depend on (seed, batch) alone.
+    A batch has at most 32 cases, fewer where their logits take above 128 MiB. Draws depend on
+    (seed, batch) alone.
     """
     batch = max(1, min(32, 2**25 // (n * split.num_classes * split.labels[0, 0].numel())))
     for start in range(rank * batch, len(split), world * batch):
@@ -135,8 +133,8 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
         moments = torch.stack([x.mean(axes), x.square().mean(axes)])
         mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
         var = square - mean.square()
+        count = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
-            count = x.numel() // x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1

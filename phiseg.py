@@ -30,6 +30,8 @@ Differences from the paper
      validation loss. Weights start as PyTorch's; the code's as He's normal.
   7. The paper's single prediction is the mean of samples (`dice_mean` of evaluate.py); `predict`
      puts every level at its prior mean.
+  8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, as slower
+     averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
 
     python phiseg.py                 # a small one, about a minute on two CPU cores
                                      # -> phiseg_levels.png (Fig. 1), phiseg_maps.png (Fig. 3)
@@ -45,9 +47,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (CONV, DiagonalNormal, center_crop, check_choice, conv_block, cross_entropy,
-                    double, encode, one_hot, pad_to_multiple, standard_normal, valid_label)
-
-CHUNK = 2**24  # feature values computed at once when sampling: 64 MB in float32
+                    double, encode, hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple,
+                    valid_label)
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,11 @@ class PHiSeg(nn.Module):
         return self.posterior.encode(torch.cat([image, hot - 0.5], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
-        """Yields standard normal noise for n draws of all latents, m at a time so that memory stays
-        bounded: {l: (m * B, D, *S_l)}, the cases of a draw together."""
-        c, noise = self.config, {}
-        coarsest = [math.ceil(s / self.multiple) for s in image.shape[2:]]  # size of z_L
-        for l in range(c.latent_levels, 0, -1):
-            size = [s * 2 ** (c.latent_levels - l) for s in coarsest]
-            shape = (len(image), n, c.latent_channels, *size)
-            noise[l] = standard_normal(shape, image, generator).transpose(0, 1)
+        """Yields {l: (m * B, D, *S_l)}, noise for m of n draws of all latents at a time."""
+        c = self.config
+        channels = dict.fromkeys(range(c.latent_levels, 0, -1), c.latent_channels)
         width = 3 * c.channels[-c.latent_levels]  # of the likelihood's finest level
-        m = max(1, CHUNK // (image[:, 0].numel() * width))
-        for start in range(0, n, m):
-            yield {l: e[start : start + m].flatten(0, 1) for l, e in noise.items()}
+        return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
         """Logits (B, K, *size) of every level's mask: the sum of its and all coarser residuals."""
@@ -129,8 +123,7 @@ class PHiSeg(nn.Module):
         `reconstruction`, the finest mask's cross-entropy; `supervision`, the sum of the coarser
         ones'; kl_<l>, the KL of z_l without its weight, and `kl`, their sum.
         """
-        label = valid_label(label, mask)
-        features = self.encode(image)
+        label, features = valid_label(label, mask), self.encode(image)
         (noise,) = self.noise(image, 1)
         latents, q = self.posterior(self.encode(image, label), noise=noise)
         _, p = self.prior(features, latents=latents)
@@ -141,8 +134,8 @@ class PHiSeg(nn.Module):
             (noise,) = self.noise(image, 1)
             with torch.no_grad():  # so that batch norm's running statistics see prior draws too
                 self.likelihood(self.prior(features, noise=noise)[0])
-        loss = sum(errors.values())
-        loss = loss + sum(self.config.kl_base ** (l - 1) * kl for l, kl in kls.items())
+        loss = sum(errors.values()) + sum(
+            self.config.kl_base ** (l - 1) * kl for l, kl in kls.items())
         terms = dict(reconstruction=errors[1], supervision=sum(errors.values()) - errors[1],
                      kl=sum(kls.values()))
         terms |= {f"kl_{l}": kl for l, kl in kls.items()}
@@ -175,17 +168,11 @@ class PHiSeg(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling, (B,):
-
-            log (1/n) sum_i p(y | z^i) p(z^i | x) / mix(z^i),      mix = (q + p) / 2,
-
-        half of the z^i from q and half from p, as q may be wrong about masks that it was never
-        taught. On average n = 1, from q, gives the ELBO; more samples tighten the bound.
-        """
+        """Lower bound of log p(y | x) in nats by importance sampling, (B,), half of the draws from
+        the posterior and half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         given_p, given_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
-        log_share_q, log_share_p = torch.tensor([n_q / n, n_p / n]).log().tolist()
         for net, given, count in ((self.posterior, given_q, n_q), (self.prior, given_p, n_p)):
             for noise in self.noise(image, count):
                 latents, _ = net(given, noise=noise)
@@ -193,11 +180,9 @@ class PHiSeg(nn.Module):
                 _, p = self.prior(given_p, latents=latents)
                 log_q = sum(q[l].log_prob(z) for l, z in latents.items())
                 log_p = sum(p[l].log_prob(z) for l, z in latents.items())
-                log_mix = torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
-                log_ratio = (log_p - log_mix).view(-1, len(image))
-                finest = self.masks(latents, image.shape[2:])[1]
-                error = cross_entropy(finest.unflatten(0, (-1, len(image))), label)
-                log_weights.append(log_ratio - error)
+                log_ratio = importance_log_ratio(log_q, log_p, n_q, n_p).view(-1, len(image))
+                logits = self.masks(latents, image.shape[2:])[1].unflatten(0, (-1, len(image)))
+                log_weights.append(log_ratio - cross_entropy(logits, label))
         return torch.cat(log_weights).logsumexp(0) - math.log(n)
 
 
@@ -238,12 +223,9 @@ class LatentNet(nn.Module):
             if chosen:
                 x = torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1)
             normals[l] = DiagonalNormal(*self.moments[str(l)](x).chunk(2, 1))
-            if latents:
-                chosen[l] = latents[l]
-            elif noise:
-                chosen[l] = normals[l].mean + normals[l].std * noise[l]
-            else:
-                chosen[l] = normals[l].mean
+            chosen[l] = latents[l] if latents else normals[l].mean
+            if noise:
+                chosen[l] = chosen[l] + normals[l].std * noise[l]
         return chosen, normals
 
 
@@ -285,35 +267,22 @@ if __name__ == "__main__":
     import data
     import metrics
     from analysis.paper_figures import plot_levels, plot_maps
-    from common import Progress
+    from common import train_small
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
     model = PHiSeg(PHiSegConfig(num_classes=4, channels=(16, 32, 32, 32), latent_levels=3, convs=2,
                                 kl_base=2.0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [210], 0.25)
     batches = data.batches(train, 12, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
-    progress = Progress(300)
-    for step in range(1, 301):
-        loss, terms = model(*next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        note = ", ".join(f"{name} {value:.1f}" for name, value in terms.items())
-        progress.update(step, note, line=step % 100 == 0)
+    train_small(model, batches, steps=300, lr=2e-3, drop_at=210)
 
-    model.eval()
     probs = model.sample(test.images, 16, torch.Generator().manual_seed(0)).softmax(2)
     ged = metrics.ged(probs.argmax(2), test.labels, 4, test.weights)
     ncc = metrics.ncc(probs, test.labels, test.weights)
     print(f"GED {ged.mean():.3f}, NCC {ncc.mean():.3f} (16 samples, {len(test)} cases)")
     plot_levels(model, test.images[0], "phiseg_levels.png")
     error, gamma = metrics.error_map(probs, test.labels, test.weights), metrics.gamma_map(probs)
-    likeliest = test.weights.argsort(1, descending=True)[:, :4]
     plot_maps("phiseg_maps.png", [
-        dict(name=test.names[i], image=test.images[i], labels=test.labels[i, likeliest[i]],
-             samples=probs[:, i].argmax(1), error=error[i], gamma=gamma[i], ncc=ncc[i])
-        for i in range(5)])
-    print("drawn: phiseg_levels.png (samples, level by level), phiseg_maps.png (error and gamma)")
+        dict(name=test.names[i], image=test.images[i], samples=probs[:, i].argmax(1),
+             labels=test.labels[i, test.weights[i].topk(4).indices], error=error[i],
+             gamma=gamma[i], ncc=ncc[i]) for i in range(5)])

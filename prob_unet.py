@@ -42,7 +42,8 @@ import torch
 from torch import Tensor, nn
 
 from common import (CONV, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy, encode,
-                    init_orthogonal, one_hot, pad_to_multiple, standard_normal, valid_label)
+                    importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
+                    standard_normal, valid_label)
 
 CHUNK = 2**20  # feature values computed at once when sampling: 4 MB fit into a CPU's cache
 
@@ -126,8 +127,8 @@ class ProbUNet(nn.Module):
         logits = self._logits(self._shared(image), posterior.sample().unsqueeze(0))  # (1, B, ...)
         reconstruction = cross_entropy(logits, label).mean()
         kl = posterior.kl(prior).mean()
-        return reconstruction + self.config.beta * kl, {"reconstruction": reconstruction.detach(),
-                                                        "kl": kl.detach()}
+        terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        return reconstruction + self.config.beta * kl, terms
 
     forward = loss
 
@@ -179,24 +180,18 @@ class ProbUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling (Burda et al. 2016), (B,):
-
-            log (1/n) sum_i P_c(y | S(x, z_i)) P(z_i | x) / M(z_i),  M = (Q + P) / 2,
-
-        half of the z_i drawn from the posterior Q, half from the prior P: where Q is off, P's
-        draws still count. n = 1 draws from Q alone and gives, on average, the ELBO.
-        """
-        label = valid_label(label, mask)
+        """Lower bound of log p(y | x) in nats by importance sampling, (B,), half of the draws from
+        the posterior and half from the prior: see common.importance_log_ratio."""
+        label, shared = valid_label(label, mask), self._shared(image)
         prior, posterior = self.prior(image), self.posterior(image, label)
-        shared = self._shared(image)
-        z = torch.cat([draw(posterior, n - n // 2), draw(prior, n // 2)])
-        log_prob = [-cross_entropy(self._logits(shared, part), label)
-                    for part in z.split(self._chunk(shared))]
-        p = torch.stack([prior.log_prob(sample) for sample in z])  # (n, B)
-        q = torch.stack([posterior.log_prob(sample) for sample in z])
-        share = torch.tensor(n // 2 / n)  # of the prior; its log may be -inf
-        mixture = torch.logaddexp(q + torch.log(1 - share), p + torch.log(share))
-        return (torch.cat(log_prob) + p - mixture).logsumexp(0) - math.log(n)
+        n_q, n_p = n - n // 2, n // 2
+        z = torch.cat([draw(posterior, n_q), draw(prior, n_p)])
+        log_q, log_p = (torch.stack([normal.log_prob(sample) for sample in z])  # (n, B)
+                        for normal in (posterior, prior))
+        log_prob = torch.cat([-cross_entropy(self._logits(shared, part), label)
+                              for part in z.split(self._chunk(shared))])
+        log_weights = log_prob + importance_log_ratio(log_q, log_p, n_q, n_p)
+        return log_weights.logsumexp(0) - math.log(n)
 
 
 @dataclass(frozen=True)
@@ -239,34 +234,23 @@ def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = Non
     return normal.mean + normal.std * noise
 
 
-# ----------------------------------------------------------------------------------- pictures
-
-
 if __name__ == "__main__":
     import data
     import metrics
     from analysis.paper_figures import plot_latent_map, plot_prob_unet_samples
+    from common import train_small
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
     # beta above 1 widens the posteriors: so few steps would leave gaps between them in the prior
     model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(16, 32, 64), convs=1, latent_dim=2,
                                     beta=3.0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
-    for step, (image, label) in zip(range(1, 1501), batches):
-        optimizer.param_groups[0]["lr"] = 2e-3 if step < 900 else 4e-4
-        optimizer.zero_grad()
-        loss, terms = model(image, label)
-        loss.backward()
-        optimizer.step()
-        if step % 150 == 0:
-            print(f"step {step}/1500: reconstruction {terms['reconstruction']:.0f} nats, "
-                  f"kl {terms['kl']:.1f} nats", flush=True)
+    train_small(model, batches, steps=1500, lr=2e-3, drop_at=900)
+
     test = test.subset(range(50))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
     print(f"GED of 16 samples: {metrics.ged(samples, test.labels, 4, test.weights).mean():.3f}")
     plot_prob_unet_samples(model, test.subset(range(4)), "prob_unet_samples.png")
     likeliest = test.weights[0].topk(6).indices
     plot_latent_map(model, test.images[0], test.labels[0, likeliest], "prob_unet_latent.png")
-    print("samples: prob_unet_samples.png, the latent space of one image: prob_unet_latent.png")

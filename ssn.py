@@ -29,6 +29,8 @@ Differences from the paper
      that stitched and whole-volume maps agree exactly. One optimiser serves all: Adam at 1e-3;
      BraTS had RMSprop. A case gives one patch a step; the authors take 20 of each volume read.
   5. Temperature: T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
+  6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, as slower
+     averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
 
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda
@@ -43,7 +45,8 @@ from torch import Tensor, nn
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.det_unet import DetUNet
-from common import (CONV, LowRankNormal, bounded_log_std, check_choice, cross_entropy, valid_label)
+from common import (CONV, IGNORE, LowRankNormal, bounded_log_std, check_choice, cross_entropy,
+                    valid_label)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ class SSN(nn.Module):
                              f"{c.diagonal_min}: rank is at least 0, mc_samples at least 1, "
                              "diagonal_min above 0")
         self.backbone = backbone or build_backbone(c)
-        features = self.backbone.out_channels
-        self.mean = CONV[c.dims](features, c.num_classes, 1)
-        self.log_diagonal = CONV[c.dims](features, c.num_classes, 1)
-        self.factor = CONV[c.dims](features, c.rank * c.num_classes, 1) if c.rank else None
+        features, conv = self.backbone.out_channels, CONV[c.dims]
+        self.mean = conv(features, c.num_classes, 1)
+        self.log_diagonal = conv(features, c.num_classes, 1)
+        self.factor = conv(features, c.rank * c.num_classes, 1) if c.rank else None
         with torch.no_grad():  # a quiet start: see difference 3
             self.log_diagonal.bias -= 4
             if self.factor:
@@ -130,11 +133,13 @@ class SSN(nn.Module):
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
         DeepMedic sees one patch of every volume, at random.
         """
+        label = valid_label(label, mask)
         if isinstance(self.backbone, DeepMedic):
-            image, label, mask = self.backbone.random_patches(image, label, mask)
+            image, label = self.backbone.random_patches(image, label)
+            mask = label != IGNORE
         normal = self._normal(*self._maps(self.backbone(image)), mask=mask)
         samples = normal.sample(self.config.mc_samples, antithetic=True)
-        log_prob = -cross_entropy(samples, valid_label(label, mask))  # (M, B)
+        log_prob = -cross_entropy(samples, label)  # (M, B)
         loss = (math.log(len(log_prob)) - log_prob.logsumexp(0)).mean()
         return loss, {"negative_log_likelihood": loss.detach()}
 
@@ -155,8 +160,7 @@ class SSN(nn.Module):
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
         """Eq. 6 with n samples: log p(y | x) in nats, a lower bound on average, (B,)."""
-        normal = self.distribution(image, mask)
-        label = valid_label(label, mask)
+        normal, label = self.distribution(image, mask), valid_label(label, mask)
         chunk = max(1, 2**24 // normal.mean.numel())  # memory does not grow with n
         parts = [-cross_entropy(normal.sample(min(chunk, n - i)), label)
                  for i in range(0, n, chunk)]

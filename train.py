@@ -2,8 +2,7 @@
 
     python train.py --model ssn --data shapes --quick          # about a minute on two CPU cores
     python train.py --model ssn --data lidc --device cuda      # the paper's model and settings
-    python train.py --resume runs/ssn-lidc-0                   # resumes where it stopped; may be
-                                                               # given other --steps and --lr
+    python train.py --resume runs/ssn-lidc-0                   # also with other --steps and --lr
     torchrun --nproc_per_node=4 train.py --model ssn --data lidc --device cuda
 
 A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
@@ -15,9 +14,9 @@ A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     lock          held while a process trains here, so that no second one does
 and at the end what evaluate.py writes for best.pt.
 
-All randomness of step t is a function of (seed, t) alone, so a run that was killed at any moment
-and resumed gives the same weights, bit for bit on a CPU, as one that was not; and W processes with
---batch-size B see the rows and the noise that one process with the same B would see.
+All randomness of step t is a function of (seed, t) alone: a run that was killed and resumed gives
+the same weights, bit for bit on a CPU, as one that was not, and several processes see the rows and
+the noise of a batch that one process would see.
 """
 
 import argparse
@@ -48,12 +47,15 @@ LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
 QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
+OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
+              "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
+              "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line; options not given are None, so that --resume can fill them in."""
-    p = argparse.ArgumentParser(description=__doc__, argument_default=None,
+    p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help=f"one of: {' '.join(MODELS)} (default ssn)")
     p.add_argument("--data", help=f"one of: {' '.join(data.DATASETS)} (default shapes)")
@@ -94,8 +96,6 @@ def settle(args) -> tuple[dict, Path]:
     settings = {key: default for key, (_, default) in SETTINGS.items()} | given
     named = args.resume if isinstance(args.resume, str) else args.out
     folder = Path(named or "runs/{model}-{data}-{seed}".format(**settings))
-    if "\0" in str(folder):
-        raise UserError(f"{str(folder)!r} cannot be a folder's name")
     if args.resume:
         before = read_config(folder)["settings"]
         for key, value in plain(given).items():
@@ -105,8 +105,8 @@ def settle(args) -> tuple[dict, Path]:
         settings = before | plain(given)
     for key, (low, high) in LIMITS.items():
         if settings[key] is not None and not low <= settings[key] <= high:
-            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: give a whole number from "
-                            f"{low} to {high}")
+            option = "--" + key.replace("_", "-")
+            raise UserError(f"{option} {settings[key]}: give a whole number from {low} to {high}")
     if settings["lr"] is not None and not 0 < settings["lr"] < float("inf"):
         raise UserError(f"--lr {settings['lr']}: give a finite number above 0")
     return settings, folder
@@ -150,12 +150,10 @@ def learning_rate(step: int, training: dict) -> float:
 
 def first_model(settings, split) -> nn.Module:
     """The run's model for this data, its initial weights a function of the seed."""
-    Model = MODELS.get(settings["model"])
-    fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes)
-    if Model and hasattr(Model.Config, "dims"):
-        fields["dims"] = split.images.dim() - 2
-    if Model and settings["quick"]:
-        fields |= Model.QUICK_CONFIG
+    fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes,
+                  dims=split.images.dim() - 2)
+    if settings["quick"] and settings["model"] in MODELS:
+        fields |= MODELS[settings["model"]].QUICK_CONFIG
     torch.manual_seed(settings["seed"])
     return build(settings["model"], fields | settings["model_args"])
 
@@ -170,17 +168,11 @@ def recipe(model, settings) -> dict:
 
 
 def make_optimizer(model, training: dict):
-    """The optimiser that `training` names; no weight decay for model.no_weight_decay's names."""
-    names = getattr(model, "no_weight_decay", ())
-    groups = [dict(params=[p for name, p in model.named_parameters() if name not in names])]
-    if names:
-        free = [p for name, p in model.named_parameters() if name in names]
-        groups.append(dict(params=free, weight_decay=0.0))
-    options = {k: training[k] for k in ("lr", "weight_decay", "momentum", "alpha") if k in training}
-    if training["optimizer"] == "rmsprop":  # has no fused form
-        return torch.optim.RMSprop(groups, **options)
-    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[training["optimizer"]]
-    return kind(groups, fused=True, **options)
+    """The optimiser that `training` names, with those of its options that `training` has."""
+    kind, options = OPTIMIZERS[training["optimizer"]]
+    given = {name: training[name] for name in ("lr", *options) if name in training}
+    fused = {} if kind is torch.optim.RMSprop else dict(fused=True)  # RMSprop has no fused form
+    return kind(model.parameters(), **given, **fused)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -188,13 +180,12 @@ def make_optimizer(model, training: dict):
 
 def train_step(loss_of, optimizer, image, label, lr, autocast):
     """One update; returns the terms of the loss and the gradient's norm, on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
     with autocast:
         loss, terms = loss_of(image, label)
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.param_groups[0]["params"]
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     norm = torch.linalg.vector_norm(torch.stack(norms))  # torch.nn.utils has it from 2.6 on
     optimizer.step()
@@ -210,12 +201,10 @@ class Stop:
                        for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number, frame):
-        """The handler of the first signal."""
         self.signal = number
         self.restore()
 
     def restore(self):
-        """Signals do what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -229,30 +218,27 @@ class Stop:
 
 
 class Terms:
-    """The mean of every term since the last log, and the first step at which one was not finite.
-
-    Lives on the device: nothing waits for it until it is read.
-    """
+    """The mean of every term since the last log, and the first step at which one was not finite;
+    on the device, so that no step waits for them."""
 
     def __init__(self):
-        self.sum, self.count, self.bad, self.since = None, 0, None, time.monotonic()
+        self.sum, self.count, self.bad, self.since = 0, 0, None, time.monotonic()
 
     def add(self, step: int, terms: dict) -> None:
-        """Count in the terms of one step, tensors on the device."""
+        """Count in the terms of one step."""
         self.names = list(terms)
         values = torch.stack([v.detach().float().reshape(()) for v in terms.values()])
-        if self.sum is None:
-            self.sum, self.bad = torch.zeros_like(values), torch.full_like(values, float("inf"))
-        self.sum += values
-        self.count += 1
+        if self.bad is None:
+            self.bad = torch.full_like(values, float("inf"))
+        self.sum, self.count = self.sum + values, self.count + 1
         self.bad = torch.where(values.isfinite(), self.bad, self.bad.clamp(max=step))
 
     def failed(self) -> str | None:
         """The step and the term of the first non-finite value, if there is one."""
         if self.bad is None or (step := self.bad.min().item()) == float("inf"):
             return None
-        # of the terms that failed together, the loss and the gradient are the consequence
         names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad == step]
+        # of the terms that failed together, the loss and the gradient are the consequence
         return f"step {step:.0f}: {min(names, key=['loss', 'gradient'].count)}"
 
     def read(self) -> dict:
@@ -262,9 +248,9 @@ class Terms:
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         now = time.monotonic()
-        seconds, count = (now - self.since) / self.count, self.count
-        self.sum, self.count, self.since = torch.zeros_like(self.sum), 0, now
-        return dict(zip(self.names, mean.tolist())) | dict(steps=count, seconds_per_step=seconds)
+        pace = dict(steps=self.count, seconds_per_step=(now - self.since) / self.count)
+        self.sum, self.count, self.since = 0, 0, now
+        return dict(zip(self.names, mean.tolist())) | pace
 
 
 def refuse_non_finite(terms, model, step, folder) -> None:
@@ -280,7 +266,8 @@ def refuse_non_finite(terms, model, step, folder) -> None:
 
 def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False) -> int:
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
-    if not resume and (folder / "last.pt").exists():
+    last = folder / "last.pt"
+    if not resume and last.exists():
         raise UserError(f"{folder} holds a run already: --resume continues it, --out DIR begins "
                         "another beside it")
     stop = Stop()
@@ -293,20 +280,18 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     model = place(first_model(settings, train_split), device)
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
-    start, best = 0, float("inf")
-    if resume and (folder / "last.pt").exists():
-        start, best = restore(folder / "last.pt", settings, model, optimizer)
+    start, best, steps, size = 0, float("inf"), training["steps"], settings["image_size"]
+    if last.exists():
+        start, best = restore(last, settings, model, optimizer)
 
-    size, steps = settings["image_size"], training["steps"]
     if size is not None:
         val_split = data.center(val_split, size)
     every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
-    augmentation = data.DATASETS[settings["data"]].augmentation if settings["augment"] else None
     stream = data.batches(
         train_split.to(device), training["batch_size"], settings["seed"], start=start, size=size,
         rank=rank, world=world, annotators=annotators(settings["annotators"]),
-        augmentation=augmentation)
+        augmentation=data.DATASETS[settings["data"]].augmentation if settings["augment"] else None)
 
     if rank == 0:
         begin(folder, settings, training, model, train_split, start)
@@ -325,9 +310,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say("no test split: this run will be judged on its validation split")
 
     validate_every = max(LOG_EVERY, min(5000, steps // 10))
-    terms, saved_at, stopping = Terms(), time.monotonic(), False
+    terms, saved_at, stopping, step = Terms(), time.monotonic(), False, start
     model.train()
-    step = start
     while True:
         finished = step >= steps
         validating = step > start and (step % validate_every == 0 or finished)
@@ -346,8 +330,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                         save(folder / "best.pt", settings["model"], model, optimizer, step, best)
 
         if saving and rank == 0:
-            with writing(folder / "last.pt", step):
-                save(folder / "last.pt", settings["model"], model, optimizer, step, best)
+            with writing(last, step):
+                save(last, settings["model"], model, optimizer, step, best)
             saved_at = time.monotonic()
             with writing(folder / "curves.png", step):
                 plot_curves(folder / "curves.png", read_log(folder))
@@ -377,6 +361,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"stopped and saved at step {step}; resume with: "
                      f"python train.py --resume {folder}")
     else:
+        constraints = [entry["constraint"] for entry in read_log(folder) if "constraint" in entry]
+        if constraints and min(constraints) >= 0:
+            progress.say("the reconstruction never reached its target "
+                         f"kappa={model.config.kappa}: raise it with --model-args kappa=...")
         if world > 1:
             dist.barrier()  # until best.pt is there
         evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
@@ -405,10 +393,7 @@ def lacks_compiler(device) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: else an eighth of a CPU step goes into page faults.
-
-    Large tensors would be mapped and unmapped at every step. Elsewhere than on Linux, nothing.
-    """
+    """On Linux, let the process keep what it frees: else page faults take an eighth of a step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks

@@ -38,14 +38,13 @@ def total_variation(rows: dict) -> np.ndarray:
 
 def pooled(rows: dict, n: int) -> dict:
     """mode_pooled_tv_<n> and mode_gap_<n> with standard errors by resampling cases."""
-    rng = np.random.default_rng(0)
     excess = rows["mode_frequency"] - rows["mode_probability"]
-    again = excess[rng.integers(len(excess), size=(200, len(excess)))].mean(1)  # (200, M)
-    mean = excess.mean(0)
-    return {f"mode_pooled_tv_{n}": {"mean": abs(mean).sum() / 2, "n": len(excess),
-                                    "stderr": np.std(abs(again).sum(1) / 2)},
-            f"mode_gap_{n}": {"mean": abs(mean).max(), "stderr": np.std(abs(again).max(1)),
-                              "n": len(excess)}}
+    cases, rng = len(excess), np.random.default_rng(0)
+    again = abs(excess[rng.integers(cases, size=(200, cases))].mean(1))  # (200, M)
+    mean = abs(excess.mean(0))
+    return {f"mode_pooled_tv_{n}": {"mean": mean.sum() / 2, "n": cases,
+                                    "stderr": np.std(again.sum(1) / 2)},
+            f"mode_gap_{n}": {"mean": mean.max(), "stderr": np.std(again.max(1)), "n": cases}}
 
 
 def pixel_curve(rows: dict) -> np.ndarray:
@@ -59,14 +58,8 @@ def pixel_curve(rows: dict) -> np.ndarray:
 def plot_modes(path, rows: dict) -> None:
     """Frequencies against known probabilities: of modes, over all cases; and of pixels' classes."""
     known, frequency = rows["mode_probability"].mean(0), rows["mode_frequency"].mean(0)
-    figure, axes = new_plot(1, 3, size=(9, 2.9))
-    bars, modewise, pixelwise = axes[0]
-    x = np.arange(len(known))
-    order = np.argsort(-known, kind="stable")
-    bars.bar(x - 0.2, known[order], 0.4, color=COLORS[7], label="known probability")
-    bars.bar(x + 0.2, frequency[order], 0.4, color=COLORS[5], label="share of samples")
-    bars.set(xticks=x[:: 1 + len(x) // 16], xticklabels=order[:: 1 + len(x) // 16], xlabel="mode")
-    bars.legend(fontsize=7)
+    figure, axes = new_plot(1, 2, size=(6, 3))
+    modewise, pixelwise = axes[0]
     both = np.concatenate([known, frequency])
     floor = both[both > 0].min() / 2  # where modes that were never drawn are put
     modewise.plot([floor, 2 * both.max()], [floor, 2 * both.max()], color=COLORS[7])

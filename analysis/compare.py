@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,15 @@ def compare(folders) -> str:
     folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder) for folder in folders]
     cases = list(runs[0][1][2])
-    groups = []  # (settings, {seed: run}) of runs that differ in their seeds alone
+    groups, seen = {}, Counter()  # runs that differ in their seeds alone
     for folder, (settings, run) in zip(folders, runs):
         if run[2].keys() != set(cases):
             raise UserError(f"{folder} and {folders[0]} were judged on different cases")
         seed = settings.pop("seed", 0)
-        for known, group in groups:
-            if known == settings and seed not in group:
-                group[seed] = run
-                break
-        else:
-            groups.append((settings, {seed: run}))
-    rows = [pooled(list(group.values())) for _, group in groups]
+        rest = json.dumps(settings, sort_keys=True)
+        groups.setdefault((rest, seen[rest, seed]), []).append(run)
+        seen[rest, seed] += 1  # the same seed again goes to another group
+    rows = [pooled(group) for group in groups.values()]
     names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
     lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
     for row, (name, summary, geds) in enumerate(rows):
@@ -75,9 +73,8 @@ def pooled(runs: list[tuple]) -> tuple:
         return runs[0]
     names, summaries, geds = zip(*runs)
     summary = {}
-    for name in summaries[0]:
-        means = [s[name]["mean"] for s in summaries if name in s]
-        if len(means) == len(runs):
-            summary[name] = {"mean": np.mean(means), "stderr": np.std(means, ddof=1)}
+    for name in set.intersection(*map(set, summaries)):
+        means = [s[name]["mean"] for s in summaries]
+        summary[name] = {"mean": np.mean(means), "stderr": np.std(means, ddof=1)}
     geds = {case: np.mean([values[case] for values in geds]) for case in geds[0]}
     return f"{names[0]} ({len(runs)} seeds)", summary, geds

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
-from analysis.pictures import paint_image, paint_label, save_grid
-from common import POOL, center_crop
+from analysis.pictures import numbered, paint_image, paint_label, save_grid
+from common import center_crop
 
 
 @torch.no_grad()
@@ -16,18 +16,17 @@ def cluster_instances(samples: Tensor, alpha: int | None = None,
                       generator: torch.Generator | None = None) -> Tensor:
     """Algorithm 1: pixels that change together from sample to sample are one instance.
 
-    samples (n, *S), n label maps of one image, in which every class but 0 stands for objects (map
-    others to 0 first) -> instance ids (*S) int64, 0 the background. Greedy: a random pixel gathers
-    all remaining ones within Hamming distance alpha, counted on one-hot vectors, where a sample
-    that differs counts twice. The default, alpha = n, is the paper's: half of them may differ.
+    samples (n, *S), n label maps of one image, in which every class but 0 stands for objects ->
+    instance ids (*S) int64, 0 the background. Greedy: a random pixel gathers all remaining ones
+    within Hamming distance alpha, counted on one-hot vectors, where a sample that differs counts
+    twice. The default, alpha = n, is the paper's: half of them may differ.
     """
     alpha = len(samples) if alpha is None else alpha
-    if alpha < 0:
+    if alpha < 0:  # the loop would not end
         raise ValueError(f"alpha={alpha}: a distance, from 0 up")
     classes = samples.flatten(1).T.byte()  # (P, n)
     # pixels in random order: the first that remains is a random one of those that remain
-    device = "cpu" if generator is None else generator.device
-    pixels = torch.randperm(len(classes), generator=generator, device=device).to(classes.device)
+    pixels = torch.randperm(len(classes), generator=generator).to(classes.device)
     classes, ids = classes[pixels], torch.zeros_like(pixels)
     prototype = torch.zeros_like(classes[0])  # of the background
     for instance in itertools.count():
@@ -42,14 +41,12 @@ def cluster_instances(samples: Tensor, alpha: int | None = None,
 
 @torch.no_grad()
 def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = True) -> Tensor:
-    """Appendix H: paint over instances too thin to survive an erosion; ids (*S) -> ids (*S), 2D or
-    3D; erosion and box are odd.
+    """Appendix H: paint over instances too thin to survive an erosion; 2D or 3D ids (*S) -> (*S).
 
     Where no `erosion` wide box fits into an instance, each of its pixels takes the most frequent id
     of other instances in the `box` around it (of several, the lowest). Where there is none, it
     keeps its id (SNEMI3D), or with keep=False becomes background, 0 (Cityscapes). One instance
-    after the other: one that earlier ones made thicker may survive. The image's edge erodes
-    nothing.
+    after the other: one that earlier ones made thicker may survive. Both widths are odd.
     """
     size, dims, reach = ids.shape, ids.dim(), box // 2
     thin, counts = ids.unique(return_counts=True)
@@ -77,7 +74,7 @@ def clean_instances(ids: Tensor, erosion: int = 5, box: int = 11, keep: bool = T
 
 def _surviving(ids: Tensor, erosion: int) -> Tensor:
     """Ids of the pixels whose `erosion` wide box lies within their instance."""
-    pool = POOL["max"][ids.dim()]
+    pool = {2: F.max_pool2d, 3: F.max_pool3d}[ids.dim()]
     high = pool(ids[None, None].float(), erosion, 1, erosion // 2)[0, 0]
     low = -pool(-ids[None, None].float(), erosion, 1, erosion // 2)[0, 0]
     return ids[high == low]
@@ -91,7 +88,7 @@ def objects(maps: Tensor, first: int) -> Tensor:
 
 def find_instances(samples: Tensor, alpha: int | None = None, first: int = 1) -> Tensor:
     """Objects in the samples' label maps (n, B, H, W), whose classes from `first` up stand for
-    objects: clustered and cleaned instance ids (B, H, W)."""
+    objects: instance ids (B, H, W)."""
     erosion, box = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's: 256 pixels
     found = []
     for maps in objects(samples, first).unbind(1):
@@ -107,19 +104,18 @@ def rand_errors(batch, found: Tensor) -> Tensor:
     return metrics.rand_error(found * known, objects(batch.instances, batch.fixed))
 
 
-def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor) -> dict:
-    """{name: (B,)}: rand_error, ap and ap50 of the ids `found` (B, H, W), and
-    rand_error_components, of the connected parts of the foreground in the label map `prediction`:
-    what a deterministic network can do.
+def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, ending: str) -> dict:
+    """{name: (B,)}: Rand error and average precision of the ids `found` (B, H, W), and the Rand
+    error of the connected parts of the label map `prediction`: what a deterministic network can do.
 
     An object's confidence is the mean over it of the probability of the classes that stand for
     objects; probs (B, K, H, W) are the samples' means.
     """
     known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
-    confidence = probs[:, batch.fixed :].sum(1)
+    precision = metrics.average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
     components = metrics.connected_components(objects(prediction, batch.fixed) > 0)
-    return {"rand_error": rand_errors(batch, found),
-            **metrics.average_precision(found * known, truth, confidence),
+    return {f"rand_error_{ending}": rand_errors(batch, found),
+            **{f"{name}_{ending}": values for name, values in precision.items()},
             "rand_error_components": rand_errors(batch, components)}
 
 
@@ -128,16 +124,14 @@ def instances_to_show(model, batch, shown: dict, found: Tensor, samples: Tensor)
     """The arrays that `plot_instances` takes, of those cases of a batch that are in shown {name:
     its name in pictures}; samples (n, B, H, W)."""
     cases = []
-    for i, name in enumerate(batch.names):
-        if name not in shown:
-            continue
+    for i in [i for i, name in enumerate(batch.names) if name in shown]:
         truth = objects(batch.instances[i], batch.fixed).where(batch.instances[i] >= 0, -1)
-        case = dict(image=batch.images[i], truth=truth, found=found[i],
+        case = dict(name=shown[batch.names[i]], image=batch.images[i], truth=truth, found=found[i],
                     samples=objects(samples[:6, i], batch.fixed), again=torch.zeros_like(truth))
         if hasattr(model, "reconstruct"):
             logits = model.reconstruct(batch.images[i : i + 1], batch.labels[i : i + 1, 0].long())
             case["again"] = objects(logits[0].argmax(0), batch.fixed)
-        cases.append({"name": shown[name]} | {key: values.cpu() for key, values in case.items()})
+        cases.append(case)
     return cases
 
 
@@ -148,5 +142,4 @@ def plot_instances(path: str, cases: list[dict]) -> None:
     for case in cases:
         maps = (case["truth"], case["found"], case["again"], *case["samples"][:6])
         rows[case["name"]] = [paint_image(case["image"]), *(paint_label(m) for m in maps)]
-    save_grid(path, rows, ["image", "truth", "clustered", "reconstruction",
-                           *(f"sample {i}" for i in range(1, 7))])
+    save_grid(path, rows, ["image", "truth", "clustered", "reconstruction", *numbered("sample", 6)])

@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import metrics
-from analysis.pictures import (COLORS, new_plot, paint_image, paint_label, paint_map, save_figure,
-                               save_grid, spread)
+from analysis.pictures import paint_image, paint_label, paint_map, save_grid, spread
 from common import IGNORE, Progress, UserError, reflect_pad
 from models import labels_of, sample_batches
 from sources.files import write_text
 
 CORRUPTIONS = {"blur": (1, 2, 4, 8), "patch": (5, 10, 20, 40), "noise": (0.25, 0.5, 1, 2)}
-UNITS = {"blur": "blur, sigma in pixels", "patch": "patch, % of the side",
-         "noise": "noise, in std of the images"}
 CASES, SAMPLES = 64, 10
 MARGIN = 5  # pixels round the predicted foreground that count
 
@@ -26,9 +23,9 @@ MARGIN = 5  # pixels round the predicted foreground that count
 def corrupt(images, kind: str, strength: float, seed=0) -> torch.Tensor:
     """Images (B, C, H, W) taken out of their distribution (Bai and Bai 2023, Sec. 4.2).
 
-    blur: Gaussian, sigma of `strength` pixels. patch: a rectangle of `strength` percent of both
-    sides, at random, as bright as the image's maximum. noise: white, `strength` times as strong as
-    the images vary (std). Places and noise depend on seed and case alone, not on the strength.
+    strength: of a blur its sigma in pixels; of a patch, as bright as the image's maximum, per cent
+    of the image's sides; of noise, standard deviations of the images. Places and noise do not
+    depend on it.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "blur":
@@ -52,10 +49,8 @@ def corrupt(images, kind: str, strength: float, seed=0) -> torch.Tensor:
 
 
 def as_foreign(images, like) -> torch.Tensor:
-    """Images (M, C', H', W') in size, channels, mean and std of `like` (N, C, H, W).
-
-    So that what they show is foreign, not their scale: (M, C, H, W).
-    """
+    """Images (M, C', H', W') in size, channels, mean and std of `like` (N, C, H, W), so that what
+    they show is foreign, not their scale."""
     grey = images.mean(1, keepdim=True).expand(-1, like.shape[1], -1, -1)
     same = images if images.shape[1] == like.shape[1] else grey
     same = F.interpolate(same, like.shape[2:], mode="bilinear", antialias=True)
@@ -65,11 +60,10 @@ def as_foreign(images, like) -> torch.Tensor:
 def warning_scores(probs) -> dict:
     """How much an image's samples differ, in one number: probs (n, B, K, H, W) -> two of (B,).
 
-    The mean of a map over the predicted foreground, where the class of highest mean probability is
-    not 0, and MARGIN pixels round it in every direction; over the whole image where nothing is
-    predicted. variance: over the samples, added over the classes. It is not divided by its maximum,
-    as in metrics.uncertainty_map, or the worst pixel of every image would count the same. gamma:
-    PHiSeg's map, which also sees what is uncertain within each sample.
+    The mean of a map over the predicted foreground and MARGIN pixels round it; over the whole image
+    where nothing is predicted. variance: over the samples, added over the classes; divided by its
+    maximum, as in metrics.uncertainty_map, the worst pixel of every image would count the same.
+    gamma: PHiSeg's map, which also shows what is uncertain within each sample.
     """
     foreground = (labels_of(probs.mean(0), 1) > 0).float().unsqueeze(1)
     near = F.max_pool2d(foreground, 2 * MARGIN + 1, 1, MARGIN).flatten(1)  # (B, H*W)
@@ -84,49 +78,36 @@ def ood(model, split, foreign, foreign_name: str, folder) -> dict:
 
     (Bai and Bai 2023, Sec. 4.2.) For every corruption and strength the AUROC of both warning scores
     against the same cases left as they are. foreign: images (M, C', H', W') of another data set.
-    Writes ood.json, which is returned, ood.csv with every score, ood.png and ood_curve.png to
-    `folder`. Raises UserError for images that are not 2D.
+    Writes ood.json, which is returned, and ood.png.
     """
     for owner, images in (("this data set", split.images), (foreign_name, foreign)):
         if images.dim() != 4:
-            raise UserError(f"--ood is for 2D images; those of {owner} have {images.dim() - 2} "
-                            "axes")
+            raise UserError("--ood is for 2D images; "
+                            f"those of {owner} have {images.dim() - 2} axes")
     split = split.subset(spread(len(split), CASES))
     foreign = foreign[spread(len(foreign), len(split))].to(split.images.device)
     foreign = as_foreign(foreign, split.images)
 
+    given = {("clean", ""): split.images, ("foreign", foreign_name): foreign}
     strengths = [(kind, strength) for kind in CORRUPTIONS for strength in CORRUPTIONS[kind]]
-    conditions = [("clean", ""), *strengths, ("foreign", foreign_name)]
-    marked = ((split.labels > 0) & (split.labels != IGNORE)).flatten(1).sum(1)
+    marked = (split.labels > 0) & (split.labels != IGNORE)
+    most = int(marked.flatten(1).sum(1).argmax())
     scores, shown = {}, {}  # by condition: {score: (cases,)}, and images for the picture
-    progress = Progress(len(conditions))
-    for kind, strength in conditions:
-        if kind == "clean":
-            images = split.images
-        elif kind == "foreign":
-            images = foreign
-        else:
-            images = corrupt(split.images, kind, strength)
+    progress = Progress(len(strengths) + 2)
+    for condition in [("clean", ""), *strengths, ("foreign", foreign_name)]:
+        images = given[condition] if condition in given else corrupt(split.images, *condition)
         cases = replace(split.subset(range(len(images))), images=images)
         batches = []
         for _, chunks in sample_batches(model, cases, SAMPLES):
-            probs = torch.cat([logits.softmax(2) for logits in chunks])
-            batches.append(warning_scores(probs))
-        scores[kind, strength] = {name: torch.cat([batch[name] for batch in batches])
-                                  .double().cpu().numpy() for name in batches[0]}
-        rows = range(min(3, len(images))) if kind == "foreign" else [int(marked.argmax())]
-        shown[kind, strength] = images[rows]
-        progress.update(len(scores), f"{kind} {strength}")
+            batches.append(warning_scores(torch.cat([logits.softmax(2) for logits in chunks])))
+        scores[condition] = {name: torch.cat([batch[name] for batch in batches])
+                             .double().cpu().numpy() for name in batches[0]}
+        shown[condition] = images[:3] if condition[0] == "foreign" else images[[most]]
+        progress.update(len(scores), "{} {}".format(*condition))
 
     out, summary = Path(folder), ood_summary(scores)
     write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    lines = ["kind,strength,case,variance,gamma"]
-    lines += [f"{kind},{strength},{i},{variance:.6g},{gamma:.6g}"
-              for (kind, strength), both in scores.items()
-              for i, (variance, gamma) in enumerate(zip(both["variance"], both["gamma"]))]
-    write_text(out / "ood.csv", "\n".join(lines) + "\n")
     plot_ood(out / "ood.png", model, shown)
-    plot_ood_curve(out / "ood_curve.png", summary)
     return summary
 
 
@@ -156,41 +137,19 @@ def ood_summary(scores: dict) -> dict:
 def plot_ood(path, model, shown: dict) -> None:
     """Bai and Bai's Figs. 3, 8 and 9: image, prediction and uncertainty of one case, by strength.
 
-    shown {(kind, strength): images (1, C, H, W)}, the first "clean", the last "foreign" and up to
-    three images. Every map of uncertainty is divided by its own maximum.
+    shown {(kind, strength): images (n, C, H, W)}: one, and of the last, "foreign", up to three.
+    Every map of uncertainty is divided by its own maximum.
     """
-    images = torch.cat(list(shown.values()))
-    probs = model.sample(images, SAMPLES, torch.Generator(images.device).manual_seed(0))
-    probs = probs.float().softmax(2)
-    labels, maps = labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
-    cells = [[paint_image(image), paint_label(label, image), paint_map(m, 1)]
-             for image, label, m in zip(images, labels, maps)]
-    by_condition, foreign = dict(zip(shown, cells)), list(shown)[-1]
-    rows, notes = {"as it is": by_condition["clean", ""]}, {}
-    for step, strengths in enumerate(zip(*CORRUPTIONS.values()), 1):
-        row = rows[f"strength {step}"] = []
-        for kind, strength in zip(CORRUPTIONS, strengths):
-            notes[f"strength {step}", len(row)] = f"{kind} {strength}"
-            row += by_condition[kind, strength]
-    rows[f"foreign:\n{foreign[1]}"] = sum(cells[len(shown) - 1 :], [])
+    rows, notes = {}, {}
+    for (kind, strength), images in shown.items():
+        probs = model.sample(images, SAMPLES, torch.Generator(images.device).manual_seed(0))
+        probs = probs.float().softmax(2)
+        labels, maps = labels_of(probs.mean(0), 1), metrics.uncertainty_map(probs)
+        name = {"clean": "as it is", "foreign": f"foreign:\n{strength}"}.get(kind)
+        if kind in CORRUPTIONS:
+            name = f"strength {CORRUPTIONS[kind].index(strength) + 1}"
+            notes[name, len(rows.get(name, ()))] = f"{kind} {strength}"
+        for image, label, m in zip(images, labels, maps):
+            rows.setdefault(name, []).extend(
+                [paint_image(image), paint_label(label, image), paint_map(m, 1)])
     save_grid(path, rows, ["image", "prediction", "uncertainty"] * len(CORRUPTIONS), notes)
-
-
-def plot_ood_curve(path, summary: dict) -> None:
-    """AUROC against strength, a panel a corruption, and that of foreign images in the title."""
-    figure, axes = new_plot(1, len(CORRUPTIONS), size=(8, 2.8))
-    for ax, (kind, strengths) in zip(axes[0], CORRUPTIONS.items()):
-        for score, color in (("variance", COLORS[5]), ("gamma", COLORS[0])):
-            points = [summary[f"auroc_{score}_{kind}_{s}"] for s in strengths]
-            ax.errorbar(range(len(points)), [p["mean"] for p in points],
-                        [p["stderr"] for p in points], label=score, color=color, marker="o",
-                        markersize=3, capsize=2)
-        ax.axhline(0.5, color=COLORS[7], linestyle="--", linewidth=1)
-        ax.set(ylim=(-0.02, 1.02), xticks=range(len(strengths)), xticklabels=strengths,
-               xlabel=UNITS[kind])
-    axes[0, 0].set_ylabel("AUROC against clean")
-    axes[0, 0].legend(fontsize=7, loc="lower right")
-    foreign = [f"{values['mean']:.2f} by {score}" for score in ("variance", "gamma")
-               for name, values in summary.items() if name.startswith(f"auroc_{score}_foreign_")]
-    figure.suptitle(f"can the samples tell? (foreign images: {', '.join(foreign)})", fontsize=9)
-    save_figure(figure, path)

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis.pictures import (COLORS, new_figure, paint_image, paint_label, paint_map,
-                               save_figure, save_grid, show_image, show_label, show_map)
+import metrics
+from analysis.pictures import (COLORS, cases_to_show, fullest_slice, new_plot, numbered,
+                               paint_image, paint_label, paint_map, plot_overview, save_figure,
+                               save_grid, show_map, show_picture)
 from common import IGNORE, center_crop, pad_to_multiple
 
 MANIPULATED = 8  # classes that plot_manipulation shows at most
@@ -17,7 +20,7 @@ MANIPULATED = 8  # classes that plot_manipulation shows at most
 @torch.no_grad()
 def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
     """Fig. 2: a row a model with mean, covariance and 14 samples; the two label maps at the end."""
-    figure, axes = new_figure(len(models), 4, panel=2.0, title="SSN on 21 pixels, two label maps")
+    figure, axes = new_plot(len(models), 4, size=(8.4, 2 * len(models) + 0.5))
     for row, (name, model) in zip(axes, models.items()):
         normal = model.distribution(image[:1])
         # of two classes the difference of logits is all that matters: one number a pixel
@@ -48,7 +51,7 @@ def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
     mean = normal.mean[0]  # (K, *S)
     sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))[0, 0]
     if image.dim() == 4:
-        fullest = int((sample.argmax(0) > 0).sum((1, 2)).argmax())
+        fullest = fullest_slice(sample.argmax(0)[None])
         image, mean, sample = (x[:, fullest] for x in (image, mean, sample))
     counts = sample.argmax(0).flatten().bincount(minlength=len(sample))
     classes = 1 + counts[1:].argsort(descending=True, stable=True)[:MANIPULATED]
@@ -78,8 +81,6 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     mean. A dot is the posterior's mean for an annotator's map; outliers are drawn at the border.
     Raises ValueError for other axes than the model has, and for 1D and 3D models.
     """
-    from matplotlib.figure import Figure
-
     latents = model.config.latent_dim
     if model.config.dims != 2 or len(set(axes)) != 2 or not set(axes) <= set(range(latents)):
         raise ValueError(f"axes={tuple(axes)}, dims={model.config.dims}: give two different axes "
@@ -99,17 +100,13 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     rows = 1 + len(labels)
     figure = Figure(figsize=(7.2 + 6.6 / rows, 7), layout="constrained")
     panels = figure.subplot_mosaic([[row, "map"] for row in range(rows)], width_ratios=(1, rows))
-    show_image(panels[0], image, "image")
+    show_picture(panels[0], paint_image(image), "image")
     for a, label in enumerate(labels):
-        show_label(panels[1 + a], label)
-        panels[1 + a].set_title(f"annotator {a}", color=COLORS[a % len(COLORS)], fontsize=9,
-                                fontweight="bold")
-    for row in range(rows):
-        panels[row].set_axis_off()
+        show_picture(panels[1 + a], paint_label(label), f"annotator {a}", fontweight="bold",
+                     color=COLORS[a % len(COLORS)])
 
     ax = panels["map"]
-    show_label(ax, mosaic)
-    ax.images[0].set(extent=(-edge, edge, -edge, edge), interpolation="antialiased")
+    ax.imshow(paint_label(mosaic).numpy(), extent=(-edge, edge, -edge, edge))
     lines = torch.linspace(-edge, edge, side + 1)
     ax.hlines(lines, -edge, edge, color="#555555", linewidth=0.4)
     ax.vlines(lines, -edge, edge, color="#555555", linewidth=0.4)
@@ -133,18 +130,11 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
 
 
 def plot_prob_unet_samples(model, cases, path: str) -> None:
-    """Image, its four likeliest label maps with their probabilities, eight samples; cases: a Split.
-    """
-    probabilities, order = cases.weights.sort(1, descending=True)
-    samples = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).argmax(2)
-    rows, notes = {}, {}
-    for i, (name, image) in enumerate(zip(cases.names, cases.images)):
-        labels = [*cases.labels[i, order[i, :4]], *samples[:, i]]
-        rows[name] = [paint_image(image), *(paint_label(label, image) for label in labels)]
-        notes |= {(name, 1 + a): f"p = {probabilities[i, a]:.2f}" for a in range(4)}
-    columns = ["image", *(f"annotator {a}" for a in range(4)),
-               *(f"sample {m}" for m in range(1, 9))]
-    save_grid(path, rows, columns, notes)
+    """Image, its likeliest label maps with their probabilities, eight samples; cases: a Split."""
+    probs = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).softmax(2)
+    names = {name: name for name in cases.names}
+    plot_overview(path, cases_to_show(cases, names, model.predict(cases.images).argmax(1),
+                                      probs.argmax(2), metrics.Moments(probs)))
 
 
 @torch.no_grad()
@@ -166,38 +156,29 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
         k = masks[-1][i].flatten().bincount(minlength=2)[1:].argmax() + 1
         bound = max(change[i, k].abs().max().item() for change in changes)
         rows[f"sample {i + 1}"] = [paint_image(image), *(paint_label(m[i]) for m in masks)]
-        rows[f"residual {i + 1}"] = [None, *(paint_signed(c[i, k], bound) for c in changes)]
-    levels = len(masks)
-    save_grid(path, rows, ["image", *(f"level {level}" for level in range(levels, 0, -1))],
-              cell=1.2)
-
-
-def paint_signed(values: Tensor, bound: float) -> Tensor:
-    """Map of numbers (H, W) in +-bound -> RGB (H, W, 3): red below 0, white, blue above."""
-    from matplotlib import colormaps
-
-    values = (values.detach().float().cpu() / max(bound, 1e-12) + 1) / 2
-    return torch.from_numpy(colormaps["RdBu"](values.clamp(0, 1).numpy())[..., :3]).float()
+        rows[f"residual {i + 1}"] = [None, *(paint_map(change[i, k], bound, -bound, "RdBu")
+                                             for change in changes)]
+    save_grid(path, rows, ["image", *reversed(numbered("level", len(masks)))], cell=1.2)
 
 
 def plot_maps(path: str, cases: list[dict]) -> None:
-    """Fig. 3: does the model vary where the readers contradict it? A row a case.
+    """Fig. 3: does the model vary where the annotators contradict it? A row a case.
 
     A case is a dict of arrays: name, image (C, H, W), labels (A, H, W), samples (n, H, W),
     error and gamma (H, W) (metrics.error_map, gamma_map), and their correlation ncc. Both maps of a
     case share one scale.
     """
-    readers = min(4, max(len(case["labels"]) for case in cases))
+    annotators = min(4, max(len(case["labels"]) for case in cases))
     rows, notes = {}, {}
     for case in cases:
         image, high = case["image"], max(case["error"].max().item(), case["gamma"].max().item())
-        labels = [paint_label(label, image) for label in case["labels"][:readers]]
-        rows[case["name"]] = [paint_image(image), *labels, *[None] * (readers - len(labels)),
+        labels = [paint_label(label, image) for label in case["labels"][:annotators]]
+        rows[case["name"]] = [paint_image(image), *labels, *[None] * (annotators - len(labels)),
                               paint_map(case["error"], high), paint_map(case["gamma"], high),
                               *(paint_label(s, image) for s in case["samples"][:4])]
-        notes[case["name"], readers + 2] = f"NCC {case['ncc']:.2f}"
-    columns = ["image", *(f"reader {a + 1}" for a in range(readers)), "E[CE(y, s)]", "gamma map",
-               *(f"sample {i}" for i in range(1, 5))]
+        notes[case["name"], annotators + 2] = f"NCC {case['ncc']:.2f}"
+    columns = ["image", *numbered("annotator", annotators), "E[CE(y, s)]", "gamma map",
+               *numbered("sample", 4)]
     save_grid(path, rows, columns, notes)
 
 
@@ -212,7 +193,7 @@ def plot_scales(model, image: Tensor, path: str, n: int = 5) -> None:
         samples = model.sample(image[None], 16, generator, scales=chosen)[:, 0].argmax(1)
         rows[name] = [paint_image(image), *(paint_label(s, image) for s in samples[:n]),
                       paint_map(deviation(samples, model.config.num_classes), 0.7)]
-    save_grid(path, rows, ["image", *(f"sample {i}" for i in range(1, n + 1)), "std of 16"])
+    save_grid(path, rows, ["image", *numbered("sample", n), "std of 16"])
 
 
 def deviation(samples: Tensor, num_classes: int) -> Tensor:
@@ -231,8 +212,7 @@ def plot_extrapolation(model, seen: Tensor, label: Tensor, path: str) -> None:
     shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
     rows = {f"case {i}": [paint_image(image[:1]), *map(paint_label, (*maps, *guesses))]
             for i, (image, *maps, guesses) in enumerate(shown, 1)}
-    save_grid(path, rows, ["image", "known", "truth", "reconstruction",
-                           *(f"sample {i}" for i in range(1, 7))])
+    save_grid(path, rows, ["image", "known", "truth", "reconstruction", *numbered("sample", 6)])
 
 
 @torch.no_grad()
@@ -240,8 +220,9 @@ def plot_latents(model, image: Tensor, path: str) -> None:
     """Fig. 11: mean and log variance of the (first) latent of every level; image (C, H, W)."""
     latents = model.encode(image[None])[1]
     size = pad_to_multiple(image[None], model.backbone.multiple).shape[2:]
-    figure, axes = new_figure(2, 1 + len(latents), panel=1.9)
-    show_image(axes[0, 0], image, "image")
+    figure, axes = new_plot(2, 1 + len(latents), size=(1.9 * len(latents) + 2.3, 4.3))
+    show_picture(axes[0, 0], paint_image(image), "image")
+    axes[1, 0].set_axis_off()
     for level, (q, column) in enumerate(zip(latents, axes[:, 1:].T)):
         maps = {f"mean, level {level}": q.mean, "log variance": 2 * q.log_std}
         for ax, (title, values) in zip(column, maps.items()):
@@ -253,8 +234,6 @@ def plot_latents(model, image: Tensor, path: str) -> None:
 
 def plot_vae_samples(model, images: dict[str, Tensor], path: str) -> None:
     """Fig. 2: image, prediction, uncertainty map, samples; images {name: (C, H, W)} of one size."""
-    import metrics
-
     batch = torch.stack(list(images.values()))
     probs = model.sample(batch, 16, torch.Generator().manual_seed(0)).softmax(2)
     predictions, maps = model.predict(batch).argmax(1), metrics.uncertainty_map(probs)
@@ -263,5 +242,4 @@ def plot_vae_samples(model, images: dict[str, Tensor], path: str) -> None:
         labels = [paint_label(label, image) for label in probs[:6, i].argmax(1)]
         rows[name] = [paint_image(image), paint_label(predictions[i], image),
                       paint_map(maps[i], 1), *labels]
-    columns = ["image", "prediction", "uncertainty", *(f"sample {m}" for m in range(1, 7))]
-    save_grid(path, rows, columns)
+    save_grid(path, rows, ["image", "prediction", "uncertainty", *numbered("sample", 6)])

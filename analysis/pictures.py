@@ -1,7 +1,7 @@
 """How images, label maps and maps of numbers are painted and laid out, the same in every picture,
 and the pictures that every evaluation draws.
 
-Functions take arrays and write PNGs; none needs a display.
+Functions take arrays and write PNGs. Figure without pyplot needs no display.
 """
 
 import itertools
@@ -9,42 +9,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import metrics
 from common import IGNORE
 from sources.files import write_atomically
 
-# matplotlib's Figure is used directly: no pyplot, so no display and no global state.
-
 # Okabe and Ito's palette, which the colour-blind can tell apart. In every picture class k is
 # COLORS[k - 1] and annotator a is COLORS[a].
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 LINES = [color for color in COLORS if color != "#F0E442"]  # yellow lines do not show on white
 
-# What a picture of an evaluation shows at most.
-CASES = 6
-ANNOTATORS = 7
-SAMPLES = 16
+CASES, ANNOTATORS, SAMPLES = 6, 7, 16  # that a picture of an evaluation shows at most
 
 
 # ------------------------------------------------------------------------ painting and layout
 
 
-def new_figure(rows: int, columns: int, *, panel: float = 1.3, title: str = ""):
-    """(figure, (rows, columns) array of bare axes), `panel` inches a side each, for pictures."""
-    figure, axes = new_plot(rows, columns, size=(panel * columns + 0.4, panel * rows + 0.5))
-    for ax in axes.flat:
-        ax.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure, axes
-
-
 def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
-    """(figure of `size` inches, (rows, columns) array of axes with ticks), for curves."""
-    from matplotlib.figure import Figure
-
+    """(figure of `size` inches, (rows, columns) array of axes)."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -52,14 +38,14 @@ def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
     return figure, axes
 
 
-def save_figure(figure, path, dpi: int = 110) -> None:
+def save_figure(figure, path) -> None:
     """Write a PNG, whole or not at all."""
-    write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=dpi))
+    write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=110))
 
 
 def paint_image(image) -> Tensor:
-    """Array (C, H, W) -> RGB (H, W, 3) in 0..1: the first channel as grey, or three as colours."""
-    image = torch.as_tensor(image).detach().float().cpu()
+    """Tensor (C, H, W) -> RGB (H, W, 3) in 0..1: the first channel as grey, or three as colours."""
+    image = image.detach().float().cpu()
     image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0, ..., None].repeat(1, 1, 3)
     low, high = image.min(), image.max()
     return (image - low) / (high - low).clamp(min=1e-6)
@@ -67,9 +53,7 @@ def paint_image(image) -> Tensor:
 
 def paint_label(label, image=None) -> Tensor:
     """Label map (H, W) -> RGB (H, W, 3) in the classes' colours, over the image where given."""
-    from matplotlib.colors import to_rgb
-
-    label = torch.as_tensor(label).cpu().long()
+    label = label.cpu().long()
     base = torch.zeros(*label.shape, 3) if image is None else paint_image(image)
     opacity = 1.0 if image is None else 0.65
     fill = torch.tensor([to_rgb(c) for c in COLORS])[(label - 1).clamp(min=0) % len(COLORS)]
@@ -78,32 +62,26 @@ def paint_label(label, image=None) -> Tensor:
     return picture
 
 
-def paint_map(values, high: float | None = None) -> Tensor:
-    """Map of numbers (H, W) from 0 to `high` (else its maximum) -> RGB (H, W, 3)."""
-    from matplotlib import colormaps
-
-    values = torch.as_tensor(values).detach().float().cpu()
-    values = values / max(high or values.max().item(), 1e-12)
-    return torch.from_numpy(colormaps["magma"](values.clamp(0, 1).numpy())[..., :3]).float()
-
-
-def show_image(ax, image, title: str = "") -> None:
-    """`paint_image` on an axes."""
-    ax.imshow(paint_image(image).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=8)
+def paint_map(values, high: float | None = None, low: float = 0.0, colors="magma") -> Tensor:
+    """Map of numbers (H, W) from `low` to `high` (else its maximum) -> RGB (H, W, 3)."""
+    values = values.detach().float().cpu()
+    high = values.max().item() if high is None else high
+    values = (values - low) / max(high - low, 1e-12)
+    return torch.from_numpy(colormaps[colors](values.clamp(0, 1).numpy())[..., :3]).float()
 
 
-def show_label(ax, label, image=None, title: str = "") -> None:
-    """`paint_label` on an axes."""
-    ax.imshow(paint_label(label, image).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=8)
+def show_picture(ax, picture: Tensor, title: str = "", **options) -> None:
+    """RGB (H, W, 3) on an axes without ticks."""
+    ax.imshow(picture.numpy(), interpolation="nearest")
+    ax.set_title(title, fontsize=8, **options)
+    ax.set_axis_off()
 
 
 def show_map(ax, values, title: str = "", **options):
     """A map of numbers (H, W), dark to bright; returns the image for a colour bar."""
-    values = torch.as_tensor(values).detach().float().cpu().numpy()
-    picture = ax.imshow(values, cmap="magma", **options)
+    picture = ax.imshow(values.detach().float().cpu().numpy(), cmap="magma", **options)
     ax.set_title(title, fontsize=8)
+    ax.set_axis_off()
     return picture
 
 
@@ -115,24 +93,28 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
     """
     height, width = next(p for row in rows.values() for p in row if p is not None).shape[:2]
     count, gap = max(map(len, rows.values())), max(1, max(height, width) // 32)
-    mosaic = torch.ones(len(rows) * (height + gap), count * (width + gap), 3)
+    down, across = height + gap, width + gap
+    mosaic = torch.ones(len(rows) * down, count * across, 3)
     for r, row in enumerate(rows.values()):
         for c, picture in enumerate(row):
             if picture is not None:
-                top, left = r * (height + gap), c * (width + gap)
-                mosaic[top : top + height, left : left + width] = picture
+                mosaic[r * down:, c * across:][:height, :width] = picture
     figure, axes = new_plot(size=(cell * count + 1.2, cell * len(rows) * height / width + 0.4))
     ax = axes[0, 0]
     ax.imshow(mosaic.numpy(), interpolation="nearest")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
-    ax.set_yticks([r * (height + gap) + height / 2 for r in range(len(rows))], list(rows))
-    ax.set_xticks([c * (width + gap) + width / 2 for c in range(len(columns))], columns)
+    ax.set_yticks([r * down + height / 2 for r in range(len(rows))], list(rows))
+    ax.set_xticks([c * across + width / 2 for c in range(len(columns))], columns)
     for (name, c), text in (notes or {}).items():
-        r = list(rows).index(name)
-        ax.text(c * (width + gap) + gap, r * (height + gap) + gap, text, color="white", fontsize=7,
-                va="top")
+        top = list(rows).index(name) * down
+        ax.text(c * across + gap, top + gap, text, color="white", fontsize=7, va="top")
     save_figure(figure, path)
+
+
+def numbered(name: str, count: int) -> list[str]:
+    """Column names "sample 1", "sample 2", ..."""
+    return [f"{name} {i}" for i in range(1, count + 1)]
 
 
 def paint_outlines(labels, image) -> Tensor:
@@ -142,9 +124,8 @@ def paint_outlines(labels, image) -> Tensor:
     edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edge[:, :, :-1] |= labels[:, :, :-1] != labels[:, :, 1:]
     share = edge.float().mean(0).unsqueeze(2)
-    line = torch.tensor([0.90, 0.62, 0.0])  # the first class's colour
-    return torch.lerp(paint_image(image), line.expand(*edge.shape[1:], 3),
-                      (share > 0) * (0.3 + 0.7 * share))
+    line = torch.tensor(to_rgb(COLORS[0])).expand(*image.shape[1:], 3)
+    return torch.lerp(paint_image(image), line, (share > 0) * (0.3 + 0.7 * share))
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -187,41 +168,45 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
                 samples=samples[:SAMPLES].movedim(0, 1), foreground=1 - moments.mean[:, 0],
                 variance=moments.variance, gamma=metrics.gamma_map(moments),
                 error=metrics.error_map(moments, batch.labels, batch.weights))
-    return [_case(shown[batch.names[i]], batch, i, ncc=ncc[i].item(),
-                  maps={name: values[i].cpu() for name, values in maps.items()}) for i in rows]
+    cases = []
+    for i in rows:
+        flat = _flat({name: values[i].cpu() for name, values in maps.items()})
+        labels, probabilities = flat.pop("labels"), batch.probabilities[i].cpu()
+        weight = probabilities[:, None, None] * (labels != IGNORE)
+        annotated = (weight * (labels > 0)).sum(0) / weight.sum(0).clamp(min=1e-6)
+        order = torch.arange(len(labels))
+        if batch.weights is not None:
+            order = probabilities.argsort(descending=True)
+            order = order[probabilities[order] > 0]
+        order = order[:ANNOTATORS]
+        weights = None if batch.weights is None else probabilities[order]
+        cases.append(Case(shown[batch.names[i]], labels=labels[order], weights=weights,
+                          annotated=annotated, ncc=ncc[i].item(), **flat))
+    return cases
 
 
-def _case(name: str, batch, i: int, maps: dict, ncc: float) -> Case:
-    dims = batch.images.dim() - 2
+def _flat(maps: dict) -> dict:
+    """Maps {name: (..., *S)} of one case as pictures."""
+    dims = maps["prediction"].dim()
     if dims == 3:
-        marked = (maps["labels"] > 0) & (maps["labels"] != IGNORE)
-        fullest = int(marked.sum((0, 2, 3)).argmax())
-        maps = {name: values.select(-3, fullest) for name, values in maps.items()}
-    elif dims == 1:
-        length = batch.images.shape[2]
-        maps = {name: values.unsqueeze(-2).expand(*values.shape[:-1], length // 2, length)
+        fullest = fullest_slice(maps["labels"])
+        return {name: values.select(-3, fullest) for name, values in maps.items()}
+    if dims == 1:
+        length = len(maps["prediction"])
+        return {name: values.unsqueeze(-2).expand(*values.shape[:-1], length // 2, length)
                 for name, values in maps.items()}
-    labels, probabilities = maps.pop("labels"), batch.probabilities[i].cpu()
-    weight = probabilities[:, None, None] * (labels != IGNORE)
-    annotated = (weight * (labels > 0)).sum(0) / weight.sum(0).clamp(min=1e-6)
-    order = torch.arange(len(labels))
-    if batch.weights is not None:
-        order = probabilities.argsort(descending=True)
-        order = order[probabilities[order] > 0]
-    order = order[:ANNOTATORS]
-    return Case(name, labels=labels[order], annotated=annotated, ncc=ncc, **maps,
-                weights=None if batch.weights is None else probabilities[order])
+    return maps
+
+
+def fullest_slice(labels) -> int:
+    """Of label maps (n, D, H, W), the slice with the most foreground."""
+    return int(((labels > 0) & (labels != IGNORE)).sum((0, 2, 3)).argmax())
 
 
 def short_names(names: list[str], most: int = 16) -> list[str]:
     """The ends of names, with a number where these are not unique."""
-    ends = [printable(name)[-most:] for name in names]
+    ends = [name[-most:] for name in names]
     return [end if ends.count(end) == 1 else f"{end} ({i})" for i, end in enumerate(ends)]
-
-
-def printable(name) -> str:
-    """A file's name, which need not be UTF-8, as text that can be printed."""
-    return str(name).encode(errors="backslashreplace").decode()
 
 
 # ------------------------------------------------------------------ the pictures of an evaluation
@@ -230,12 +215,14 @@ def printable(name) -> str:
 def plot_samples(path, cases: list[Case]) -> None:
     """Image, annotators, prediction and samples of every case, a column a case."""
     kind = "annotator" if cases[0].weights is None else "mode"
-    rows = {"image": [paint_image(c.image) for c in cases]}
+    rows, notes = {"image": [paint_image(c.image) for c in cases]}, {}
     for a in range(max(len(c.labels) for c in cases)):
-        rows[f"{kind} {a + 1}"] = [paint_label(c.labels[a], c.image) if a < len(c.labels) else None
-                                   for c in cases]
-    notes = {(f"{kind} {a + 1}", column): f"{p:.2f}" for column, c in enumerate(cases)
-             if c.weights is not None for a, p in enumerate(c.weights)}
+        row = rows[f"{kind} {a + 1}"] = [None] * len(cases)
+        for i, c in enumerate(cases):
+            if a < len(c.labels):
+                row[i] = paint_label(c.labels[a], c.image)
+                if c.weights is not None:
+                    notes[f"{kind} {a + 1}", i] = f"{c.weights[a]:.2f}"
     rows["prediction"] = [paint_label(c.prediction, c.image) for c in cases]
     for i in range(len(cases[0].samples)):
         rows[f"sample {i + 1}"] = [paint_label(c.samples[i], c.image) for c in cases]
@@ -252,9 +239,7 @@ def plot_overview(path, cases: list[Case]) -> None:
         rows[c.name] = [paint_image(c.image), *labels, *[None] * (4 - len(labels)), *samples]
         if c.weights is not None:
             notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:4])}
-    columns = ["image", *(f"{kind} {a}" for a in range(1, 5)),
-               *(f"sample {i}" for i in range(1, 9))]
-    save_grid(path, rows, columns, notes, cell=0.8)
+    save_grid(path, rows, ["image", *numbered(kind, 4), *numbered("sample", 8)], notes, cell=0.8)
 
 
 def plot_uncertainty(path, cases: list[Case]) -> None:
@@ -269,22 +254,19 @@ def plot_uncertainty(path, cases: list[Case]) -> None:
 
 def plot_dice(path, values) -> None:
     """SSN's Fig. 5: the samples' Dice of each case, and the share above the prediction's."""
-    order = np.argsort(values["dice"], kind="stable")
-    order = order[spread(len(order), 80)]
+    order = np.argsort(values["dice"], kind="stable")[spread(len(values["dice"]), 80)]
     dice = {name: numbers[order] for name, numbers in values.items() if name.startswith("dice")}
+    better = values["dice_better"].mean()
     x = np.arange(len(order))
     figure, axes = new_plot(size=(8, 3.6))
     ax = axes[0, 0]
     ax.bar(x, dice["dice_better"], width=0.9, color=COLORS[4], alpha=0.6,
            label="share of samples above the prediction")
-    ax.axhline(values["dice_better"].mean(), color="#666666", linestyle="--", linewidth=1,
-               label=f"its mean, {values['dice_better'].mean():.1%}")
-    ax.vlines(x, dice["dice_q05"], dice["dice_q95"], color=COLORS[1], linewidth=1.2,
-              label="samples: 5% to 95%")
-    ax.vlines(x, dice["dice_q25"], dice["dice_q75"], color=COLORS[5], linewidth=3,
-              label="samples: 25% to 75%")
-    ax.plot(x, dice["dice_q50"], ".", color="white", markersize=2)
-    ax.plot(x, dice["dice"], "x", color=COLORS[6], markersize=5, label="prediction")
+    ax.axhline(better, color="#666666", linestyle="--", label=f"its mean, {better:.1%}")
+    for low, high, color, width in ((5, 95, COLORS[1], 1.2), (25, 75, COLORS[5], 3)):
+        ax.vlines(x, dice[f"dice_q{low:02}"], dice[f"dice_q{high}"], color=color, linewidth=width,
+                  label=f"samples: {low}% to {high}%")
+    ax.plot(x, dice["dice"], "x", color=COLORS[6], label="prediction")
     ax.set(ylim=(0, 1.02), xlabel="case, by the prediction's Dice", yticks=[0, 0.5, 1])
     ax.set_title(f"Dice of the samples: mean 95% quantile {values['dice_q95'].mean():.3f}, "
                  f"prediction {values['dice'].mean():.3f}", fontsize=9)

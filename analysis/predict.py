@@ -1,12 +1,14 @@
 """Samples for images of a user's own."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import metrics
-from analysis.pictures import paint_image, paint_label, paint_map, paint_outlines, save_grid
+from analysis.pictures import (fullest_slice, paint_image, paint_label, paint_map, paint_outlines,
+                               save_grid)
 from common import UserError
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
@@ -22,17 +24,16 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
 
     A picture (8 or 16 bits, scaled to [0, 1], or floats as they are) or a NIfTI (for a model
     trained on `folder` or `brats` every channel at mean 0 and standard deviation 1, as there; else
-    as it is) gives <name>_samples.png in the folder `out`: image, prediction, every sample's
-    outlines, foreground probability, uncertainty, entropy, samples; of a volume, the slice with
-    most foreground. Then
+    as it is) gives in the folder `out`
+        <name>_samples.png        image, prediction, all outlines, uncertainty, samples; of a volume,
+                                  one slice
         <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
                                   probabilities float32 (K, H, W), the samples' mean, and
                                   uncertainty and entropy float32 (H, W)
         <name>_samples.nii.gz     and so on, the same five for a NIfTI: with its shape and affine,
                                   n or K as the fourth axis
-    data_name: the data set that the model was trained on. temperature, class_scales {k: factor}:
-    SSN only, see `scaled_samples`.
-    Raises UserError or data.DataError where the file and the model do not fit.
+    data_name: the data set that the model was trained on. temperature, class_scales: SSN only, see
+    `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
     file, out, dims = Path(file), Path(out), model.config.dims
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
@@ -43,23 +44,19 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
 
     name = file.resolve().name if file.is_dir() else stem(file)
     out.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        written = out / f"{name}.npz"
-
-        def write(temporary):
-            with open(temporary, "wb") as stream:  # given a name, savez would add .npz to it
-                np.savez_compressed(stream, **{key: array.numpy() for key, array in arrays.items()})
-
-        write_atomically(written, write)
-    else:
-        written = out / f"{name}_samples.nii.gz"
-        for kind, array in arrays.items():
-            whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
-            whole[:1] = kind == "probabilities"  # beyond the box all is background
-            whole[(..., *box)] = array
-            write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
     plot_prediction(out / f"{name}_samples.png", image, arrays)
-    return written
+    if source is None:
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        write_atomically(out / f"{name}.npz",
+                         lambda path: Path(path).write_bytes(content.getvalue()))
+        return out / f"{name}.npz"
+    for kind, array in arrays.items():
+        whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
+        whole[:1] = kind == "probabilities"  # beyond the box all is background
+        whole[(..., *box)] = array
+        write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
+    return out / f"{name}_samples.nii.gz"
 
 
 @torch.no_grad()
@@ -95,12 +92,11 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
     if not hasattr(model, "distribution"):
         raise UserError("--temperature and --scale-class change the normal over logits that only "
                         "ssn predicts; leave them out for this model")
-    factors = torch.ones(classes)
-    for k, factor in (class_scales or {}).items():
-        if not 0 <= k < classes:
-            raise UserError(f"--scale-class {k}={factor:g}: this model's classes are 0 to "
-                            f"{classes - 1}")
-        factors[k] = factor
+    class_scales = class_scales or {}
+    if max(class_scales, default=0) >= classes:
+        raise UserError(f"--scale-class {max(class_scales)}: this model's classes are 0 to "
+                        f"{classes - 1}")
+    factors = torch.tensor([float(class_scales.get(k, 1)) for k in range(classes)])
     normal = model.distribution(batch)
     for logits in sample_chunks(model, batch, n, classes, generator, temperature=temperature):
         yield normal.scale_classes(logits, factors)
@@ -109,7 +105,7 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
 def plot_prediction(path, image, arrays: dict) -> None:
     """<name>_samples.png of image (C, *S) and the arrays of `sample_arrays`."""
     if image.dim() == 4:
-        fullest = int((arrays["samples"] > 0).sum((0, 2, 3)).argmax())
+        fullest = fullest_slice(arrays["samples"])
         image = image[:, fullest]
         arrays = {name: array.select(-3, fullest) for name, array in arrays.items()}
     samples = arrays["samples"][:SHOWN]
@@ -132,12 +128,10 @@ def images_at(path: Path) -> list[Path]:
     found = sorted(file for file in path.iterdir() if file.name.lower().endswith(kinds))
     if not found:
         raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
-    seen = set()
-    for file in found:
-        if stem(file) in seen:
-            raise UserError(f"--image {path}: {file.name} and another file share the name "
-                            f"{stem(file)}, and so would their results; rename one")
-        seen.add(stem(file))
+    names = [stem(file) for file in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--image {path}: two files share the name {twice[0]}, and so would their "
+                        "results; rename one")
     return found
 
 

@@ -39,9 +39,9 @@ def draw(model, batch, chunks, samples) -> Drawn:
 def measure(model, drawn, samples, likelihood_samples) -> dict:
     """The measures of a batch of cases, {name: (B,)}."""
     batch, weights, (classes, empty) = drawn.batch, drawn.batch.weights, scoring(drawn.batch)
-    labels, hard = only_scored(batch, batch.labels), only_scored(batch, drawn.hard)
-    prediction = only_scored(batch, drawn.prediction)
-    mean = only_scored(batch, labels_of(drawn.moments.mean, 1))
+    mean = labels_of(drawn.moments.mean, 1)
+    labels, hard, prediction, mean = (
+        only_scored(batch, maps) for maps in (batch.labels, drawn.hard, drawn.prediction, mean))
     out = metrics.sample_scores(hard, labels, classes, weights, empty, samples) | drawn.ncc
     out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
     out["dice"] = metrics.dice(prediction, labels, classes, weights)
@@ -56,8 +56,8 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
 
 def geds(batch, hard, samples) -> dict:
     """ged_<n> of a batch of cases, {name: (B,)}, from samples (n, B, *S)."""
-    labels, hard, (classes, empty) = (only_scored(batch, batch.labels), only_scored(batch, hard),
-                                      scoring(batch))
+    (classes, empty), labels = scoring(batch), only_scored(batch, batch.labels)
+    hard = only_scored(batch, hard)
     return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
             for n in samples}
 
@@ -87,16 +87,14 @@ def likelihoods(model, batch, n) -> dict:
 
     The expectation over a case's label maps; over two drawn from it where there are more than 8.
     """
-    probabilities = batch.probabilities  # (B, A)
-    if probabilities.shape[1] > 8:
-        annotators = torch.multinomial(probabilities, 2, replacement=True).T  # (2, B)
-        weights = torch.full(annotators.shape, 0.5, device=annotators.device)
-    else:
-        weights = probabilities.T
-        annotators = torch.arange(len(weights), device=weights.device)[:, None].expand_as(weights)
+    weights = batch.probabilities  # (B, A)
+    annotators = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
+    if weights.shape[1] > 8:
+        annotators = torch.multinomial(weights, 2, replacement=True)  # (B, 2)
+        weights = torch.full_like(weights[:, :2], 0.5)
     rows = torch.arange(len(batch), device=weights.device)
-    out = {"log_likelihood": torch.zeros_like(weights[0])}
-    for annotator, weight in zip(annotators, weights):
+    out = {"log_likelihood": torch.zeros_like(weights[:, 0])}
+    for annotator, weight in zip(annotators.T, weights.T):
         label = batch.labels[rows, annotator]  # (B, *S)
         out["log_likelihood"] += weight * model.log_likelihood(batch.images, label.long(), n)
         if hasattr(model, "reconstruct"):

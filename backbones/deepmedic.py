@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (IGNORE, batch_norm, center_crop, dropout, reflect_index, reflect_pad, uniform,
-                    valid_label)
+from common import IGNORE, batch_norm, center_crop, dropout, reflect_index, reflect_pad, uniform
 
 TILE = 60  # voxels a side computed at once at test time; bounds memory and changes nothing else
 
@@ -68,43 +67,37 @@ class DeepMedic(nn.Module):
 
         Tiles start at multiples of every scale, so their side does not change the result.
         """
-        size, tile = volume.shape[2:], tile - tile % self.multiple
-        extra = [-s % self.multiple for s in size]
-        volume = reflect_pad(volume, [(self.margin, self.margin + e) for e in extra])
-        padded = [s + e for s, e in zip(size, extra)]
-        whole = None
-        for corner in torch.cartesian_prod(*[torch.arange(0, s, tile) for s in padded]).tolist():
-            part = volume
-            for axis, (start, side) in enumerate(zip(corner, padded), 2):
-                stop = min(start + tile, side)
-                part = part.narrow(axis, start, stop - start + 2 * self.margin)
-            maps = head(self(part))
+        size, tile, whole = volume.shape[2:], tile - tile % self.multiple, None
+        padded = [side + -side % self.multiple for side in size]
+        volume = reflect_pad(volume, [(self.margin, self.margin + p - side)
+                                      for p, side in zip(padded, size)])
+        for corner in torch.cartesian_prod(*[torch.arange(0, p, tile) for p in padded]).tolist():
+            # slices end with the volume, so the last tiles may be smaller
+            window = [slice(first, first + tile + 2 * self.margin) for first in corner]
+            maps = head(self(volume[(..., *window)]))
             if whole is None:
                 whole = [m.new_empty(*m.shape[:2], *padded) for m in maps]
             for target, m in zip(whole, maps):
-                d, h, w = (slice(a, a + side) for a, side in zip(corner, m.shape[2:]))
-                target[:, :, d, h, w] = m
-        return [w[:, :, : size[0], : size[1], : size[2]] for w in whole]
+                target[(..., *(slice(first, first + tile) for first in corner))] = m
+        return [m[(..., *map(slice, size))] for m in whole]
 
-    def random_patches(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """(images, labels, masks) of one training patch a case, around its `random_voxel`.
+    def random_patches(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, labels) of one training patch a case, around its `random_voxel`.
 
         Labels (B, patch, patch, patch), images wider by the margin that the network loses. Beyond
-        the volume the image is reflected, the label 255 and the mask false.
+        the volume the image is reflected and the label 255.
         """
-        side, label = self.config.patch, valid_label(label, mask)
-        inside = torch.ones_like(label, dtype=torch.bool) if mask is None else mask
+        side, patches = self.config.patch, []
         missing = [p for size in label.shape[:0:-1] for p in (0, max(side - size, 0))]
         label = F.pad(label, missing, value=IGNORE)
-        inside = F.pad(inside, missing, value=False)
         inner = torch.arange(side, device=label.device)
         outer = torch.arange(-self.margin, side + self.margin, device=label.device)
-        patches = []
-        for x, y, m, random in zip(image, label, inside, uniform((len(label), 2), image)):
+        for x, y, random in zip(image, label, uniform((len(label), 2), image)):
             corner = [(center - side // 2).clamp(0, size - side)
                       for center, size in zip(random_voxel(y, random), y.shape)]
-            patches.append((cut(x, corner, outer), cut(y, corner, inner), cut(m, corner, inner)))
-        return [torch.stack(tensors) for tensors in zip(*patches)]
+            patches.append((cut(x, corner, outer), cut(y, corner, inner)))
+        images, labels = zip(*patches)
+        return torch.stack(images), torch.stack(labels)
 
 
 def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:

@@ -54,8 +54,9 @@ class SwinUNet(nn.Module):
             self.to_pixels = nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False),
                 Scatter(patch), nn.LayerNorm(width))
+        embedding = self.enter[0][1]  # in the published code a convolution, with torch's weights
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module is not embedding:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

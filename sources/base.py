@@ -1,10 +1,7 @@
 """What every data set becomes, a `Split`, and how the cases found in files become one.
 
 A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
-it. Reading waits until the splits are known and checked, so that only the cases asked for are
-read, a user's own split file can move cases, and pictures are decoded on several threads.
-
-    data.load -> locate -> the set's reader -> assign -> collect -> each case's `read`
+it. `read_files` reads only the cases asked for, after the splits are known and checked.
 """
 
 import json
@@ -17,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common import IGNORE, Progress
-from sources.files import DataError, as_float_image, readable, size_text
+from sources.files import DataError, as_float_image, error_line, readable, size_text
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
@@ -41,14 +39,12 @@ class Split:
     groups: list[str]  # patient, series or scene of each case: no split cuts through one
     num_classes: int
     names: list[str]  # key or file of each case
-    # Instance ids (N, *S) int32, -1 = ignore. Where given, ids below `fixed` are classes, and every
-    # batch maps the others to new random classes fixed..K-1; `labels` holds a few such maps, the
-    # same every time, for evaluation.
+    # Instance ids (N, *S) int32, -1 = ignore. Ids below `fixed` are classes; every batch maps the
+    # others to new random classes fixed..K-1. `labels` holds a few such maps, for evaluation.
     instances: Tensor | None = None
     fixed: int = 1
     exact: bool = False  # whether labels and weights are the whole distribution of label maps
-    # (N, A, 256) uint8. Where given, label map a of case i is flips[i, a][labels[i, 0]], so that
-    # thousands of scenes of 32 maps fit into memory; `all_maps` computes the maps.
+    # (N, A, 256) uint8, saves memory: label map a of case i is flips[i, a][labels[i, 0]].
     flips: Tensor | None = None
     scored: tuple[int, ...] = ()  # classes whose IoU the set's paper averages; () = 1..K-1
     # {split: names of its cases} of the whole set, as `split_file` takes it.
@@ -88,19 +84,20 @@ class Split:
 
     def to(self, device) -> "Split":
         """All of it on `device`."""
-        return replace(self, **self._map(lambda tensor: tensor.to(device)))
+        return replace(self, **{key: tensor.to(device) for key, tensor in self._tensors()})
 
     def subset(self, indices: Sequence[int]) -> "Split":
         """These cases; of a range, a view without a copy."""
-        if isinstance(indices, range) and indices.step > 0:
+        if isinstance(indices, range):
             rows = slice(indices.start, indices.stop, indices.step)
         else:
             rows = torch.as_tensor(indices, dtype=torch.long, device=self.images.device)
         groups, names = ([kept[i] for i in indices] for kept in (self.groups, self.names))
-        return replace(self, **self._map(lambda tensor: tensor[rows]), groups=groups, names=names)
+        return replace(self, **{key: tensor[rows] for key, tensor in self._tensors()},
+                       groups=groups, names=names)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        return {key: change(value) for key, value in vars(self).items() if torch.is_tensor(value)}
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(key, value) for key, value in vars(self).items() if torch.is_tensor(value)]
 
 
 # ----------------------------------------------------------------------------- from files to Split
@@ -115,8 +112,9 @@ class Case:
     read: Callable[[], tuple[np.ndarray, dict[int, np.ndarray]]]
 
     def __post_init__(self):
-        # File names may hold bytes that are not UTF-8, which no CSV or JSON could be written with.
-        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8")
+        # File names may hold bytes that are not UTF-8, and damaged arrays of text what is no
+        # character at all; no CSV or JSON could be written with either.
+        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8", "replace")
                                  for text in (self.name, self.group))
 
 
@@ -127,10 +125,12 @@ class Listing:
     cases: list[Case]
     splits: dict[str, list[int]]  # the case indices of train, val and test
     num_classes: int = 0  # 0: the largest label + 1
-    # Whether only the splits asked for are read. Else all are, so that each has the number of
+    # Whether only the splits asked for are read. Otherwise all are, so that each has the number of
     # classes and the size of the whole set.
     apart: bool = False
-    if_empty: str = ""  # why the set may have no case of {split}
+    # Why the set may have no case of {split}.
+    if_empty: str = ("{groups} groups (patients, scenes) are too few to split; give more, or use "
+                     "'all'")
     weights: np.ndarray | None = None  # (N, A)
     flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `flip_modes`
     fixed: int | None = None  # given where the label maps are instance ids, see Split
@@ -138,17 +138,40 @@ class Listing:
     pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
 
 
+def read_files(name: str, source, path, wanted: Sequence[str], split_file, options: dict):
+    """What the splits `wanted` need of a set in files, as a Split; {split: its indices there}."""
+    try:
+        place = locate(name, path, source)
+        # A split file may move any case to any split.
+        needed = SPLITS if split_file or "all" in wanted else wanted
+        listing = source.read(place, needed, **options)
+    except OSError as error:  # such as a folder that may not be opened
+        raise DataError(f"{path or name}: not a readable data set: {error_line(error)}") from error
+    if not listing.cases:
+        raise DataError(f"{place}: holds no cases; it should be {source.layout}")
+    splits = assign(place, listing, wanted, split_file)
+    rows, order = splits, list(range(len(listing.cases)))
+    if "all" not in wanted:  # read split after split, so that `subset` can give views
+        rows, order = {}, []
+        for split in SPLITS:
+            if split in wanted or not listing.apart:
+                rows[split] = range(len(order), len(order) + len(splits[split]))
+                order += splits[split]
+    whole = collect(place, listing, order)
+    whole.parts = {split: [listing.cases[i].name for i in splits[split]] for split in SPLITS}
+    return whole, rows
+
+
 def locate(name: str, path, source) -> Path:
     """The file, or the folder in a known layout, that `path`, or datasets/<name>, points to."""
-    place = Path("datasets", name) if path is None else Path(path)
-    if place.is_dir() and any(True for mark in source.marks for _ in place.glob(mark)):
-        return place
+    place = Path("datasets", name) if path is None else Path(str(path))
     if place.is_dir():
-        found = [file for file in sorted(place.iterdir()) if file.suffix in source.suffixes]
-    elif path is None:
-        found = [file for file in map(place.with_suffix, source.suffixes) if file.is_file()]
+        if any(any(place.glob(mark)) for mark in source.marks):
+            return place
+        files = sorted(place.iterdir())
     else:
-        found = [place] if place.is_file() and place.suffix in source.suffixes else []
+        files = map(place.with_suffix, source.suffixes) if path is None else [place]
+    found = [file for file in files if file.suffix in source.suffixes and file.exists()]
     if len(found) > 1:
         raise DataError(f"{name}: several files at {place}: give the path of one, "
                         f"{' or '.join(file.name for file in found)}")
@@ -182,22 +205,21 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
     Raises DataError for two cases of one name, a group in two splits, an empty split in `wanted`.
     """
     cases, splits, why = listing.cases, listing.splits, listing.if_empty
-    twice = [key for key, count in Counter(case.name for case in cases).items() if count > 1]
-    if twice:
-        raise DataError(f"{place}: two cases are named {twice[0]!r}; rename one")
+    name, count = Counter(case.name for case in cases).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{place}: two cases are named {name!r}; rename one")
     if split_file:
         place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
     home: dict[str, str] = {}
     for split, rows in splits.items():
-        for i in rows:
-            if home.setdefault(cases[i].group, split) != split:
-                raise DataError(f"{place}: {cases[i].group!r} is in {home[cases[i].group]} and in "
-                                f"{split}; all cases of a group (patient, scene) must be in one")
+        for group in [cases[i].group for i in rows]:
+            if home.setdefault(group, split) != split:
+                raise DataError(f"{place}: {group!r} is in {home[group]} and in {split}; all cases "
+                                "of a group (patient, scene) must be in one")
     for split in wanted:
         if split != "all" and not splits[split]:
-            why = why or (f"{len({case.group for case in cases})} groups (patients, scenes) are "
-                          "too few to split; give more, or use 'all'")
-            raise DataError(f"{place}: no case is left for {split!r}: {why.format(split=split)}")
+            why = why.format(split=split, groups=len({case.group for case in cases}))
+            raise DataError(f"{place}: no case is left for {split!r}: {why}")
     return splits
 
 
@@ -209,23 +231,16 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
             or not all(isinstance(names, list) for names in listed.values())):
         raise DataError(f'{file}: give {{"train": [names], "val": [names], "test": [names]}}, of '
                         "cases or of groups (patients)")
-    known: dict[str, set[int]] = {}
-    for i, case in enumerate(cases):
-        for key in (case.name, case.group):
-            known.setdefault(key, set()).add(i)
-    splits = {}
-    for split in SPLITS:
-        rows: set[int] = set()
-        for name in map(str, listed.get(split, [])):
-            if name not in known:
-                raise DataError(f"{file}: no case and no group is named {name!r}; the first case "
-                                f"is {cases[0].name!r}, of group {cases[0].group!r}")
-            rows |= known[name]
-        splits[split] = sorted(rows)
-    return splits
+    listed = {split: set(map(str, listed.get(split, []))) for split in SPLITS}
+    known = {key for case in cases for key in (case.name, case.group)}
+    for name in sorted(set().union(*listed.values()) - known):
+        raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
+                        f"{cases[0].name!r}, of group {cases[0].group!r}")
+    return {split: [i for i, case in enumerate(cases) if names & {case.name, case.group}]
+            for split, names in listed.items()}
 
 
-def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
+def collect(place, listing: Listing, rows: list[int]) -> Split:
     """Reads, checks and stacks the cases at `rows`; a missing label map is 255 and has weight 0.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
@@ -233,66 +248,70 @@ def collect(place, listing: Listing, rows: Sequence[int]) -> Split:
     """
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
-    cases, images, maps, scale = [listing.cases[i] for i in rows], [], [], 0.0
-    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
-    start = time.monotonic()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
-        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
-            if images and (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
-                raise DataError(f"{place}: {cases[len(images)].name!r}: image is "
-                                f"{size_text(image.shape)} (channels first), the first is "
-                                f"{size_text(images[0].shape)}; give as many channels and axes "
-                                "everywhere")
-            images.append(image)
-            maps.append(drawn)
-            scale = max(scale, float(np.linalg.norm(image)) / math.sqrt(image.size))
-            if time.monotonic() - start > SLOW:
-                progress.update(len(images), "cases read")
-    if time.monotonic() - start > SLOW:
-        progress.say(f"{place}: {len(cases)} cases read")
-    if scale > LARGE and not progress.quiet:
-        print(f"warning: {place}: pixels of about {scale:.3g}; models expect about [0, 1], or mean "
-              "0 and deviation 1: divide the images, or store them as uint8 or uint16",
-              file=sys.stderr)
-
-    size = np.max([image.shape[1:] for image in images], 0)
-    annotators = 1 + max((annotator for drawn in maps for annotator in drawn), default=0)
+    cases = [listing.cases[i] for i in rows]
+    images, maps = _read_cases(place, listing, cases)
+    size, annotators = np.max([image.shape[1:] for image in images], 0), 1 + max(chain(*maps, [0]))
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
     labels = np.full((len(cases), annotators, *size), empty, kind)
     for i in range(len(cases)):
-        stack[i] = _centred(images[i], size, mode=listing.pad)
+        stack[i] = centred(images[i], size, mode=listing.pad)
         for annotator, label in maps[i].items():
-            labels[i, annotator] = _centred(label, size, constant_values=empty)
+            labels[i, annotator] = centred(label, size, constant_values=empty)
         images[i] = maps[i] = None  # frees them one by one
-    names, groups = [case.name for case in cases], [case.group for case in cases]
-    whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None, groups,
-                  listing.num_classes, names, scored=listing.scored)
+    whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None,
+                  [case.group for case in cases], listing.num_classes,
+                  [case.name for case in cases], scored=listing.scored)
     if listing.fixed is not None:
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
         return replace(whole, labels=_fixed_maps(whole))
 
-    highest = labels[labels != IGNORE].max(initial=0)
-    if highest == 0:
+    highest = int(labels[labels != IGNORE].max(initial=0))
+    if not highest:
         raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
                         "set folder reads them with masks=binary)")
-    whole.num_classes = listing.num_classes or int(highest) + 1
+    whole.num_classes = listing.num_classes or highest + 1
     weights = whole.present.numpy()  # (N, A)
     uniform = listing.weights is None and weights.all()
     if listing.weights is not None:
-        if not (np.isfinite(listing.weights) & (listing.weights >= 0)).all():
-            raise DataError(f"{place}: weights: some are negative or not finite")
-        weights = weights * listing.weights[list(rows)]
+        weights = weights * listing.weights[rows]
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise DataError(f"{place}: weights: some are negative or not finite")
     total = weights.sum(1, keepdims=True)
     if not total.all():
-        raise DataError(f"{place}: {names[int(total.argmin())]!r}: no mask of any annotator (or "
-                        "only of weight 0); give one, or leave the case out")
+        raise DataError(f"{place}: {whole.names[int(total.argmin())]!r}: no mask of any annotator "
+                        "(or only of weight 0); give one, or leave the case out")
     if listing.flips:
         table, weights = (part.expand(len(whole), *part.shape) for part in listing.flips)
         return replace(whole, flips=table, weights=weights.float(), exact=True)
     return whole if uniform else replace(whole, weights=torch.from_numpy(weights / total).float())
+
+
+def _read_cases(place, listing: Listing, cases: list[Case]) -> tuple[list, list]:
+    """The images (C, *S) and the {annotator: label map} of all cases, on several threads."""
+    images, maps, largest = [], [], 0.0
+    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
+        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
+            images.append(image)
+            maps.append(drawn)
+            if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
+                raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
+                                f"{size_text(image.shape)} (channels first), the first is "
+                                f"{size_text(images[0].shape)}; all must have as many")
+            largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
+            slow = time.monotonic() - progress.start > SLOW
+            if slow:
+                progress.update(len(images), "cases read")
+    if slow:
+        progress.say(f"{place}: {len(cases)} cases read")
+    if largest > LARGE and not progress.quiet:
+        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
+              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
+              file=sys.stderr)
+    return images, maps
 
 
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -303,16 +322,16 @@ def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[in
     if image.ndim not in (3, 4) or not image.size:
         raise DataError(f"{where}: image is {size_text(image.shape[1:])}; (H, W) or (D, H, W) is "
                         "needed")
-    checked = {}
     for annotator, label in maps.items():
         title = f"{where}: mask {annotator}"
-        checked[annotator] = (_as_label(label, listing.num_classes or IGNORE, title)
-                              if listing.fixed is None else
-                              _as_instances(label, listing.fixed, title))
+        if listing.fixed is None:
+            maps[annotator] = _as_label(label, listing.num_classes or IGNORE, title)
+        else:
+            maps[annotator] = _as_instances(label, listing.fixed, title)
         if label.shape != image.shape[1:]:
             raise DataError(f"{title} is {size_text(label.shape)} and its image "
                             f"{size_text(image.shape[1:])}; they must be of one size")
-    return image, checked
+    return image, maps
 
 
 def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
@@ -331,40 +350,41 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
 def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
     """Ids from `fixed` on are renumbered without gaps, so that tables of classes stay small."""
     if ids.dtype.kind not in "ui" or (ids < -1).any() or not (ids >= 0).any():
-        least = f", its least {ids.min()}" if ids.size and ids.dtype.kind in "uif" else ""
-        raise DataError(f"{where} is of {ids.dtype}{least}; instance ids are whole numbers from 0 "
-                        "up (at least one); -1 is ignored")
+        raise DataError(f"{where} is of {ids.dtype}, its least {ids.min(initial=0)}; instance ids "
+                        "are whole numbers from 0 up (at least one); -1 is ignored")
     found = np.unique(ids[ids >= fixed])
     return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
-
-
-def _centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
-    """Fills the last axes up to `size`, as `data.center` does; `how` is numpy.pad's."""
-    lead = array.ndim - len(size)
-    low = [(want - have) // 2 for have, want in zip(array.shape[lead:], size)]
-    widths = [(a, want - have - a) for a, have, want in zip(low, array.shape[lead:], size)]
-    return np.pad(array, [(0, 0)] * lead + widths, **how) if np.any(widths) else array
 
 
 def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
     """(N, count, *S): label maps of a split with instances, each case's a function of its name."""
     maps = []
-    for i, name in enumerate(whole.names):
-        ids, highest = whole.instances[i:i + 1], int(whole.instances[i].max())
+    for ids, name in zip(whole.instances, whole.names):
         for number in range(count):
-            generator = seeded_generator(number, *name.encode())
-            table = random_classes(1, highest + 1, whole.fixed, whole.num_classes, generator)
-            maps.append(relabel(ids, table))
+            table = random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes,
+                                   seeded_generator(number, *name.encode()))
+            maps.append(relabel(ids[None], table))
     return torch.cat(maps).unflatten(0, (-1, count))
 
 
 # ----------------------------------------------------------------------- shared by several files
 
 
+def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
+    """Crops and fills the last axes to `size`, about their centre; `how` is numpy.pad's."""
+    cuts, widths = [...], [(0, 0)] * (array.ndim - len(size))
+    for have, want in zip(array.shape[-len(size):], size):
+        spare, lack = max(have - want, 0), max(want - have, 0)
+        cuts.append(slice(spare // 2, spare // 2 + want))
+        widths.append((lack // 2, lack - lack // 2))
+    array = array[tuple(cuts)]
+    return np.pad(array, widths, **how) if np.any(widths) else array
+
+
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
     """`name`, if it is one of `names`; DataError with all of them if not."""
     if name not in names:
-        raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names) or '(none)'}")
+        raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names)}")
     return name
 
 

@@ -1,6 +1,5 @@
 """BraTS: brain tumours in 3D."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -64,9 +63,8 @@ def read_brats(path: Path, wanted: Sequence[str]) -> Listing:
         box = bounding_box(brain)
         return standardised(image[(slice(None), *box)], brain[box]), {0: label[box]}
 
-    # Patients in folders of their own, or in HGG/ and LGG/; a link that leads back counts once.
-    found = {os.path.realpath(file.parent): file.parent for depth in ("*/", "*/*/")
-             for file in sorted(path.glob(f"{depth}*_seg.nii*"))}
-    cases = [Case(folder.name, folder.name, partial(read, folder)) for folder in found.values()]
+    # Patients in folders of their own, or in HGG/ and LGG/.
+    cases = [Case(file.parent.name, file.parent.name, partial(read, file.parent))
+             for depth in ("*/", "*/*/") for file in sorted(path.glob(f"{depth}*_seg.nii*"))]
     splits = split_groups([case.group for case in cases], val=1 / 7, test=0.3)
     return Listing(cases, splits, 4, apart=True, if_empty="too few patients", pad="constant")

@@ -32,18 +32,16 @@ def size_text(shape: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def readable(file, what: str, errors=Exception):
-    """Turns any error inside into one DataError: damaged bytes can raise nearly anything.
-
-    Only regular files are read: a pipe would wait for ever, a device has no end.
-    """
+def readable(file, what: str):
+    """Turns any error inside into one DataError: damaged bytes can raise nearly anything. Only
+    regular files are read: a pipe would wait for ever, a device has no end."""
     if not Path(file).is_file():
         raise DataError(f"{file}: not a readable {what}: no such file, or not a regular one")
     try:
         yield
     except DataError:
         raise
-    except errors as error:
+    except Exception as error:
         raise DataError(f"{file}: not a readable {what}: {error_line(error)}") from error
 
 
@@ -91,8 +89,8 @@ def read_label(file: Path) -> np.ndarray:
 
 
 def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
-    """float32: uint8 and uint16 scaled to [0, 1], floats as they are; other kinds are refused, and
-    so are pixels that are not finite."""
+    """float32: uint8 and uint16 scaled to [0, 1], floats as they are. Refuses other kinds, and
+    pixels that are not finite."""
     if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
         return image / np.float32(np.iinfo(image.dtype).max)
     if image.dtype.kind != "f":
@@ -112,10 +110,8 @@ def read_pages(file: Path) -> np.ndarray:
 
 
 def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
-    """{key: array}, in the order of `needed` and `optional`; other keys are refused.
-
-    The arrays' headers are looked at first, so that a small file cannot fill the memory.
-    """
+    """{key: array}, in the order of `needed` and `optional`; other keys are refused. NumPy expands
+    no more than the sizes in the zip's directory, so these are checked first."""
     with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
@@ -123,22 +119,11 @@ def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] =
             allowed = f", {', '.join(optional)} allowed" if optional else ""
             raise DataError(f"{file}: has the keys {', '.join(sorted(given)[:20]) or '(none)'}; "
                             f"{' and '.join(needed)} are needed{allowed}")
-        check_claim(file, sum(_claimed_bytes(archive, key) for key in given))
-        return {key: archive[key] for key in (*needed, *optional) if key in given}
-
-
-def _claimed_bytes(archive, key: str) -> int:
-    """How large the array of an .npz is by its header; ValueError if it is no plain array."""
-    member = key if key in archive.zip.namelist() else f"{key}.npy"
-    with archive.zip.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read_header = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-    if dtype.hasobject or min(shape, default=0) < 0:
-        raise ValueError(f"{key} holds objects, or has a negative size")
-    return prod(shape) * dtype.itemsize
+        check_claim(file, sum(member.file_size for member in archive.zip.infolist()))
+        arrays = {key: archive[key] for key in (*needed, *optional) if key in given}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("a member is no array")  # NumPy returns its bytes
+        return arrays
 
 
 def check_claim(file: Path, claimed: int) -> None:
@@ -154,7 +139,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
     A single slice is (C, H, W), unless dims=3. Axes are turned, in steps of 90 degrees, so that W
     runs to the patient's left, H to the back and D to the head, as in DICOM: files stored in
-    different orders agree. DataError for a broken file and for voxels that are not finite numbers.
+    different orders agree. Voxels that are not finite real numbers are refused.
     """
     nibabel = optional_package("nibabel", file)
     with readable(file, "NIfTI file"):
@@ -162,25 +147,19 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
         array = np.asarray(source.dataobj)
         array = array.reshape(*(array.shape + (1, 1, 1))[:3], -1)  # x, y, z, channel
         array = nibabel.apply_orientation(array, _turned(source)[0]).T
-    if array.dtype.kind not in "buif":
-        raise DataError(f"{file}: voxels of {array.dtype}; one real number each is needed, several "
-                        "along the fourth axis")
-    if not np.isfinite(array).all():
-        raise DataError(f"{file}: some voxels are NaN or infinite; replace them first")
+    if array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise DataError(f"{file}: voxels of {array.dtype}, or some are NaN or infinite; one real "
+                        "number each is needed, several along the fourth axis")
     # Turned axes have negative strides, which torch refuses.
     array = np.ascontiguousarray(array)
-    return array if dims == 3 else array.reshape(_volume_shape(array)), source
+    thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]
+    if dims is None and len(thin) == 1:
+        array = array.squeeze(thin[0])
+    return array, source
 
 
 def is_nifti(file: Path) -> bool:
-    """Whether `file` is named like one."""
     return file.name.lower().endswith(FOLDER[-2:])
-
-
-def _volume_shape(array: np.ndarray) -> tuple[int, ...]:
-    """(C, D, H, W), without the axis of a single slice."""
-    thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]
-    return tuple(np.delete(array.shape, thin)) if len(thin) == 1 else array.shape
 
 
 def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
@@ -198,17 +177,17 @@ def write_nifti(path, array: np.ndarray, source) -> None:
     """Writes (D, H, W) or (n, D, H, W), of a single slice (H, W) or (n, H, W), with the shape, the
     order of axes and the affine of `source`, from `read_nifti`. n is the file's fourth axis."""
     import nibabel
+    from nibabel import orientations
 
     size = _turned(source)[1]
-    back = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("LPS"),
-                                               nibabel.io_orientation(source.affine))
+    back = orientations.ornt_transform(orientations.axcodes2ornt("LPS"),
+                                       nibabel.io_orientation(source.affine))
     array = nibabel.apply_orientation(array.reshape(-1, *size[::-1]).T, back)
     image = nibabel.Nifti1Image(array[..., 0] if array.shape[3] == 1 else array, source.affine,
                                 source.header)
     image.header.set_data_dtype(array.dtype)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the window of the original's values
-    content = gzip.compress(image.to_bytes())
-    write_atomically(path, lambda name: Path(name).write_bytes(content))
+    write_atomically(path, lambda name: Path(name).write_bytes(gzip.compress(image.to_bytes())))
 
 
 def same_grid(source, other, file) -> None:
@@ -237,8 +216,8 @@ def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], fil
         raise DataError(f"{file}: image is {size_text(image.shape[1:])} and its label "
                         f"{size_text(label.shape)}; they must be of one size, not shrunk to 0")
     with readable(file, "image to resize"):
-        planes = [Image.fromarray(np.ascontiguousarray(plane)).resize(
-            tuple(size)[::-1], Image.Resampling.BILINEAR) for plane in image]
+        planes = [Image.fromarray(plane).resize(tuple(size)[::-1], Image.Resampling.BILINEAR)
+                  for plane in np.ascontiguousarray(image)]
     middles = [((np.arange(want) + 0.5) * have / want).astype(int)
                for want, have in zip(size, label.shape)]
     return np.stack([np.asarray(plane) for plane in planes]), label[np.ix_(*middles)]
@@ -250,11 +229,8 @@ def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
 
 
 def write_atomically(path, write) -> None:
-    """Call write(temporary name), flush to disk and rename to `path`.
-
-    A kill or a full disk leaves what stood at `path` before, whole. Only regular files are
-    replaced, never a device or a folder.
-    """
+    """Call write(temporary name), flush to disk and rename to `path`. A kill or a full disk leaves
+    what stood at `path` before. Only regular files are replaced, never a device or a folder."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file, so it is not replaced; give another name")
     folder = os.path.dirname(os.path.abspath(path))
@@ -271,6 +247,15 @@ def write_atomically(path, write) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_npz(path, arrays: dict[str, np.ndarray]) -> None:
+    """A compressed .npz, whole or not at all; the same arrays make the same bytes."""
+    def write(name):
+        with open(name, "wb") as file:  # given a name, NumPy would add ".npz" to it
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
 
 
 def write_text(path, text: str) -> None:

@@ -36,7 +36,8 @@ def _read_pickle(path: Path) -> Listing:
 
     def read(key):
         record = table.pop(key)  # frees it: the real file has 15,096 cases of float64
-        return record["image"][None], dict(enumerate(record["masks"]))
+        with readable(path, f"pickle: {key!r}: image must be an array, masks a list of arrays"):
+            return record["image"][None], dict(enumerate(record["masks"]))
 
     cases = []
     for key, record in table.items():
@@ -44,11 +45,6 @@ def _read_pickle(path: Path) -> Listing:
         if missing:
             raise DataError(f"{path}: {key!r}: no {', '.join(sorted(missing))}; each case is a "
                             "dict of image, masks and series_uid")
-        image, masks = record["image"], record["masks"]
-        many = isinstance(masks, (list, tuple)) or isinstance(masks, np.ndarray) and masks.ndim
-        if not isinstance(image, np.ndarray) or not many:
-            raise DataError(f"{path}: {key!r}: image is a {type(image).__name__} and masks a "
-                            f"{type(masks).__name__}; give an array and a list of arrays")
         uid = record["series_uid"]
         if not isinstance(uid, (str, bytes, int, float, np.generic)):
             raise DataError(f"{path}: {key!r}: series_uid is a {type(uid).__name__}; give a text")
@@ -87,9 +83,9 @@ def _read_tree(root: Path) -> Listing:
 def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
     """HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
 
-    At the top, or in groups train, val and test: images (N, H, W), floats as they are (PHiSeg's are
-    0.5 lower); labels or masks (N, H, W, A), (N, A, H, W) or (N, H, W); uids (N,), the series of
-    each, if they are there, else every case is a group of its own. Names may begin with lidc_.
+    At the top, or in groups train, val and test: images (N, H, W), floats as they are; labels or
+    masks (N, H, W, A), (N, A, H, W) or (N, H, W); optionally uids (N,), the series of each, else
+    every case is a group of its own. Names may begin with lidc_.
     """
     h5py = optional_package("h5py", path)
     cases, splits = [], {split: [] for split in SPLITS}

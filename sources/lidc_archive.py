@@ -5,30 +5,29 @@ crop per lesion and slice, with four masks each (Probabilistic U-Net, arXiv:1806
 App. H.1; HPU-Net, arXiv:1905.13077, App. C). What they leave open is decided like this:
 
   readings  Only the second, unblinded round counts, and of it the nodules of 3 mm and more, which
-            have outlines. Smaller nodules are single points; they and non-nodules are left out.
-            Annotators are numbered as in the XML file, where their order means nothing. If there
-            are fewer than four, the missing maps are 255; if there are more, the last ones without
-            an outline are left out. A corrected XML file replaces the uncorrected one.
+            have outlines. Annotators are numbered as in the XML file, where their order means
+            nothing. If there are fewer than four, the missing maps are 255; if there are more, the
+            last ones without an outline are left out. A corrected XML file replaces the other.
   masks     LIDC's outlines run over the first pixels *outside* the nodule. The mask is all pixel
             centres strictly inside the polygon, by the even-odd rule, in exact integers. A hole
             (inclusion FALSE) takes away its inside and its outline. With border="include", outlines
             belong to the nodule: masks are one pixel wider, as in the widely shared pickle.
-  lesions   are found in the scan, not slice by slice: nodules of different annotators are one
-            lesion if their boxes (slices, rows, columns) share a voxel, and so on from nodule to
-            nodule. A crop shows the masks of its own lesion only.
+  lesions   Nodules of different annotators are one lesion if their boxes (slices, rows, columns)
+            share a voxel, and so on from nodule to nodule. A crop shows the masks of its own
+            lesion only.
   slices    An outline names its image by UID and by z. The UID decides, and the image's own z says
             where the slice is; but outlines of several z under one UID belong each to the slice at
             that z, if there is one. Of several images at one z, the one outlined most is shown. A
             slice is dropped if |SliceLocation| and |ImagePositionPatient[-1]| differ by more than
-            0.01 mm. A slice without SliceLocation stays.
+            0.01 mm.
   crops     The slice, from its corner on, is divided into pixels of 0.5 mm. At their centres the
             image is interpolated linearly, and a mask takes the nearest pixel. The middle of the
             box round all masks of the lesion lies in the crop's pixel (size // 2, size // 2).
             Outside the slice there is air. If no mask has a pixel on a slice, there is no case.
   window    -1000 to 400 HU become 0 to 255, so that one step is 5.5 HU.
 
-All 1,018 series give 875 patients with a lesion, 2,648 lesions (by overlap of boxes) and, by our
-count, 15,742 slices of lesions. The widely used pickle was published with 15,096.
+All 1,018 series give 875 patients with a lesion, 2,648 lesions and, by our count, 15,742 slices of
+lesions. The widely used pickle was published with 15,096.
 """
 
 import functools
@@ -38,7 +37,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import threading
 import warnings
@@ -51,11 +49,10 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
-from common import IGNORE, Progress
+from common import IGNORE, Progress, say
 from sources.base import split_groups
-from sources.files import DataError, error_line, size_text, write_atomically
+from sources.files import DataError, error_line, optional_package, size_text, write_npz
 
 LIDC_ANNOTATORS = 4
 LIDC_PIXEL = 0.5  # mm
@@ -63,13 +60,10 @@ LIDC_WINDOW = (-1000.0, 400.0)  # HU
 
 
 class CTSlice(NamedTuple):
-    """What `read_dicom` takes from a file."""
-
     file: str
     uid: str  # SOPInstanceUID
     series: str  # SeriesInstanceUID
     patient: str
-    modality: str
     shape: tuple[int, ...]  # rows, columns
     spacing: tuple[float, ...]  # mm between rows, mm between columns
     z: float | None  # ImagePositionPatient[-1], mm
@@ -78,31 +72,29 @@ class CTSlice(NamedTuple):
 
 
 def read_dicom(path: str, pixels: bool = False) -> CTSlice | None:
-    """The slice in a DICOM file; None for any other file. Raises what pydicom raises."""
-    try:
-        import pydicom
-    except ImportError as error:
-        raise ImportError("reading DICOM files takes pydicom: pip install pydicom") from error
+    """The slice in a DICOM file of a CT scan; None for any other file. Raises what pydicom raises.
+    """
+    import pydicom
+
     with warnings.catch_warnings():  # about values that are not used here
         warnings.simplefilter("ignore")
         try:
             file = pydicom.dcmread(path, stop_before_pixels=not pixels)
         except pydicom.errors.InvalidDicomError:
+            if path.lower().endswith(".dcm"):
+                raise
             return None
-        if "SOPInstanceUID" not in file or "SeriesInstanceUID" not in file:
-            return None  # a DICOMDIR
-        numbers = []
-        for name in ("PixelSpacing", "ImagePositionPatient", "SliceLocation"):
-            value = file.get(name)
-            numbers.append(np.array([] if value is None else value, float).ravel().tolist())
-        spacing, position, location = numbers
+        if file.get("Modality") != "CT":
+            return None
+        spacing, position, location = (
+            [] if file.get(name) is None else np.array(file.get(name), float).ravel().tolist()
+            for name in ("PixelSpacing", "ImagePositionPatient", "SliceLocation"))
         hu = None
         if pixels:
             stored = file.pixel_array.astype(np.float32)
             hu = stored * np.float32(file.RescaleSlope) + np.float32(file.RescaleIntercept)
         return CTSlice(path, str(file.SOPInstanceUID), str(file.SeriesInstanceUID),
-                       str(file.get("PatientID", "")), str(file.get("Modality", "")),
-                       (int(file.get("Rows", 0)), int(file.get("Columns", 0))), tuple(spacing),
+                       str(file.get("PatientID", "")), (file.Rows, file.Columns), tuple(spacing),
                        position[-1] if position else None, location[0] if location else None, hu)
 
 
@@ -110,11 +102,11 @@ def read_xml(file: str) -> tuple[str, list[list[dict[tuple, list]]]] | None:
     """A reading -> (series UID, sessions); None for XML that is no reading of a CT scan.
 
     sessions[annotator][nodule] = {(slice UID, z): [(part of the nodule, not a hole; [(x, y)])]}.
-    Namespaces do not matter. Entities that explode are refused by Expat itself, from 2.4.1 on.
+    Entities that explode are refused by Expat itself, from 2.4.1 on.
     """
     root = ElementTree.fromstring(Path(file).read_bytes())
-    if root.tag.rpartition("}")[2] != "LidcReadMessage":
-        return None  # of a chest X-ray (IdriReadMessage), or something else altogether
+    if root.tag.rpartition("}")[2] != "LidcReadMessage":  # of a chest X-ray: IdriReadMessage
+        return None
     series = [field.text.strip() for field in root.findall("{*}ResponseHeader/*") if field.text
               and field.tag.rpartition("}")[2].lower() == "seriesinstanceuid"]
     if not series:
@@ -148,9 +140,7 @@ def outlined_places(sessions: list) -> set[tuple]:
 
 def fill(points: list[tuple[int, int]], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The closed polygon of `points` (x, y): pixel centres inside it and on it, both (H, W) bool.
-
-    Exact. A centre is inside if the ray to its right crosses the polygon an odd number of times.
-    """
+    A centre is inside if the ray to its right crosses the polygon an odd number of times."""
     if any(not (0 <= x < shape[1] and 0 <= y < shape[0]) for x, y in points):
         raise DataError(f"an outline leaves its slice of {size_text(shape)} pixels")
     inside, outline = np.zeros((2, *shape), bool)
@@ -165,16 +155,14 @@ def fill(points: list[tuple[int, int]], shape: tuple[int, int]) -> tuple[np.ndar
 
 
 def fill_nodule(outlines: dict, slices: dict[tuple, CTSlice], border: str) -> np.ndarray:
-    """The voxels of a nodule in those of its slices that there are: (P, 3) of z, row, column."""
+    """The voxels of a nodule in its `slices`, as far as they exist: (P, 3) of z, row, column."""
     voxels = [np.empty((0, 3))]
     for place in outlines.keys() & slices.keys():
         mask, hole = np.zeros((2, *slices[place].shape), bool)
         for included, points in outlines[place]:
             inside, outline = fill(points, mask.shape)
-            if included:
-                mask |= inside | outline if border == "include" else inside
-            else:
-                hole |= inside if border == "include" else inside | outline
+            with_outline = included == (border == "include")
+            (mask if included else hole)[inside | outline if with_outline else inside] = True
         pixels = np.argwhere(mask & ~hole).astype(float)
         voxels.append(np.insert(pixels, 0, slices[place].z, axis=1))
     return np.concatenate(voxels)
@@ -206,20 +194,15 @@ def crop(image: np.ndarray, lines: list[np.ndarray], outside: float, linear: boo
     there = [(line >= -0.5) & (line < length - 0.5) for line, length in zip(lines, image.shape)]
     for axis, line in enumerate(lines):
         last = image.shape[axis] - 1
-        line = line.clip(0, last)
-        if linear:
-            low = np.floor(line).astype(int)
-            share = np.expand_dims(line - low, 1 - axis).astype(image.dtype)
-            image = (image.take(low, axis) * (1 - share)
-                     + image.take((low + 1).clip(max=last), axis) * share)
-        else:
-            image = image.take(np.rint(line).astype(int), axis)
+        line = line.clip(0, last) if linear else np.rint(line).clip(0, last)
+        low = np.floor(line).astype(int)
+        share = np.expand_dims(line - low, 1 - axis).astype(image.dtype)
+        image = (image.take(low, axis) * (1 - share)
+                 + image.take((low + 1).clip(max=last), axis) * share)
     return np.where(np.outer(*there), image, outside).astype(image.dtype)
 
 
 class Series(NamedTuple):
-    """A scan to be cut."""
-
     uid: str
     patient: str
     reading: str  # XML file
@@ -227,8 +210,8 @@ class Series(NamedTuple):
 
 
 def cut_series(series: Series, size: int, window, border: str, read: Callable) -> dict:
-    """images (n, size, size), labels (n, A, size, size), z and lesion (n,) of the n cases; and
-    `dropped`, the number of outlined slices that are left out."""
+    """images (n, size, size), labels (n, A, size, size), z and lesion (n,) of n cases; and the
+    number of outlined slices that were dropped."""
     sessions = read_xml(series.reading)[1]
     while len(sessions) > LIDC_ANNOTATORS and [] in sessions:
         del sessions[len(sessions) - 1 - sessions[::-1].index([])]
@@ -244,19 +227,19 @@ def cut_series(series: Series, size: int, window, border: str, read: Callable) -
     if len({(found.shape, found.spacing) for found in slices.values()}) > 1:
         raise DataError("its slices differ in size or PixelSpacing")
 
-    outlined = Counter(slices[place] for drawn in sessions for outlines in drawn
-                       for place in outlines if place in slices)
-    nodules = [(annotator, fill_nodule(outlines, slices, border))
-               for annotator, drawn in enumerate(sessions) for outlines in drawn]
-    nodules = [(annotator, voxels) for annotator, voxels in nodules if len(voxels)]
+    outlined, nodules = Counter(), []
+    for annotator, drawn in enumerate(sessions):
+        for outlines in drawn:
+            outlined.update(slices[place] for place in outlines if place in slices)
+            voxels = fill_nodule(outlines, slices, border)
+            if len(voxels):
+                nodules.append((annotator, voxels))
     lesions = group_lesions(nodules)
     lines = [crop_lines(lesion, next(iter(outlined)).spacing, size) for lesion in lesions]
     images, labels, where = [], [], []
     for z in sorted({z for _, voxels in nodules for z in voxels[:, 0].tolist()}):
         found = max([found for found in outlined if found.z == z], key=outlined.get)
         hu = read(found.file, pixels=True).hu
-        if hu.ndim != 2 or not np.isfinite(hu).all():
-            raise DataError(f"{found.file}: {size_text(hu.shape)} pixels, or not all are finite")
         for number, lesion in enumerate(lesions):
             masks = np.zeros((LIDC_ANNOTATORS, size, size), np.uint8)
             for annotator, voxels in lesion:
@@ -278,11 +261,10 @@ def cut_series(series: Series, size: int, window, border: str, read: Callable) -
 
 def position_agrees(found: CTSlice) -> bool:
     """Whether SliceLocation confirms z; DataError if the slice has no position or no scale."""
-    if found.z is None or not math.isfinite(found.z):
-        raise DataError(f"slice {found.uid} has no ImagePositionPatient")
-    if len(found.spacing) != 2 or not all(0.1 <= mm <= 5 for mm in found.spacing):
-        raise DataError(f"slice {found.uid} has the PixelSpacing {found.spacing}; two numbers "
-                        "from 0.1 to 5 mm are needed")
+    if found.z is None or not math.isfinite(found.z) or len(found.spacing) != 2 or not all(
+            0.1 <= mm <= 5 for mm in found.spacing):
+        raise DataError(f"slice {found.uid} has ImagePositionPatient {found.z} and PixelSpacing "
+                        f"{found.spacing}; a position and two numbers from 0.1 to 5 mm are needed")
     return found.location is None or abs(abs(found.location) - abs(found.z)) <= 0.01
 
 
@@ -292,55 +274,41 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
     files = [series.reading, *sorted({found.file for found in series.slices.values()})]
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     digest = hashlib.sha256(Path(__file__).read_bytes() + ascii((settings, stamps)).encode())
-    name = re.sub(r"[^\w.]", "_", series.uid)[:64]
-    target = work / f"{name}-{digest.hexdigest()[:16]}.npz"
+    target = work / f"{digest.hexdigest()[:32]}.npz"
     if not target.exists():
-        save_arrays(target, **cut_series(series, read=read, **settings))
+        write_npz(target, cut_series(series, read=read, **settings))
     return target
-
-
-def save_arrays(path: Path, **arrays) -> None:
-    """A compressed .npz, whole or not at all; the same arrays make the same bytes."""
-    def write(name):
-        with open(name, "wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
 
 
 # ----------------------------------------------------------------------------- the whole archive
 
 
 def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_WINDOW,
-               border: str = "exclude", png=None, workers: int = 1,
-               read: Callable = read_dicom) -> None:
+               border: str = "exclude", workers: int = 1, read: Callable = read_dicom) -> None:
     """LIDC-IDRI, as the archive serves it, from the folder `src` to `dst`, an .npz for `load`.
 
-    Folders may nest in any way; a series and its XML file are matched by their UIDs. `png` names a
-    folder for the same crops as PNGs, in the layout of the HPU-Net release. `dst` and `png` appear
+    Folders may nest in any way; a series and its XML file are matched by their UIDs. `dst` appears
     whole or not at all. Finished series are kept in the folder `dst`.work, so rerun to resume;
     delete it when `dst` is there. A bad file or series is reported and skipped.
 
-    `read` is what reads a file. Raises DataError for what the user can mend.
+    `read` is what reads a file.
     """
-    src, dst, png = Path(src), Path(dst), png and Path(png)
+    src, dst = Path(src), Path(dst)
     if not src.is_dir() or dst.suffix != ".npz":
         raise DataError(f"{src} -> {dst}: give a folder, and a file name that ends in .npz")
-    if size < 2 or not -math.inf < window[0] < window[1] < math.inf or workers < 1 or (
-            border not in ("include", "exclude")):
-        raise DataError(f"size {size}, window {window}, border {border}, {workers} workers: give "
-                        "at least 2 pixels, a lower and a higher number of HU, include or exclude, "
-                        "and at least 1 worker")
+    if dst.exists():
+        raise DataError(f"{dst} is there: delete it, or give another name")
+    if size < 2 or not -math.inf < window[0] < window[1] < math.inf:
+        raise DataError(f"size {size}, window {window}: give at least 2 pixels, and a lower and a "
+                        "higher number of HU")
+    if read is read_dicom:
+        optional_package("pydicom", src)
     work = dst.with_name(dst.name + ".work")
-    result = work / "result.npz"  # is there only between the last two renames
-    for place in (dst, png):
-        if place and place.exists() and (place == dst or not result.exists()):
-            raise DataError(f"{place} is there: delete it, or give another name")
     work.mkdir(parents=True, exist_ok=True)
     for half in work.glob(".*.tmp"):  # what a kill left
         half.unlink()
 
-    tasks, refused = find_series(src, work, workers, read)
+    tasks, refused = find_series(src, workers, read)
     build = functools.partial(build_series, work=work, read=read, size=size, window=window,
                               border=border)
     files = {}
@@ -350,31 +318,22 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
         else:
             files[file] = task.patient
     for name, why in sorted(refused):
-        print(f"refused: {name}: {why}".encode(errors="backslashreplace").decode())  # odd names
-    cases = collect(files, work, size)
-    tree = png and not png.exists() and write_png(png, **cases)
-    save_arrays(result, **cases)
-    if tree:
-        tree.rename(png)
-    result.rename(dst)
-    for half in work.glob(".*.tmp"):
-        half.unlink()
-    print(f"wrote {dst}" + (f" and {png}" if png else ""))
+        say(f"refused: {name}: {why}")
+    write_npz(work / "result.npz", collect(files))
+    (work / "result.npz").rename(dst)
+    say(f"wrote {dst}")
 
 
 def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1) -> list:
     """(function(item), None) of every item, or (None, why) where it fails; with a progress line.
-
-    One worker is this process itself.
-    """
-    progress, results = Progress(len(items)), []
-    call = functools.partial(attempt, function)
+    One worker is this process itself."""
+    progress, results, call = Progress(len(items)), [], functools.partial(attempt, function)
     pool = workers > 1 and ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
                                                start_worker)
     try:
         for result in pool.map(call, items, chunksize=chunk) if pool else map(call, items):
             results.append(result)
-            progress.update(len(results), what, line=len(results) % 1000 == 0)
+            progress.update(len(results), what)
     except BrokenProcessPool as error:
         raise DataError("a worker was killed, perhaps because memory ran out: rerun to resume, "
                         "with fewer --workers") from error
@@ -388,14 +347,14 @@ def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1
 def attempt(function: Callable, item) -> tuple:
     try:
         return function(item), None
-    except (ImportError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # damaged bytes can raise nearly anything
         return None, str(error) if isinstance(error, DataError) else error_line(error)
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with the parent even if that is killed."""
+    """Leaves Ctrl-C to the parent, and ends with the parent even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -408,29 +367,17 @@ def end_with_parent() -> None:
 def look(file: str, read: Callable) -> CTSlice | tuple[str, set[tuple]] | None:
     """A slice of a CT scan, a reading's series and outlined places, or None."""
     if not file.lower().endswith(".xml"):
-        found = read(file)
-        if found is None and file.lower().endswith(".dcm"):
-            raise DataError("is no DICOM file")
-        return found if found and found.modality == "CT" else None
+        return read(file)
     if os.path.getsize(file) > 2**26:
         raise DataError("is larger than any reading")
     reading = read_xml(file)
     return reading and (reading[0], outlined_places(reading[1]))
 
 
-def find_series(src: Path, work: Path, workers: int, read: Callable) -> tuple[list[Series], list]:
+def find_series(src: Path, workers: int, read: Callable) -> tuple[list[Series], list]:
     """The series to cut, and (name, why) of what is refused."""
-    errors, files, seen = [], [], {os.path.realpath(work)}
-    for folder, folders, names in os.walk(src, onerror=errors.append, followlinks=True):
-        if os.path.realpath(folder) in seen:  # links can run in circles
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders.sort()
-        paths = sorted(os.path.join(folder, name) for name in names)
-        files += [path for path in paths if os.path.isfile(path)]  # no pipe, no dead link
-    refused = [(error.filename, error.strerror) for error in errors]
-    readings, scans = {}, {}
+    files = sorted(str(path) for path in src.rglob("*") if path.is_file())  # no pipe, no dead link
+    refused, readings, scans = [], {}, {}
     for file, (found, why) in zip(files, run(functools.partial(look, read=read), files, workers,
                                              "files", 64)):
         if why:
@@ -439,28 +386,24 @@ def find_series(src: Path, work: Path, workers: int, read: Callable) -> tuple[li
             scans.setdefault(found.series, []).append(found)
         elif found:
             readings.setdefault(found[0], {})[file] = found[1]
+    if astray := readings.keys() - scans.keys():
+        refused.append((f"{len(astray)} XML files", f"no slices of series {min(astray)}, ..."))
 
-    tasks, astray = [], []
-    for series, outlined in readings.items():
-        slices, files = scans.pop(series, []), list(outlined)
+    tasks = []
+    for uid, slices in scans.items():
+        outlined = readings.get(uid, {})
+        files = list(outlined)
         if any(read_xml(file) != read_xml(files[0]) for file in files[1:]):
             # Of LIDC-IDRI-0101 the archive keeps the first reading beside the corrected one.
-            corrected = [file for file in files if "correction" in Path(file).name]
-            if len(corrected) != 1:
-                refused.append((f"series {series}",
-                                f"XML files that contradict each other: {', '.join(files)}"))
-                continue
-            files = corrected
-        if slices:
+            files = [file for file in files if "correction" in Path(file).name]
+            files = files if len(files) == 1 else []
+        if files:
             # The patient's name becomes that of a folder.
-            patient = re.sub(r"[^\w-]+", "_", slices[0].patient) or series
-            tasks.append(Series(series, patient, files[0], locate(outlined[files[0]], slices)))
+            patient = re.sub(r"[^\w-]+", "_", slices[0].patient) or uid
+            tasks.append(Series(uid, patient, files[0], locate(outlined[files[0]], slices)))
         else:
-            astray.append(files[0])
-    if astray:
-        refused.append((", ".join(astray[:3]), f"{len(astray)} XML files whose series is not here"))
-    refused += [(f"series {series} ({slices[0].patient})", "no XML of its annotators")
-                for series, slices in scans.items()]
+            why = "its XML files contradict each other" if outlined else "no XML of its annotators"
+            refused.append((f"series {uid} ({slices[0].patient})", why))
     return sorted(tasks, key=lambda task: (task.patient, task.uid)), refused
 
 
@@ -477,57 +420,29 @@ def locate(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
     return located
 
 
-def collect(series: dict[Path, str], work: Path, size: int) -> dict[str, np.ndarray]:
-    """images, labels, groups and names of all {file: patient}; prints the papers' table of them.
-
-    Pixels stay on disk, in `work`: the whole set has 2.5 GB.
-    """
-    names, groups, empty, lesions, dropped = [], [], [], {}, 0
-    with open(work / ".images.tmp", "wb") as images, open(work / ".labels.tmp", "wb") as labels:
-        for file, patient in series.items():
-            with np.load(file) as loaded:
-                arrays = dict(loaded)
-            # Some patients have two scans: the second continues the numbers of the first.
-            first = lesions.get(patient, 0)
-            lesions[patient] = first + arrays["lesion"].max(initial=-1) + 1
-            names += [f"{patient}/z{z}_c{first + number}"
-                      for z, number in zip(arrays["z"], arrays["lesion"])]
-            groups += [patient] * len(arrays["z"])
-            present = (arrays["labels"] != IGNORE).any((2, 3))
-            marked = (arrays["labels"] == 1).any((2, 3))
-            empty += (1 - marked.sum(1) / present.sum(1)).tolist()
-            dropped += int(arrays["dropped"])
-            images.write(arrays["images"].tobytes())
-            labels.write(arrays["labels"].tobytes())
+def collect(series: dict[Path, str]) -> dict[str, np.ndarray]:
+    """images, labels, groups and names of all {file: patient}; prints the papers' table of them."""
+    scans, names, groups, lesions = [], [], [], Counter()
+    for file, patient in series.items():
+        with np.load(file) as loaded:
+            scan = dict(loaded)
+        # Some patients have two scans: the second continues the numbers of the first.
+        names += [f"{patient}/z{z}_c{lesions[patient] + number}"
+                  for z, number in zip(scan["z"], scan["lesion"])]
+        groups += [patient] * len(scan["z"])
+        lesions[patient] += scan["lesion"].max(initial=-1) + 1
+        scans.append(scan)
     if not names:
         raise DataError("nothing to cut: no series with both its DICOM files and its XML file")
-    print(f"{'':6}{'patients':>10}{'lesions':>9}{'slices':>8}{'empty masks':>13}")
-    for part, rows in split_groups(groups, val=0.2).items():
+    images, labels = (np.concatenate([scan[key] for scan in scans]) for key in ("images", "labels"))
+    highest = labels.max((2, 3))  # 255: no such annotator; 0: nothing marked
+    empty = (highest == 0).sum(1) / (highest != IGNORE).sum(1)
+    say(f"{'':6}{'patients':>10}{'lesions':>9}{'slices':>8}{'empty masks':>13}")
+    for split, rows in split_groups(groups, val=0.2).items():
         patients = {groups[i] for i in rows}
-        share = np.mean([empty[i] for i in rows] or [0])
-        print(f"{part:6}{len(patients):10}{sum(map(lesions.get, patients)):9}{len(rows):8}"
-              f"{share:13.1%}")
-    print(f"{dropped} outlined slices dropped: not there, or SliceLocation and "
-          "ImagePositionPatient disagree")
-    shape = len(names), LIDC_ANNOTATORS, size, size
-    labels = np.memmap(work / ".labels.tmp", np.uint8, "r", shape=shape)
-    images = np.memmap(work / ".images.tmp", np.uint8, "r", shape=(len(names), size, size))
+        share = empty[rows].mean() if rows else 0
+        say(f"{split:6}{len(patients):10}{sum(lesions[patient] for patient in patients):9}"
+            f"{len(rows):8}{share:13.1%}")
+    say(f"{sum(int(scan['dropped']) for scan in scans)} outlined slices dropped: not there, or "
+        "SliceLocation and ImagePositionPatient disagree")
     return dict(images=images, labels=labels, groups=np.array(groups), names=np.array(names))
-
-
-def write_png(folder: Path, images, labels, groups, names) -> Path:
-    """{train,val,test}/images/<name>.png and gt/<name>_l<annotator>.png, foreground 255, beside
-    `folder`: the name under which they are complete but not yet there."""
-    half = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(half, ignore_errors=True)
-    for part, rows in split_groups(groups, val=0.2).items():
-        for i in rows:
-            pictures = {f"images/{names[i]}": images[i]}
-            for annotator, mask in enumerate(labels[i]):
-                if (mask != IGNORE).any():
-                    pictures[f"gt/{names[i]}_l{annotator}"] = mask * np.uint8(255)
-            for place, picture in pictures.items():
-                file = half / part / f"{place}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(file)
-    return half

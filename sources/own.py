@@ -17,15 +17,15 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
              num_classes: int = 0) -> Listing:
     """A user's own .npz.
 
-      images   (N, H, W), (N, C, H, W) or (N, C, D, H, W): float, or uint8 or uint16 scaled to
-               [0, 1]
+      images   (N, H, W), (N, C, H, W) or (N, C, D, H, W): floats, or uint8 or uint16, as
+               `as_float_image` scales them
       labels   (N, A, H, W) or (N, A, D, H, W), always with the annotator axis: 0..K-1, 255 = ignore
     and optionally: weights (N, A), normalised row by row; groups (N,), such as the patient of each
-    case; names (N,); num_classes, else the largest label + 1. Images with one axis fewer than the
-    labels have one channel and no axis for it. An annotator's map of nothing but 255 is missing.
+    case; names (N,); num_classes, else the largest label + 1. An annotator's map of nothing but
+    255 is missing.
     """
-    optional = ("weights", "groups", "names", "num_classes")
-    arrays = read_npz_arrays(path, ("images", "labels"), optional)
+    arrays = read_npz_arrays(path, ("images", "labels"),
+                             ("weights", "groups", "names", "num_classes"))
     images, labels = arrays["images"], arrays["labels"]
     shape = labels.shape
     images = images[:, None] if images.ndim == labels.ndim - 1 else images
@@ -34,7 +34,7 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
                         f"{size_text(arrays['images'].shape)}; (N, A, H, W) must meet (N, H, W) or "
                         "(N, C, H, W) (of a single annotator? store labels[:, None])")
     sizes = {"weights": shape[:2], "groups": shape[:1], "names": shape[:1], "num_classes": ()}
-    for key in arrays.keys() & set(optional):
+    for key in arrays.keys() & sizes:
         number = arrays[key].dtype.kind in "buif" or key in ("groups", "names")
         if arrays[key].shape != sizes[key] or not number:
             raise DataError(f"{path}: {key} is {size_text(arrays[key].shape)} of "
@@ -58,11 +58,10 @@ def read_folder(path: Path, wanted: Sequence[str], *, num_classes: int = 0,
                 masks: Literal["classes", "binary"] = "classes") -> Listing:
     """Anyone's own images: images/NAME.png and labels/ANNOTATOR/NAME.png.
 
-    Pictures of any kind in `FOLDER`; their labels are PNG or TIFF, grey levels or palette indices
-    from 0 to K - 1, with 255 to ignore. With masks=binary whatever is not 0 is class 1. Or volumes:
-    .nii.gz (or .nii) on both sides, channels brought to mean 0 and deviation 1; one of a single
-    slice is 2D. An annotator may lack some of the images. groups.csv, lines of NAME,GROUP, tells
-    which cases are of one patient.
+    Labels are grey levels or palette indices from 0 to K - 1, with 255 to ignore; with masks=binary
+    whatever is not 0 is class 1. Channels of NIfTI volumes are brought to mean 0 and deviation 1;
+    one of a single slice is 2D. An annotator may lack some of the images. groups.csv, lines of
+    NAME,GROUP, tells which cases are of one patient.
     """
     images = _files_by_name(path / "images")
     annotators = [_files_by_name(folder) for folder in sorted((path / "labels").iterdir())
@@ -99,7 +98,7 @@ def _read_groups(file: Path, images: dict[str, Path]) -> dict[str, str | None]:
         return dict.fromkeys(images)
     with readable(file, "table of name,group"):
         lines = file.read_text(encoding="utf-8-sig").splitlines()
-        table = {name: group for name, group in csv.reader(filter(None, lines))}
+        table = dict(csv.reader(filter(None, lines)))
     table.pop("name", None)  # the heading
     if odd := sorted(table.keys() ^ images.keys()):
         raise DataError(f"{file}: {odd[0]!r} is there or in images/, not in both; list every image "

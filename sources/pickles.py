@@ -18,7 +18,6 @@ from sources.files import readable
 
 # What a pickle may name; each stands for a rule in `_reduce` and is never called.
 NAMES = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): "dtype",
-         ("collections", "OrderedDict"): "dict",
          # How protocols 0 to 2 spell bytes, and empty ones.
          ("_codecs", "encode"): "bytes", ("__builtin__", "bytes"): "bytes"}
 for package in ("numpy.core", "numpy._core"):  # before version 2 of NumPy, and since
@@ -26,18 +25,20 @@ for package in ("numpy.core", "numpy._core"):  # before version 2 of NumPy, and 
               (f"{package}.multiarray", "scalar"): "scalar",
               (f"{package}.numeric", "_frombuffer"): "buffer"}
 KIND = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,3}")  # of a dtype: no objects, no fields
+NO_NUMBERS = "an array of objects or records; give numbers"
 KEY_LENGTH = 1000  # characters
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = ("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING "
             "SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES "
             "SHORT_BINBYTES BINBYTES8 BYTEARRAY8").split()
+# How many items an operation takes from the stack; MARKED ones take all since the last mark.
+TAKES = {"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "STACK_GLOBAL": 2,
+         "REDUCE": 2, "BUILD": 2}
+MARKED = ("LIST", "DICT", "TUPLE", "APPENDS", "SETITEMS")
 
 
-class Name:
+class Name(str):
     """One of `NAMES` on the stack."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
 
 
 class Unfinished:
@@ -58,15 +59,12 @@ def read_pickle(file):
 def _run(operations):
     """Carries out the operations, as `pickle.py` does: a stack, marks in it, and a memo."""
     stack, marks, memo = [], [], {}
-
-    def since_mark() -> list:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
     for operation, value, _ in operations:
         name = operation.name
+        start = marks.pop() if name in MARKED else len(stack) - TAKES.get(name, 0)
+        _expect(start >= 0, "it takes more than there is")
+        items = stack[start:]
+        del stack[start:]
         if name in ("PROTO", "FRAME"):
             continue
         if name == "STOP":
@@ -86,32 +84,24 @@ def _run(operations):
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[value])
         elif name in ("EMPTY_LIST", "LIST"):
-            stack.append(since_mark() if name == "LIST" else [])
+            stack.append(items)
         elif name in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if name == "APPEND" else since_mark()
             _expect(isinstance(stack[-1], list), "it appends to something that is no list")
             stack[-1].extend(items)
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            if name != "TUPLE":
-                marks.append(max(len(stack) - int(name[-1]), 0))
-            stack.append(tuple(since_mark()))
+        elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(items))
         elif name in ("EMPTY_DICT", "DICT"):
-            items = since_mark() if name == "DICT" else []
             stack.append({})
             _set_items(stack[-1], items)
         elif name in ("SETITEM", "SETITEMS"):
-            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
             _set_items(stack[-1], items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            path = value.split(" ", 1) if value else (stack.pop(-2), stack.pop())
-            stack.append(_name(*path))
+            stack.append(_name(*(value.split(" ", 1) if value else items)))
         elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(_reduce(function, arguments))
+            stack.append(_reduce(*items))
         elif name == "BUILD":
-            state, waiting = stack.pop(), stack.pop()
-            stack.append(_build(waiting, state))
-            for key in waiting.memo_keys:
+            stack.append(_build(*items))
+            for key in items[0].memo_keys:
                 memo[key] = stack[-1]
         else:
             raise pickle.UnpicklingError(f"it calls for {name}, which no array needs; not run")
@@ -135,36 +125,28 @@ def _set_items(table, items: list) -> None:
 
 def _name(module, attribute) -> Name:
     _expect(isinstance(module, str) and isinstance(attribute, str), "it calls for what is no name")
-    if (module, attribute) not in NAMES:
-        raise pickle.UnpicklingError(f"it calls for {module:.50}.{attribute:.50}, which no array "
-                                     "needs and which could run anything; it was not run")
+    _expect((module, attribute) in NAMES, f"it calls for {module:.50}.{attribute:.50}, which no "
+            "array needs and which could run anything; it was not run")
     return Name(NAMES[module, attribute])
 
 
 def _reduce(function, arguments):
     """What calling `function` gives, as far as arrays need it."""
     _expect(isinstance(function, Name) and isinstance(arguments, tuple), "it calls what is no name")
-    kind = function.kind
-    if kind == "dtype" and arguments and isinstance(arguments[0], str):
-        _expect(KIND.fullmatch(arguments[0]), "an array of objects or records; give numbers")
+    if function == "dtype" and arguments and isinstance(arguments[0], str):
+        _expect(KIND.fullmatch(arguments[0]), NO_NUMBERS)
         return Unfinished(arguments[0])
-    if kind == "bytes" and len(arguments) in (0, 2):
+    if function == "bytes" and len(arguments) in (0, 2):
         return arguments[0].encode("latin1") if arguments else b""
-    if kind == "dict" and len(arguments) <= 1:
-        table = {}
-        for pair in arguments[0] if arguments else ():
-            _set_items(table, list(pair))
-        return table
-    if kind == "array" and isinstance(arguments[0], Name) and arguments[0].kind == "ndarray":
+    if function == "array" and isinstance(arguments[0], Name) and arguments[0] == "ndarray":
         return Unfinished("array")
-    if kind == "scalar" and len(arguments) == 2:
+    if function == "scalar" and len(arguments) == 2:
         return _array((), *arguments, "C")[()]
-    if kind == "buffer" and len(arguments) in (4, 5):
+    if function == "buffer" and len(arguments) in (4, 5):
         raw, dtype, shape, order, *axes = arguments
-        _expect(order in ("C", "F", "K"), "an array of an unknown layout")
         array = _array(shape, dtype, raw, "F" if order == "F" else "C")
         return array.transpose(axes[0]) if order == "K" else array  # axes stored in another order
-    raise pickle.UnpicklingError(f"it calls {kind} with arguments that no array needs")
+    raise pickle.UnpicklingError(f"it calls {function} with arguments that no array needs")
 
 
 def _build(waiting, state):
@@ -177,13 +159,12 @@ def _build(waiting, state):
         return _array(shape, dtype, raw, "F" if fortran else "C")
     # (version, byte order, nothing where fields and sub-arrays would be, sizes and flags: unused)
     _expect(len(state) >= 5 and state[1] in ("<", ">", "|", "=") and state[2:5] == (None,) * 3,
-            "an array of objects or records; give numbers")
+            NO_NUMBERS)
     return np.dtype(state[1] + waiting.kind)
 
 
 def _array(shape, dtype, raw, order: str) -> np.ndarray:
-    _expect(isinstance(dtype, np.dtype) and isinstance(raw, (bytes, bytearray)),
-            "an array of objects or records; give numbers")
+    _expect(isinstance(dtype, np.dtype) and isinstance(raw, (bytes, bytearray)), NO_NUMBERS)
     _expect(isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
             and prod(shape) * dtype.itemsize == len(raw)
             and max(shape, default=0) <= max(len(raw), 2**16), "an array of a wrong size")

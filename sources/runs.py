@@ -25,8 +25,8 @@ from sources.files import write_atomically, write_text
 
 # ------------------------------------------------------------------------- settings and lock
 
-# What decides a run's result, in config.json's "settings": (types, default).
 CHANGEABLE = ("steps", "path", "lr", "lr_drops")  # what --resume may give anew
+# What decides a run's result, in config.json's "settings": (types, default).
 SETTINGS = dict(
     model=(str, "ssn"), data=(str, "shapes"), path=(str | None, None), steps=(int | None, None),
     batch_size=(int | None, None), lr=(float | int | None, None), lr_drops=(list | None, None),
@@ -43,9 +43,7 @@ def read_config(folder: Path) -> dict:
         for name, (kinds, _) in SETTINGS.items():
             if not isinstance(given[name], kinds):
                 raise TypeError(name)
-        if not isinstance(config.setdefault("changes", []), list):
-            raise TypeError("changes")
-        return config | {"settings": given}
+        return config | {"settings": given, "changes": list(config.get("changes", []))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
                         "that train.py wrote") from None
@@ -91,12 +89,11 @@ def begin(folder, settings, training, model, split, start) -> None:
                   parameters=sum(p.numel() for p in model.parameters()), changes=changes,
                   versions=dict(python=platform.python_version(), **versions))
     log = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
-    with writing(folder / "config.json", start):
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    with writing(folder / "split.json", start):
-        write_text(folder / "split.json", json.dumps(split.parts, indent=1) + "\n")
-    with writing(folder / "log.jsonl", start):
-        write_text(folder / "log.jsonl", "".join(log))
+    for name, text in (("config.json", json.dumps(config, indent=2) + "\n"),
+                       ("split.json", json.dumps(split.parts, indent=1) + "\n"),
+                       ("log.jsonl", "".join(log))):
+        with writing(folder / name, start):
+            write_text(folder / name, text)
 
 
 @contextlib.contextmanager
@@ -137,10 +134,8 @@ MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
 
 
 def save(path, name, model, optimizer, step, best) -> None:
-    """One checkpoint, whole or not at all; OSError where there is no room for it.
-
-    A file that torch.load reads. Its zip comment is the SHA-256 of all bytes before the comment.
-    """
+    """One checkpoint that torch.load reads, whole or not at all; OSError where there is no room.
+    Its zip comment is the SHA-256 of all bytes before the comment."""
     content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
                    optimizer=optimizer.state_dict(), step=step, best=best)
     buffer = io.BytesIO()  # torch.save to a full disk raises many kinds of errors
@@ -152,10 +147,7 @@ def save(path, name, model, optimizer, step, best) -> None:
 
 
 def load_checkpoint(path) -> dict:
-    """What `save` wrote, checked against its digest; nothing in the file is executed.
-
-    Checkpoints from before there were digests have none to check.
-    """
+    """What `save` wrote, checked against its digest if it has one; nothing in the file is run."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with train.py")
     raw = Path(path).read_bytes()
@@ -179,8 +171,8 @@ def load_checkpoint(path) -> dict:
 def restore(path, settings, model, optimizer) -> tuple[int, float]:
     """Load a checkpoint of this run; returns its step and the best validation GED so far."""
     content = load_checkpoint(path)
-    config = plain(dataclasses.asdict(model.config))
-    if content["model"] != settings["model"] or plain(content["config"]) != config:
+    if (content["model"], plain(content["config"])) != (
+            settings["model"], plain(dataclasses.asdict(model.config))):
         raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
                         "config.json; begin another run with --out")
     check_state(path, model, content["state"])
@@ -193,22 +185,21 @@ def check_state(path, model, state: dict) -> None:
     """UserError unless `state` has the model's names, with their shapes and dtypes."""
     expected = model.state_dict()
     for name in [*expected, *state]:
-        if name not in expected or not same_kind(state.get(name), expected[name]):
+        if not same_kind(state.get(name), expected.get(name)):
             raise UserError(f"{path}: its weights do not fit the model of its config; the first "
                             f"that differs is {str(name)[:80]}")
 
 
-def same_kind(found, expected: torch.Tensor) -> bool:
+def same_kind(found, expected: torch.Tensor | None) -> bool:
     """Whether `found` is an ordinary tensor of the shape and dtype of `expected`."""
     return (isinstance(found, torch.Tensor) and found.layout == torch.strided
-            and found.shape == expected.shape and found.dtype == expected.dtype)
+            and expected is not None
+            and (found.shape, found.dtype) == (expected.shape, expected.dtype))
 
 
 def restore_optimizer(path, optimizer, saved: dict) -> None:
-    """Load the moments of `saved`; UserError unless they fit the optimiser's parameters.
-
-    Options such as the learning rate come from the run's settings, not from the file.
-    """
+    """Load the moments of `saved`; UserError unless they fit the optimiser's parameters. Options
+    such as the learning rate come from the run's settings, not from the file."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for name in MOMENTS[type(optimizer)]
              if name != "momentum_buffer" or optimizer.defaults["momentum"]]

@@ -1,7 +1,7 @@
 """Synthetic sets, whose distribution of label maps is known.
 
-Each function returns the whole set and the case indices of train, val and test. Its keyword
-arguments are the set's options; `Annotated[int, 32]` is a whole number from 32 up.
+Each function returns the whole set and the case indices of each split. Its keyword arguments are
+the set's options; `Annotated[int, 32]` is a whole number from 32 up.
 """
 
 import itertools
@@ -18,8 +18,7 @@ from sources.base import (SPLITS, Split, random_classes, relabel, seeded_generat
 
 STREET = ("sky", "building", "road", "sidewalk", "vegetation", "car", "person")
 
-# Prob. U-Net's Cityscapes experiment (arXiv:1806.05034, Sec. 4.2): the probability with which each
-# of these classes flips to its twin.
+# The probability that a class flips to its twin (Probabilistic U-Net, arXiv:1806.05034, Sec. 4.2).
 FLIPS = {"sidewalk": 8 / 17, "person": 7 / 17, "car": 6 / 17, "vegetation": 5 / 17, "road": 4 / 17}
 
 # The organs in a picture of the belly, as shares of its side: row, column, radii; and contrast.
@@ -33,14 +32,14 @@ ORGANS = torch.tensor([[0.45, 0.28, 0.20, 0.17, 0.32],  # 1 liver
 def make_toy1d():
     """SSN's toy (arXiv:2006.06015, Sec. 5.1): one constant image of 21 pixels, two label maps.
 
-    The first third is on, the last third off, the middle third on or off as a whole, each with
-    probability 1/2.
+    The first third is on, the last third off; the middle third is on with probability 1/2.
     """
     labels = torch.zeros(1, 2, 21, dtype=torch.uint8)
     labels[:, :, :7] = 1
     labels[:, 1, 7:14] = 1
-    whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"], exact=True)
-    return whole, dict.fromkeys(SPLITS, [0])  # one case, for training and testing
+    whole = Split(torch.ones(1, 1, 21), labels, None, ["line"], 2, ["line"], exact=True,
+                  parts={split: ["line"] for split in SPLITS})
+    return whole, {split: [0] for split in SPLITS}  # one case for all
 
 
 def make_shapes(*, n: Annotated[int, 3] = 1000, size: Annotated[int, 32] = 64, seed: int = 0):
@@ -52,8 +51,8 @@ def make_shapes(*, n: Annotated[int, 3] = 1000, size: Annotated[int, 32] = 64, s
       style     every border is a halo, sigmoid(-distance / h), h = 0.4 + 2 u pixels at size 64.
                 Annotators draw tight (-3 px), middle or loose (+3 px), the same way around
                 both objects, and with q = 0.1 + 0.8 u:         P = (1 - q)^2, 2 q (1 - q), q^2
-      presence  a second, faint ellipse (class 3) of contrast 0.1 + 0.3 v (the main object has
-                0.45 to 0.65, the noise 0.04) is drawn or not:  P(drawn) = 0.1 + 0.8 v
+      presence  a second, faint ellipse (class 3) of contrast 0.1 + 0.3 v is drawn or not:
+                                                                P(drawn) = 0.1 + 0.8 v
     The probability of label map (class * 3 + style) * 2 + drawn is the product of the three.
     """
     uniform, normal = _draws(n, seed)
@@ -67,10 +66,9 @@ def make_shapes(*, n: Annotated[int, 3] = 1000, size: Annotated[int, 32] = 64, s
 
 
 def make_lesions3d(*, n: Annotated[int, 3] = 60, size: Annotated[int, 32] = 48, seed: int = 0):
-    """`make_shapes` in 3D with one class: a certain and a faint lesion, 6 label maps a case.
+    """`make_shapes` in 3D without the class: a certain and a faint lesion, 6 label maps a case.
 
-    Label map number style * 2 + drawn; the style moves borders by 3 voxels at size 64. The
-    probabilities, as in `make_shapes`, depend on the halo and on the faint lesion's contrast.
+    Label map number style * 2 + drawn; the style moves borders by 3 voxels at size 64.
     """
     images, inner, outer, weights = _two_objects(*_draws(n, seed), size, 3)
     labels = torch.stack([inner, inner | outer], 2).to(torch.uint8)
@@ -101,9 +99,7 @@ def _two_objects(uniform: Callable, normal: Callable, size: int, dims: int, expo
 def make_modes(*, n: Annotated[int, 3] = 500, size: Annotated[int, 48] = 64, seed: int = 0):
     """Street scenes, where each of five classes may turn into its twin class: 32 label maps.
 
-    Classes 0..6 are `STREET`, 7..11 the twins in the order of `FLIPS`. In label map number m
-    class j of `FLIPS` is flipped where bit j of m is set; its probability is the product over the
-    five.
+    Classes 0..6 are `STREET`, 7..11 the twins in the order of `FLIPS`; maps as in `flip_modes`.
     """
     uniform, normal = _draws(n, seed)
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size] * 2, indexing="ij")
@@ -127,8 +123,8 @@ def make_modes(*, n: Annotated[int, 3] = 500, size: Annotated[int, 48] = 64, see
     roofs = uniform(0.08, 0.3, 5).gather(1, house.flatten(1)).view(n, size, size)
     for number in range(5):
         paint((house == number) & (y > roofs), "building", 0.55, 0.5, 0.45, vary=0.12)
-    windows = (scene == 1) & (x * 16 % 1 > 0.5) & (y * 12 % 1 > 0.5)
-    paint(windows, "building", 0.35, 0.38, 0.45)
+    windows = (x * 16 % 1 > 0.5) & (y * 12 % 1 > 0.5)
+    paint((scene == 1) & windows, "building", 0.35, 0.38, 0.45)
     paint(y > horizon, "sidewalk", 0.62, 0.58, 0.6)
     road = (x - vanish).abs() < 0.07 + 0.75 * (y - horizon)
     paint((y > horizon) & road, "road", 0.36, 0.36, 0.4)
@@ -151,16 +147,15 @@ def make_modes(*, n: Annotated[int, 3] = 500, size: Annotated[int, 48] = 64, see
     images = (images + 0.04 * normal(3, size, size)).clamp(0, 1)
 
     table, probabilities = flip_modes([STREET.index(name) for name in FLIPS], len(STREET))
-    labels = table[:, scene].transpose(0, 1).contiguous()
-    weights = probabilities.repeat(n, 1)
-    return _finish("scene", images, labels, weights, len(STREET) + len(FLIPS))
+    labels, weights = table[:, scene].transpose(0, 1).contiguous(), probabilities.repeat(n, 1)
+    return _finish("scene", images, labels, weights.float(), len(STREET) + len(FLIPS))
 
 
 def flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
     """The 32 label maps of `FLIPS`: (table (32, 256) uint8, probabilities (32,)).
 
-    In label map m class c becomes table[m, c]. values: the class of each name of `FLIPS`; number j,
-    whose twin is class twin + j, is flipped where bit j of m is set.
+    values: the class of each name of `FLIPS`. In label map m class c becomes table[m, c]: values[j]
+    flips to twin + j where bit j of m is set. A map's probability is the product over the five.
     """
     flipped = torch.arange(32)[:, None] >> torch.arange(len(values)) & 1  # (32, 5)
     table = torch.arange(256, dtype=torch.uint8).repeat(32, 1)
@@ -173,9 +168,8 @@ def flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
 def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, seed: int = 0):
     """Cells of a warped Voronoi diagram with dark membranes, like neurites in electron microscopy.
 
-    Each cell's class is drawn anew from 1..15, independently and uniformly; the membrane is class 0
-    (HPU-Net's SNEMI3D task, arXiv:1905.13077, Sec. 3.3). `instances` holds the ids, `labels` four
-    such maps for evaluation.
+    Each cell's class is drawn anew from 1..15; the membrane is class 0 (HPU-Net's SNEMI3D task,
+    arXiv:1905.13077, Sec. 3.3). `instances` holds the ids, `labels` four maps for evaluation.
     """
     (uniform, normal), across = _draws(n, seed), 4  # cells along the side
     axis = (torch.arange(size) + 0.5) / size * across  # in cells
@@ -197,21 +191,18 @@ def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, see
     images = (0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
               - 0.45 * torch.sigmoid(3 * (1.2 * width - to_wall) / width)).clamp(0, 1)
     instances.masked_fill_(to_wall < width, 0)
-    maps = []
-    for number in range(4):
-        table = random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
-        maps.append(relabel(instances, table))
-    labels = torch.stack(maps, 1)
+    tables = [random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
+              for number in range(4)]
+    labels = torch.stack([relabel(instances, table) for table in tables], 1)
     return _finish("section", images[:, None], labels, None, 16, instances=instances)
 
 
 def make_organs(*, n: Annotated[int, 12] = 400, size: Annotated[int, 48] = 96, seed: int = 0):
     """Five organs with blurred borders, four slices a patient, three annotators of known weight.
 
-    Organ k covers sigmoid(-distance / h) of a pixel, h between 0.4 and 2.4 px at size 96, sharp or
-    blurred for each organ of each patient. An annotator draws an organ where it covers more than
-    0.2, 0.5 or 0.8 (probability 1/4, 1/2, 1/4): all organs loose, middle or tight together, by
-    +-1.39 h.
+    An organ covers sigmoid(-distance / h) of a pixel; each organ of a patient has its own h, 0.4 to
+    2.4 px at size 96. Annotators draw all organs where they cover more than 0.2, 0.5 or 0.8
+    (probability 1/4, 1/2, 1/4): loose, middle or tight, +-1.39 h.
     """
     (uniform, normal), unit, count = _draws(n, seed), size / 96, len(ORGANS)
     patient = torch.arange(n) // 4
@@ -259,8 +250,8 @@ def _broadcast(values: Tensor, dims: int) -> Tensor:
 def _distance(size: int, centre: Tensor, radii: Tensor, turn=None, exponent=None) -> Tensor:
     """About the signed distance, in pixels, to a superellipse: (n, d), (n, d) -> (n, *[size] * d).
 
-    (f - 1) times the mean radius, with f = (sum_i |x_i / r_i|^p)^(1/p). `turn` (n,), radians, is in
-    the last two axes; `exponent` p (n,) is 2 where not given.
+    (f - 1) times the mean radius, f = (sum_i |x_i / r_i|^p)^(1/p); `exponent` p (n,) is 2 if not
+    given. `turn` (n,), radians, is in the last two axes.
     """
     dims = centre.shape[1]
     grid = [torch.arange(size).view(*[-1 if i == axis else 1 for i in range(dims)])
@@ -286,8 +277,8 @@ def _texture(normal: Callable, size: int, bumps: int, dims: int = 2) -> Tensor:
 def _finish(kind, images, labels, weights, num_classes, groups=None, instances=None):
     """Names the cases and splits them 60/20/20 by group."""
     names = [f"{kind}-{i:04d}" for i in range(len(images))]
-    weights = None if weights is None else weights.float()
-    groups = names if groups is None else groups
-    whole = Split(images, labels, weights, groups, num_classes, names, instances,
-                  exact=instances is None)
-    return whole, split_groups(groups, val=0.25)
+    rows = split_groups(groups or names, val=0.25)
+    parts = {split: [names[i] for i in rows[split]] for split in SPLITS}
+    whole = Split(images, labels, weights, groups or names, num_classes, names, instances,
+                  exact=instances is None, parts=parts)
+    return whole, rows

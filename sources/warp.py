@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,25 @@ from sources.base import spline
 from sources.files import DataError
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """What may be done to an image and its label map, drawn anew for every row of a batch."""
+
+    flip: tuple[int, ...] = ()  # axes (-1 is left-right) mirrored with probability 1/2
+    quarter_turns: bool = False  # in the last two axes; half turns only, where these differ in size
+    rotation: float = 0.0  # degrees, uniform in +-rotation, in every plane
+    shear: float = 0.0  # off-diagonal terms of the map, uniform in +-shear
+    scale: float = 0.0  # magnification, log-uniform between 1/(1 + scale) and 1 + scale
+    translation: float = 0.0  # pixels, uniform in +-translation, along every axis
+    elastic: float = 0.0  # pixels, standard deviation of the control points' shifts
+    elastic_spacing: float = 24.0  # pixels between control points of the cubic B-spline
+
+    @property
+    def resamples(self) -> bool:
+        """Whether pixels land between pixels; if not, they are only moved, bit for bit."""
+        return any((self.rotation, self.shear, self.scale, self.translation, self.elastic))
+
+
 class Warp(NamedTuple):
     """Output pixel o of row b shows the source at  centre + matrix (start + o - centre) + shift."""
 
@@ -22,51 +42,46 @@ class Warp(NamedTuple):
     knots: Tensor | None  # (B, d, *k) control points of the shift, in pixels
 
 
-def center_start(have: int, want: int) -> int:
-    """Where a central window of `want` pixels starts; padding and cropping back are inverse."""
-    return (have - want) // 2 if have >= want else -((want - have) // 2)
-
-
-def draw_warp(augmentation, count: int, shape: Sequence[int], size: Sequence[int],
+def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size: Sequence[int],
               generator: torch.Generator) -> Warp:
-    """What a `data.Augmentation` does to `count` images of `shape`, seen in a window of `size`.
+    """What `augmentation` does to `count` images of `shape`, seen in a window of `size`.
 
     DataError where lines (1D) are to be turned or deformed.
     """
-    dims, device = len(shape), generator.device
+    dims = len(shape)
     if dims == 1 and (augmentation.resamples or augmentation.quarter_turns):
         raise DataError("1D images cannot be turned or deformed: give Augmentation(flip=(-1,))")
 
     def uniform(bound: float, *more: int) -> Tensor:  # (count, *more) in +-bound
-        return bound * (2 * torch.rand(count, *more, generator=generator, device=device) - 1)
+        return bound * (2 * torch.rand(count, *more, generator=generator) - 1)
 
     def whole(high: int) -> Tensor:  # (count,) in 0..high-1
-        return torch.randint(high, (count,), generator=generator, device=device)
+        return torch.randint(high, (count,), generator=generator)
 
     def turn(cos: Tensor, sin: Tensor, i: int, j: int) -> Tensor:  # in the plane of axes i and j
-        matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
+        matrix = torch.eye(dims).repeat(count, 1, 1)
         matrix[:, i, i], matrix[:, j, j], matrix[:, i, j], matrix[:, j, i] = cos, cos, -sin, sin
         return matrix
 
-    matrix = torch.eye(dims, device=device).repeat(count, 1, 1)
+    matrix = torch.eye(dims).repeat(count, 1, 1)
     for axis in augmentation.flip:
         matrix[:, axis, axis] = 1.0 - 2 * whole(2)
     if augmentation.quarter_turns:
         quarter = whole(4) if shape[-2] == shape[-1] else 2 * whole(2)
-        circle = torch.tensor([0.0, 1.0, 0.0, -1.0], device=device)
+        circle = torch.tensor([0.0, 1.0, 0.0, -1.0])
         matrix = matrix @ turn(circle[(quarter + 1) % 4], circle[quarter], -2, -1)
     if augmentation.rotation:
         for i, j in itertools.combinations(range(dims), 2):
             angle = uniform(math.radians(augmentation.rotation))
             matrix = matrix @ turn(angle.cos(), angle.sin(), i, j)
     if augmentation.shear:
-        diagonal = torch.eye(dims, device=device)
-        matrix = matrix @ (diagonal + (1 - diagonal) * uniform(augmentation.shear, dims, dims))
+        matrix = matrix @ (torch.eye(dims) + (1 - torch.eye(dims))
+                           * uniform(augmentation.shear, dims, dims))
     if augmentation.scale:
         matrix = matrix * uniform(math.log1p(augmentation.scale)).exp()[:, None, None]
 
     start = torch.stack([whole(have - want + 1) if have > want else
-                         torch.full((count,), center_start(have, want), device=device)
+                         torch.full((count,), -((want - have) // 2))
                          for have, want in zip(shape, size)], 1).float()
     if augmentation.translation:
         start = start + uniform(augmentation.translation, dims)
@@ -74,13 +89,16 @@ def draw_warp(augmentation, count: int, shape: Sequence[int], size: Sequence[int
     if augmentation.elastic:
         # A cubic spline over m intervals has m + 3 control points.
         counts = [max(round(want / augmentation.elastic_spacing), 1) + 3 for want in size]
-        knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator,
-                                                   device=device)
+        knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator)
     return Warp(matrix, start, knots)
 
 
 def apply_warp(images: Tensor, labels: Tensor, warp: Warp, size, resamples: bool):
-    """Images (B, C, *S) and label maps (B, *S) through the warp, in a window of `size`."""
+    """Images (B, C, *S) and label maps (B, *S) through the warp, in a window of `size`.
+
+    Images are interpolated linearly and reflected past their border; labels take the nearest
+    pixel, and 255 past it.
+    """
     shape, (count, channels) = images.shape[2:], images.shape[:2]
 
     def spread(values: Tensor, axis: int | None = None) -> Tensor:  # (B,) or (B, size[axis])

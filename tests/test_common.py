@@ -58,6 +58,27 @@ def test_dropout_zeroes_a_share_p_and_keeps_the_mean():
     assert not torch.equal(dropped[0], dropped[1])  # each case has its own mask
 
 
+def test_importance_ratio_by_hand():
+    """Densities 1/2 under q and 1/4 under p; three of four draws from q, or all of them."""
+    log_q, log_p = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    ratio = common.importance_log_ratio(log_q, log_p, 3, 1).exp()
+    assert ratio.item() == pytest.approx(0.25 / (3 / 4 * 0.5 + 1 / 4 * 0.25))
+    assert common.importance_log_ratio(log_q, log_p, 1, 0).exp().item() == pytest.approx(0.5)
+
+
+def test_hierarchy_noise_doubles_its_maps_and_comes_in_parts(monkeypatch):
+    """Five draws of two cases, two at a time; the whole draw is the same whatever the parts are."""
+    image, results = torch.zeros(2, 1, 5, 8), []
+    for chunk in (2 * 2 * 40 * 3, 2**30):  # draws x cases x pixels x width
+        monkeypatch.setattr(common, "CHUNK", chunk)
+        seed = torch.Generator().manual_seed(0)
+        results.append(list(common.hierarchy_noise({0: 1, 1: 0, 2: 3}, 4, image, 5, seed, 3)))
+    assert [{i: tuple(e.shape) for i, e in part.items()} for part in results[0]] == [
+        {0: (2 * m, 1, 2, 2), 2: (2 * m, 3, 8, 8)} for m in (2, 2, 1)]
+    for i, whole in results[1][0].items():
+        assert torch.equal(torch.cat([part[i] for part in results[0]]), whole)
+
+
 # ----------------------------------------------------------------------------- low-rank normal
 
 
@@ -218,13 +239,12 @@ def test_a_failed_write_leaves_what_stood_there(tmp_path):
 
 
 def test_pictures_are_drawn(tmp_path):
-    figure, axes = analysis.pictures.new_figure(1, 3, title="three")
+    figure, axes = analysis.pictures.new_plot(1, 2, size=(3, 2))
     label = torch.tensor([[0, 1], [2, 255]])
     image = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
-    analysis.pictures.show_image(axes[0, 0], image)
-    analysis.pictures.show_label(axes[0, 1], label, image)
-    analysis.pictures.show_map(axes[0, 2], image[0])
-    picture = axes[0, 1].get_images()[0].get_array()
+    analysis.pictures.show_picture(axes[0, 0], analysis.pictures.paint_label(label, image), "a")
+    analysis.pictures.show_map(axes[0, 1], image[0])
+    picture = axes[0, 0].get_images()[0].get_array()
     np.testing.assert_allclose(picture[1, 1], 0.5)  # ignored: grey
     np.testing.assert_allclose(picture[0, 0], 0.0)  # background: the image's own black
     analysis.pictures.save_figure(figure, tmp_path / "three.png")

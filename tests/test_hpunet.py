@@ -12,7 +12,6 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import analysis.instances as instances
 import analysis.paper_figures as figures
-import hpunet
 from common import bounded_log_std, cross_entropy
 from helpers import batch, count_parameters, generator, seeded
 from hpunet import HPUNet, HPUNetConfig, ResBlock, hard_pixels
@@ -414,7 +413,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 def test_samples_are_ancestral_and_the_encoder_runs_once(latents, chunk, rows, monkeypatch):
     model, (image, _) = small(latents=latents), small_batch()
     noise = noise_of(model, image, 5, 0)
-    monkeypatch.setattr(hpunet, "CHUNK", chunk)
+    monkeypatch.setattr("common.CHUNK", chunk)
     seen, encoded = [], []
     model.out.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     model.unet.encoder[0].register_forward_hook(lambda m, args, out: encoded.append(len(out)))

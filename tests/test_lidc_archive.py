@@ -14,15 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.path import Path as Polygon
-from PIL import Image
 
 import data
 from sources.base import split_groups
@@ -42,11 +39,10 @@ def read_synthetic(path, pixels=False):
                        tuple(file["spacing"].tolist()), *numbers, file["hu"] if pixels else None)
 
 
-def write_slice(path, uid, series, patient, z, hu, *, location=math.nan, spacing=(0.5, 0.5),
-                modality="CT"):
+def write_slice(path, uid, series, patient, z, hu, *, location=math.nan, spacing=(0.5, 0.5)):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        np.savez(file, text=[uid, series, patient, modality], mm=[z, location], spacing=spacing,
+        np.savez(file, text=[uid, series, patient], mm=[z, location], spacing=spacing,
                  shape=hu.shape, hu=np.float32(hu))
 
 
@@ -259,25 +255,12 @@ def test_odd_spacing_is_resampled_as_stated(archive, tmp_path):
 
 
 def test_what_is_read_back_is_whole(archive, tmp_path):
-    src, _ = archive
-    whole = data.load("lidc", "all", path=_path(src, tmp_path))
+    build(archive[0], tmp_path / "lidc.npz")
+    whole = data.load("lidc", "all", path=tmp_path / "lidc.npz")
     assert whole.images.shape == (5, 1, 16, 16) and whole.labels.shape == (5, 4, 16, 16)
     assert sorted(set(whole.groups)) == [f"LIDC-IDRI-000{i}" for i in (1, 2, 3)]
     parts = data.load("lidc", ("train", "val", "test"), path=tmp_path / "lidc.npz")
     assert sorted(sum((part.names for part in parts), [])) == sorted(whole.names)
-    tree = data.load("lidc", ("train", "val", "test"), path=tmp_path / "tree")
-    for part, other in zip(parts, tree):  # the tree sorts by name, and names its split
-        order = [[name.split("/", 1)[1] for name in other.names].index(name) for name in part.names]
-        other = other.subset(order)
-        assert torch.equal(part.images, other.images) and part.groups == other.groups
-        annotators = other.labels.shape[1]
-        assert torch.equal(part.labels[:, :annotators], other.labels)
-        assert (part.labels[:, annotators:] == 255).all()
-
-
-def _path(src, tmp_path):
-    build(src, tmp_path / "lidc.npz", png=tmp_path / "tree")
-    return tmp_path / "lidc.npz"
 
 
 def test_the_table_is_that_of_the_papers(archive, tmp_path, capsys):
@@ -356,19 +339,16 @@ def test_slices_whose_places_disagree_are_dropped(tmp_path, capsys):
 
 def test_a_rerun_resumes_and_overwrites_nothing(archive, tmp_path):
     """Finished series are not read again, and the file is the same bit for bit."""
-    src, _ = archive
-    build(src, tmp_path / "lidc.npz", png=tmp_path / "tree")
-    content = (tmp_path / "lidc.npz").read_bytes()
-    for png in (None, tmp_path / "tree"):
-        with pytest.raises(DataError, match="is there: delete it, or give another name"):
-            build(src, tmp_path / "lidc.npz", png=png)
-        (tmp_path / "lidc.npz").unlink(missing_ok=True)
-    shutil.rmtree(tmp_path / "tree")
+    src, dst = archive[0], tmp_path / "lidc.npz"
+    build(src, dst)
+    content = dst.read_bytes()
+    with pytest.raises(DataError, match="is there: delete it, or give another name"):
+        build(src, dst)
+    dst.unlink()
     reads.clear()
-    build(src, tmp_path / "lidc.npz", png=tmp_path / "tree")
+    build(src, dst)
     assert {Path(file).parent.name for file, pixels in reads if pixels} <= {"D"}
-    assert (tmp_path / "lidc.npz").read_bytes() == content
-    assert len(list((tmp_path / "tree").rglob("*.png"))) == 3 * 5 + 2 * 4
+    assert dst.read_bytes() == content
 
 
 def test_what_changed_is_cut_again(archive, tmp_path):
@@ -393,10 +373,10 @@ def test_what_changed_is_cut_again(archive, tmp_path):
 
 
 @pytest.mark.parametrize("owner, method, name", [
-    (os, "fsync", ""), (Image.Image, "save", "_l1.png"), (zipfile.ZipFile, "open", "groups.npy"),
-    (os, "replace", "result.npz"), (Path, "rename", "tree"), (Path, "rename", "lidc.npz")])
+    (os, "fsync", ""), (zipfile.ZipFile, "open", "groups.npy"), (os, "replace", "result.npz"),
+    (Path, "rename", "result.npz")])
 def test_killed_while_it_writes(owner, method, name, archive, tmp_path, monkeypatch):
-    """In the middle of a series, of the tree, of the result; before each of the last renames."""
+    """In the middle of a series and of the result; before each of the last renames."""
     real = getattr(owner, method)
 
     def die(*arguments, **options):
@@ -404,19 +384,16 @@ def test_killed_while_it_writes(owner, method, name, archive, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
 
-    src, dst, tree = archive[0], tmp_path / "lidc.npz", tmp_path / "tree"
+    src, dst = archive[0], tmp_path / "lidc.npz"
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, die)
-        child = multiprocessing.get_context("fork").Process(
-            target=build, args=(src, dst), kwargs={"png": tree})
+        child = multiprocessing.get_context("fork").Process(target=build, args=(src, dst))
         child.start()
         child.join()
     assert child.exitcode == -signal.SIGKILL and not dst.exists()
-    assert tree.exists() == (name == "lidc.npz")
-    build(src, dst, png=tree)
+    build(src, dst)
     build(src, tmp_path / "whole.npz")
     assert dst.read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    assert len(list(tree.rglob("*.png"))) == 3 * 5 + 2 * 4  # patient 2 has three annotators
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -428,28 +405,24 @@ def slow_read(path, pixels=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_twenty_times_it_completes(archive, tmp_path, workers):
-    """Killed at random moments, DST is absent or whole, and so is the tree; a rerun completes."""
-    src, _ = archive
+    """Killed at random moments, DST is absent or whole; a rerun completes."""
+    src, dst = archive[0], tmp_path / "lidc.npz"
     options, draw, caught = dict(read=slow_read, workers=workers), random.Random(workers), 0
     start = time.monotonic()
-    build(src, tmp_path / "whole.npz", png=tmp_path / "whole tree", **options)
+    build(src, tmp_path / "whole.npz", **options)
     length, wanted = time.monotonic() - start, (tmp_path / "whole.npz").read_bytes()
-    dst, tree = tmp_path / "lidc.npz", tmp_path / "tree"
     for _ in range(20):
         child = multiprocessing.get_context("fork").Process(
-            target=build, args=(src, dst), kwargs=options | {"png": tree})
+            target=build, args=(src, dst), kwargs=options)
         child.start()
         time.sleep(length * draw.random())
         caught += child.is_alive()
         child.kill()
         child.join()
-        if tree.exists():
-            assert len(list(tree.rglob("*.png"))) == 23
         if dst.exists():
-            assert dst.read_bytes() == wanted and tree.exists()
+            assert dst.read_bytes() == wanted
             dst.unlink()
-            shutil.rmtree(tree)
-    build(src, dst, png=tree, **options)
+    build(src, dst, **options)
     assert caught and dst.read_bytes() == wanted and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -491,7 +464,7 @@ if __name__ == "__main__":
         assert parent.wait(20) == (130 if number == signal.SIGINT else -number)
         if number == signal.SIGINT:
             message = parent.stderr.read()
-            assert "the same command" in message and message.count("\n") == 1
+            assert "rerun to resume" in message and message.count("\n") == 1
     end = time.monotonic() + 10
     while processes(parent.pid):
         assert time.monotonic() < end
@@ -585,23 +558,16 @@ def test_outlines_stay_in_their_slice(points, fragment, tmp_path, capsys):
     assert refused[0].startswith("refused: series 1 (p): ")
 
 
-@pytest.mark.parametrize("namespace", ["", ' xmlns="http://example.org/other"'])
-def test_the_namespace_does_not_matter(namespace, tmp_path, capsys):
-    scan(tmp_path / "src", "1", "p")
-    write(tmp_path / "src/a.xml", xml("1", DRAWN, namespace=namespace))
-    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
-    assert not refused and cases["p/z-9.0_c0"][1].any()
-
-
-def test_other_xml_and_other_files_are_passed_over(tmp_path, capsys):
-    scan(tmp_path / "src", "1", "p", DRAWN)
-    scan(tmp_path / "src/x-ray", "2", "p", modality="DX")
-    write(tmp_path / "src/x-ray/a.xml", xml("2", DRAWN, root="IdriReadMessage"))
+def test_other_xml_other_namespaces_and_other_files(tmp_path, capsys):
+    for number, namespace in ("1", ""), ("2", ' xmlns="http://example.org/other"'):
+        scan(tmp_path / "src" / number, number, "p" + number)
+        drawn = session(nodule(roi(f"{number}.1", BOX)))
+        write(tmp_path / f"src/{number}.xml", xml(number, drawn, namespace=namespace))
+    write(tmp_path / "src/x-ray/a.xml", xml("3", DRAWN, root="IdriReadMessage"))
     write(tmp_path / "src/b.xml", "<html/>")
     write(tmp_path / "src/LICENSE", "text")
-    write(tmp_path / "src/half.dcm", b"half a header")
     refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
-    assert len(cases) == 2 and len(refused) == 1 and "half.dcm: is no DICOM file" in refused[0]
+    assert not refused and cases.keys() == {"p1/z-9.0_c0", "p2/z-9.0_c0", "good/z-9.0_c0"}
 
 
 def test_missing_slices_are_left_out_and_counted(tmp_path, capsys):
@@ -614,7 +580,7 @@ def test_missing_slices_are_left_out_and_counted(tmp_path, capsys):
         (src / f"1-00{i}.slice").unlink()
     refused, cases = told(capsys, src, tmp_path / "b.npz")
     assert len(cases) == 1 and len(refused) == 1  # with no file the series is not there at all
-    assert "1 XML files whose series is not here" in refused[0]
+    assert "1 XML files: no slices of series 1" in refused[0]
 
 
 def test_duplicate_slices(tmp_path, capsys):
@@ -659,10 +625,8 @@ def test_surplus_sessions_without_outlines_are_left_out(tmp_path, capsys):
     """Eight sessions, as in 188/011.xml, where the second of the first four drew nothing."""
     drawn, empty = session(nodule(roi("1.1", BOX))), session()
     scan(tmp_path / "src", "1", "p", drawn, empty, drawn, drawn, *[empty] * 4)
-    scan(tmp_path / "src/2", "2", "q", *[session(nodule(roi("2.1", BOX)))] * 5, empty)
     refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
-    assert (cases["p/z-9.0_c0"][1] == 1).sum((1, 2)).tolist() == [25, 0, 25, 25]
-    assert len(refused) == 1 and "series 2 (q)" in refused[0] and "5 readingSessions" in refused[0]
+    assert (cases["p/z-9.0_c0"][1] == 1).sum((1, 2)).tolist() == [25, 0, 25, 25] and not refused
 
 
 def test_outlines_belong_to_the_nodule_on_request(tmp_path):
@@ -688,7 +652,6 @@ def test_several_xml_files_of_one_series(tmp_path, capsys):
             assert not refused and (cases["p/z-9.0_c0"][1][0] == 1).sum() == drawn
         else:
             assert len(cases) == 1 and len(refused) == 1 and "contradict" in refused[0]
-            assert "069.xml" in refused[0] and name in refused[0]
 
 
 def test_xml_of_another_series(tmp_path, capsys):
@@ -696,67 +659,40 @@ def test_xml_of_another_series(tmp_path, capsys):
     write(tmp_path / "src/a.xml", xml("7", DRAWN))
     refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
     assert len(cases) == 1 and len(refused) == 2
-    assert "a.xml" in refused[0] and "whose series is not here" in refused[0]
+    assert "1 XML files: no slices of series 7" in refused[0]
     assert refused[1] == "refused: series 1 (p): no XML of its annotators"
 
 
-@pytest.mark.parametrize("change, fragment", [
-    (dict(spacing=(0.0, 0.5)), "PixelSpacing"), (dict(spacing=(0.5,)), "PixelSpacing"),
-    (dict(spacing=(math.nan, 0.5)), "PixelSpacing")])
-def test_bad_spacing(change, fragment, tmp_path, capsys):
-    scan(tmp_path / "src", "1", "p", DRAWN, **change)
-    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
-    assert len(cases) == 1 and len(refused) == 1 and fragment in refused[0]
-
-
 def test_series_that_contradict_themselves(tmp_path, capsys):
-    src, both = tmp_path / "src", session(nodule(*[roi(f"1.{i}", BOX)
-                                                   for i in range(2)]))
-    hu = scan(src / "1", "1", "p", both)
+    def drawn(number):
+        return session(nodule(*[roi(f"{number}.{i}", BOX) for i in range(2)]))
+
+    src = tmp_path / "src"
+    hu = scan(src / "1", "1", "p", drawn(1))
     write_slice(src / "1/1-001.slice", "1.1", "1", "p", -9.0, hu[1], spacing=(0.6, 0.6))
-    scan(src / "2", "2", "q", *[session(nodule(roi("2.1", BOX)))] * 5)
-    hu = scan(src / "3", "3", "r", session(nodule(roi("3.1", BOX))))
-    write_slice(src / "3/1-001.slice", "3.1", "3", "r", math.nan, hu[1])
-    hu[1, 0, 0] = np.inf
-    scan(src / "4", "4", "s", session(nodule(roi("4.1", BOX))))
-    write_slice(src / "4/1-001.slice", "4.1", "4", "s", -9.0, hu[1])
+    scan(src / "2", "2", "p", *[drawn(2)] * 5)
+    scan(src / "3", "3", "p", drawn(3))
+    write_slice(src / "3/1-001.slice", "3.1", "3", "p", math.nan, hu[1])
+    for number, spacing in (4, (0.0, 0.5)), (5, (0.5,)), (6, (math.nan, 0.5)):
+        scan(src / f"{number}", f"{number}", "p", drawn(number), spacing=spacing)
     refused, cases = told(capsys, src, tmp_path / "lidc.npz")
-    assert len(cases) == 1 and [line.split(": ")[1] for line in refused] == [
-        "series 1 (p)", "series 2 (q)", "series 3 (r)", "series 4 (s)"]
-    for line, fragment in zip(refused, ("differ in size or PixelSpacing", "5 readingSessions",
-                                        "no ImagePositionPatient", "not all are finite")):
-        assert fragment in line
+    fragments = ("differ in size or PixelSpacing", "5 readingSessions", "ImagePositionPatient None",
+                 "PixelSpacing (0.0, 0.5)", "PixelSpacing (0.5,)", "PixelSpacing (nan, 0.5)")
+    assert len(cases) == 1
+    for number, line, fragment in zip(range(1, 7), refused, fragments, strict=True):
+        assert line.startswith(f"refused: series {number} (p): ") and fragment in line
 
 
-def test_links_in_circles_and_odd_names(tmp_path, capsys):
+def test_pipes_links_and_odd_names(tmp_path, capsys):
     src = tmp_path / "src ä 中" / "nested [1]"
     scan(src / "deep/er", "1", "../p/../../evil", DRAWN)
     (src / "deep/er/up").symlink_to(src)
     (src / "deep/dead").symlink_to(tmp_path / "nothing")
-    (src / "twice").symlink_to(src / "deep")
     os.mkfifo(src / "pipe.dcm")
-    odd = os.fsencode(src) + b"/\xff.xml"
-    with open(odd, "wb") as file:
+    with open(os.fsencode(src) + b"/\xff.xml", "wb") as file:
         file.write(b"<a")
-    dst = tmp_path / "out [x]" / "ü.npz"
-    refused, cases = told(capsys, src, dst, png=tmp_path / "tree ü")
+    refused, cases = told(capsys, src, tmp_path / "out [x]" / "ü.npz")
     assert cases.keys() == {"_p_evil/z-9.0_c0", "good/z-9.0_c0"} and len(refused) == 1
-    pngs = [p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.png")]
-    assert len(pngs) == 2 * 1 + 2 * 1 and set(pngs) == {"tree ü"}
-
-
-def test_folders_that_may_not_be_read_are_named(tmp_path, capsys, monkeypatch):
-    scan(tmp_path / "src/locked", "1", "p", DRAWN)
-    real = os.scandir
-
-    def scandir(folder):
-        if str(folder).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(folder))
-        return real(folder)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    refused, cases = told(capsys, tmp_path / "src", tmp_path / "lidc.npz")
-    assert len(cases) == len(refused) == 1 and "locked: Permission denied" in refused[0]
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
@@ -772,31 +708,14 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert "ends in .npz" in refused("build-lidc", src, tmp_path / "a.npy")
     assert "at least 2 pixels" in refused("build-lidc", src, tmp_path / "a.npz", "--size", 1)
     assert "window" in refused("build-lidc", src, tmp_path / "a.npz", "--window", 400, -1000)
-    assert "nothing to cut" in refused("build-lidc", src, tmp_path / "a.npz", "--workers", 1)
     write(tmp_path / "other.npz", "mine")
     assert "other.npz is there" in refused("build-lidc", src, tmp_path / "other.npz")
-    assert "src is there" in refused("build-lidc", src, tmp_path / "a.npz", "--png", src)
     assert (tmp_path / "other.npz").read_text() == "mine"
-    write(src / "a.dcm", "x")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    assert "pip install pydicom" in refused("build-lidc", src, tmp_path / "a.npz", "--workers", 1)
-
-
-def test_memory_is_that_of_one_series(tmp_path, monkeypatch):
-    def peak(series):
-        src = tmp_path / f"{series}"
-        for i in range(series):
-            outlines = [roi(f"{i}.{z}", square(2, 2, 9, 9)) for z in range(8)]
-            scan(src / f"{i}", f"{i}", f"p{i}", session(nodule(*outlines)), slices=8,
-                 shape=(192, 192), seed=i)
-        tracemalloc.start()
-        build(src, tmp_path / f"{series}.npz", size=24)
-        result = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return result
-
-    peak(1)  # what is set up once
-    assert peak(12) < 1.3 * peak(3)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pydicom", None)
+        assert "pip install pydicom" in refused("build-lidc", src, tmp_path / "a.npz")
+    pytest.importorskip("pydicom")
+    assert "nothing to cut" in refused("build-lidc", src, tmp_path / "a.npz", "--workers", 1)
 
 
 # -------------------------------------------------------------------------------- the real thing
@@ -838,17 +757,17 @@ def test_real_dicom_files_through_the_command_line(tmp_path, capsys):
     write_dicom(src / "s/1-3.dcm", "1.2.3", "1.2", 2.5, stored[3], SliceLocation=None)
     write_dicom(src / "t/1-0.dcm", "1.3.0", "1.3", 1, stored[0], RescaleSlope=None)
     write_dicom(src / "x/1-0.dcm", "1.4.0", "1.4", 1, stored[0], Modality="CR")
+    write(src / "half.dcm", b"half a header")
     whole = (src / "s/1-0.dcm").read_bytes()
     write(src / "u/cut.dcm", whole[:len(whole) // 2].replace(b"1.2.0", b"1.5.0").replace(
         b"1.2\0", b"1.5\0"))
     for series in ("1.2", "1.3", "1.5"):
         write(src / f"{series}.xml", xml(series, session(nodule(*[
             roi(f"{series}.{i}", BOX) for i in range(4)]))))
-    assert data.main(["build-lidc", str(src), str(dst), "--size", "16", "--workers", "1",
-                      "--png", str(tmp_path / "tree")]) == 0
+    assert data.main(["build-lidc", str(src), str(dst), "--size", "16", "--workers", "1"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
-    assert len(lines) == 2 and "series 1.3" in lines[0] and "RescaleSlope" in lines[0]
-    assert "series 1.5" in lines[1]
+    assert len(lines) == 3 and "half.dcm: InvalidDicomError" in lines[0]
+    assert "series 1.3" in lines[1] and "RescaleSlope" in lines[1] and "series 1.5" in lines[2]
     with np.load(dst) as file:
         cases = dict(zip(file["names"].tolist(), zip(file["images"], file["labels"])))
     assert cases.keys() == {f"LIDC-IDRI-0007/z{z}_c0" for z in (-0.5, 0.5, 2.5)}
@@ -856,5 +775,3 @@ def test_real_dicom_files_through_the_command_line(tmp_path, capsys):
         image, labels = cases[f"LIDC-IDRI-0007/z{i - 0.5}_c0"]
         assert np.array_equal(image[3:, 3:], grey(2.0 * stored[i] - 1024)[:13, :13])
         assert (labels[0] == 1).sum() == 25 and (labels[1:] == 255).all()
-    png = np.asarray(Image.open(next((tmp_path / "tree").glob("*/images/*/z-0.5_c0.png"))))
-    assert np.array_equal(png, cases["LIDC-IDRI-0007/z-0.5_c0"][0])

@@ -277,7 +277,7 @@ def test_each_level_s_prior_sees_the_draw_of_the_coarser_level():
 
 @pytest.mark.parametrize("chunk", [1, 2**30])
 def test_samples_are_ancestral_and_the_encoder_runs_once(chunk, monkeypatch):
-    monkeypatch.setattr(phiseg, "CHUNK", chunk)
+    monkeypatch.setattr("common.CHUNK", chunk)
     model, (image, _) = small(), small_batch(size=(9, 13))
     rows, encoded = [], []
     hook = model.likelihood.out["1"].register_forward_hook(lambda m, args, out: rows.append(len(out)))
@@ -285,7 +285,7 @@ def test_samples_are_ancestral_and_the_encoder_runs_once(chunk, monkeypatch):
     samples = model.sample(image, 3, generator())
     assert rows == {1: [2, 2, 2], 2**30: [6]}[chunk] and encoded == [2]
     hook.remove()
-    monkeypatch.setattr(phiseg, "CHUNK", 2**30)
+    monkeypatch.setattr("common.CHUNK", 2**30)
     (noise,) = model.noise(image, 3, generator())
     for i in range(3):
         latents, _ = walk(model.prior, model.encode(image),

@@ -237,9 +237,9 @@ BAD_PICKLES = {
     "no annotators": (lambda: spoiled(lambda t: t["case-1"].update(masks=[])),
                       ["case-1", "no mask"]),
     "masks no list": (lambda: spoiled(lambda t: t["case-1"].update(masks="abc")),
-                      ["case-1", "masks a str"]),
+                      ["case-1", "mask 0", "str"]),
     "ragged list": (lambda: spoiled(lambda t: t["case-1"].update(image=[[1.0], [1.0, 2.0]])),
-                    ["case-1", "image is a list"]),
+                    ["case-1", "image must be an array"]),
     "list as mask": (lambda: spoiled(lambda t: t["case-1"].update(masks=[[[1], [1, 0]]])),
                      ["case-1", "mask 0", "list"]),
     "too large": (lambda: spoiled(lambda t: t["case-1"]["image"].__setitem__((0, 0), 1e300)),
@@ -1069,8 +1069,6 @@ def write_brats(root, patients=10):
 
 def test_brats(tmp_path):
     stored = write_brats(tmp_path)
-    (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "HGG/again").symlink_to(tmp_path / "HGG")
     train, val, test = data.load("brats", ("train", "val", "test"), path=tmp_path)
     assert [len(part) for part in (train, val, test)] == [6, 1, 3] and train.num_classes == 4
     assert train.images.shape == (6, 4, 5, 5, 7) and train.groups == train.names

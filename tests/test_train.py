@@ -19,7 +19,6 @@ from PIL import Image
 import common
 import data
 import evaluate
-import models
 from sources import runs
 import train
 from common import UserError
@@ -113,7 +112,8 @@ def test_a_run_writes_what_it_says(finished, tmp_path, monkeypatch):
     assert config["versions"]["torch"] == torch.__version__
     assert list(log(folder)) == [1, 50, 100] and list(log(folder, "val_ged_16")) == [50, 100]
     assert [entry["steps"] for entry in log(folder).values()] == [1, 49, 50]
-    assert {"lr", "negative_log_likelihood", "gradient", "seconds_per_step"} <= log(folder)[1].keys()
+    assert log(folder)[1].keys() >= {"lr", "negative_log_likelihood", "gradient",
+                                     "seconds_per_step"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["ged_16"].keys() == {"mean", "stderr", "n"} and metrics["ged_16"]["n"] == 4
 
@@ -160,7 +160,8 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(step, finished, tmp_pat
                                                          reports, capsys):
     done = len(reports)
     on_step(monkeypatch, step, lambda model: os.kill(os.getpid(), signal.SIGTERM))
-    out = run(*TINY, "--steps", 100, "--out", tmp_path, code=128 + signal.SIGTERM, capsys=capsys).out
+    code = 128 + signal.SIGTERM
+    out = run(*TINY, "--steps", 100, "--out", tmp_path, code=code, capsys=capsys).out
     assert f"stopped and saved at step {step}" in out and len(reports) == done
     assert runs.load_checkpoint(tmp_path / "last.pt")["step"] == step
     run("--resume", tmp_path)
@@ -189,17 +190,20 @@ def test_the_command_line_stops_at_sigterm(tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(finished, tmp_path):
     random.seed(0)
-    for _ in range(20):
+
+    def arguments():
         begun = (tmp_path / "config.json").exists()
-        process = start("train.py", *(["--resume", tmp_path] if begun else
-                                      [*TINY, "--steps", 100, "--out", tmp_path]))
+        return ["--resume", tmp_path] if begun else [*TINY, "--steps", 100, "--out", tmp_path]
+
+    for _ in range(20):
+        process = start("train.py", *arguments())
         time.sleep(random.uniform(1, 8))
         process.kill()
         process.communicate()
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
                 runs.load_checkpoint(tmp_path / name)
-    run("--resume", tmp_path)
+    run(*arguments())
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -222,9 +226,10 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path, capsys):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = f"from sources import runs; import time; owned = runs.own(__import__('pathlib').Path({str(tmp_path)!r})); " \
-        "owned.__enter__(); print('locked', flush=True); time.sleep(100)"
-    process = start("-c", code)
+    code = ("import pathlib, sys, time; from sources import runs; "
+            "owned = runs.own(pathlib.Path(sys.argv[1])); owned.__enter__(); "
+            "print('locked', flush=True); time.sleep(100)")
+    process = start("-c", code, tmp_path)
     assert process.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match=f"in use by process {process.pid} "), runs.own(tmp_path):
         pass
@@ -364,10 +369,6 @@ def test_other_lines_in_the_log_are_left_out(tmp_path):
     assert runs.read_log(tmp_path / "nowhere") == []
 
 
-def test_a_name_with_a_null_byte_is_one_line(capsys):
-    assert "cannot be a folder's name" in one_line(capsys, "--out", "a\0b")
-
-
 def test_a_strange_world_size_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "x")
     assert "start with torchrun" in one_line(capsys, *TINY, "--out", tmp_path / "run")
@@ -432,25 +433,25 @@ def test_lr_drops_replace_the_recipe_s_schedule(tmp_path):
     assert log(tmp_path)[6]["lr"] == 0.005
 
 
-@pytest.mark.parametrize("training, kind", [
-    (dict(optimizer="adam", lr=1.0, weight_decay=0.1), torch.optim.Adam),
-    (dict(optimizer="sgd", lr=1.0, weight_decay=0.1, momentum=0.9), torch.optim.SGD),
-    (dict(optimizer="rmsprop", lr=1.0, weight_decay=0.1, momentum=0.6, alpha=0.9),
-     torch.optim.RMSprop)])
-def test_optimizers_and_who_decays(training, kind):
-    """Without a gradient only weight decay moves a weight, and not those that ask for none."""
-    model = torch.nn.Linear(2, 1)
-    model.no_weight_decay = ("bias",)
-    optimizer = train.make_optimizer(model, training)
-    assert type(optimizer) is kind and all(optimizer.defaults[k] == v for k, v in training.items()
-                                           if k != "optimizer")
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert not torch.equal(model.weight, before[0]) and torch.equal(model.bias, before[1])
-    del model.no_weight_decay
-    assert len(train.make_optimizer(model, training).param_groups) == 1
+@pytest.mark.parametrize("name, kind, options", [
+    ("adam", torch.optim.Adam, {}), ("sgd", torch.optim.SGD, dict(momentum=0.6)),
+    ("rmsprop", torch.optim.RMSprop, dict(momentum=0.6, alpha=0.9))])
+def test_optimizers_have_the_options_that_are_theirs(name, kind, options):
+    given = dict(lr=1.0, weight_decay=0.1) | options
+    training = dict(momentum=0.6, optimizer=name) | given  # --quick may replace SGD by Adam
+    optimizer = train.make_optimizer(torch.nn.Linear(2, 1), training)
+    assert type(optimizer) is kind
+    assert {key: optimizer.defaults[key] for key in given} == given
+
+
+@pytest.mark.parametrize("kappa, said", [("1e-9", True), ("1e9", False)])
+def test_a_target_that_was_never_reached_is_said(kappa, said, tmp_path, capsys):
+    out = run("--model", "hpunet", "--data", "shapes", "--data-args", "n=6", "size=32", "--steps",
+              2, "--batch-size", 2, "--device", "cpu", "--out", tmp_path, "--model-args",
+              "channels=(4,6,8)", "convs=1", "blocks=1", "latents=(2,1)", f"kappa={kappa}",
+              capsys=capsys).out
+    advice = "the reconstruction never reached its target kappa=1e-09: raise it with --model-args"
+    assert (advice in out) == said
 
 
 def test_the_gradient_s_norm():
