@@ -54,7 +54,8 @@ from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
 from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, conv_block,
-                    cross_entropy, one_hot, pad_to_multiple, valid_label)
+                    cross_entropy, importance_log_ratio, one_hot, pad_to_multiple, train_small,
+                    valid_label)
 
 CHUNK = 2**22  # feature values of the finest skip decoded at once when sampling: bounds memory
 
@@ -214,25 +215,26 @@ class VAEUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats, on average, by importance sampling, (B,):
-
-            log (1/n) sum_i p(y | z_i, x) p(z_i) / (n_q/n q(z_i) + n_p/n p(z_i)),
-
-        n_q = ceil(n / 2) draws are from the mask's q, the others from the image's p, so that a mask
-        unlike those of training does no harm; with latents="image" all are from p.
-        """
-        label = valid_label(label, mask)
+        """Lower bound of log p(y | x) in nats by importance sampling with n draws, (B,): half of
+        them from the mask's q, half from the image's p, see common.importance_log_ratio. With
+        latents="image" all are from p."""
+        label, (n_q, n_p) = valid_label(label, mask), (n - n // 2, n // 2)
+        if self.config.latents == "image":
+            n_q, n_p = 0, n
         features, of_image, of_mask = self.encode_both(image, label)
-        n_q = (n + 1) // 2 if self.config.latents == "mask" else 0
-        draws = [[normal.sample() for normal in (of_mask if i < n_q else of_image)]
-                 for i in range(n)]
-        log_p, log_q = (torch.stack([sum(normal.log_prob(level) for normal, level in zip(of, z))
-                                     for z in draws]) for of in (of_image, of_mask))
-        share = torch.tensor([n_q / n, 1 - n_q / n], device=image.device).log()
-        log_ratio = log_p - torch.logaddexp(log_q + share[0], log_p + share[1])  # (n, B)
+        draws = [[normal.sample() for normal in of_mask] for _ in range(n_q)]
+        draws += [[normal.sample() for normal in of_image] for _ in range(n_p)]
+        log_q = torch.stack([log_density(of_mask, z) for z in draws])  # (n, B)
+        log_p = torch.stack([log_density(of_image, z) for z in draws])
         log_prob = torch.cat([-cross_entropy(logits, label)
                               for logits in self._decode(features, draws, image.shape[2:])])
+        log_ratio = importance_log_ratio(log_q, log_p, n_q, n_p)
         return (log_prob + log_ratio).logsumexp(0) - math.log(n)
+
+
+def log_density(normals: list[DiagonalNormal], z: list[Tensor]) -> Tensor:
+    """log density of one draw of the latents of every skip connection, (B,)."""
+    return sum(normal.log_prob(level) for normal, level in zip(normals, z))
 
 
 class LatentSkip(nn.Module):
@@ -298,9 +300,6 @@ def build_backbone(c: VAEUNetConfig, in_channels: int, decoder: bool = True) -> 
     return unet
 
 
-# ----------------------------------------------------------------------------------- pictures
-
-
 if __name__ == "__main__":
     import data
     import metrics
@@ -309,19 +308,8 @@ if __name__ == "__main__":
     train, test = data.load("organs", ("train", "test"))
     torch.manual_seed(0)
     model = VAEUNet(VAEUNetConfig(num_classes=6, **VAEUNet.QUICK_CONFIG))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    augmentation, steps = data.DATASETS["organs"].augmentation, 300
-    batches = data.batches(train, 8, seed=0, augmentation=augmentation)
-    for step, (image, label) in zip(range(1, steps + 1), batches):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps) ** 0.9
-        optimizer.zero_grad()
-        loss, terms = model(image, label)
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step}/{steps}: cross-entropy {terms['cross_entropy']:.3f}, "
-                  f"kl {terms['kl']:.4f} nats a pixel", flush=True)
-    model.eval()
+    batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["organs"].augmentation)
+    train_small(model, batches, steps=300, lr=5e-3, drop_at=200)
     test = test.subset(range(0, len(test), 4))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
     print(f"GED of 16 samples: {metrics.ged(samples, test.labels, 6, test.weights).mean():.3f}")

@@ -25,8 +25,8 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
     A picture (8 or 16 bits, scaled to [0, 1], or floats as they are) or a NIfTI (for a model
     trained on `folder` or `brats` every channel at mean 0 and standard deviation 1, as there; else
     as it is) gives in the folder `out`
-        <name>_samples.png        image, prediction, all outlines, uncertainty, samples; of a volume,
-                                  one slice
+        <name>_samples.png        image, prediction, all outlines, uncertainty and samples; of a
+                                  volume, its fullest slice
         <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
                                   probabilities float32 (K, H, W), the samples' mean, and
                                   uncertainty and entropy float32 (H, W)

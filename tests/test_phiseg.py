@@ -308,7 +308,7 @@ def test_predict_and_reconstruct_stand_at_the_means():
 
 
 def test_masks_are_summed_in_float32():
-    model, (image, label) = small(train=True), small_batch()
+    model, (image, _) = small(train=True), small_batch()
     with torch.autocast("cpu", torch.bfloat16):
         latents, _ = model.prior(model.encode(image))
         residuals, masks = model.likelihood(latents), model.masks(latents, (8, 16))

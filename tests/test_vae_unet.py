@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import analysis.paper_figures
 import vae_unet
-from common import LOG_STD_BOUND as BOUND
 from vae_unet import LatentSkip, VAEUNet, VAEUNetConfig, dice_loss
 
+BOUND = 4  # of common.bounded_log_std
 UNET = dict(channels=(4, 5, 6), convs=1)
 SWIN = dict(backbone="swin", width=4, depths=(2, 2, 1), heads=(1, 2, 4), patch=2, window=3,
             drop_path=0.0)
