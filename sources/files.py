@@ -153,7 +153,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
     # Turned axes have negative strides, which torch refuses.
     array = np.ascontiguousarray(array)
     thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]
-    if dims is None and len(thin) == 1:
+    if dims != 3 and len(thin) == 1:
         array = array.squeeze(thin[0])
     return array, source
 

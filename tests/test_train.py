@@ -533,7 +533,7 @@ def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["data_args"]["n"] = 170  # 34 test cases: batches of 32 and 2
     (folder / "config.json").write_text(json.dumps(config))
-    REPORT(folder, samples=(1, 4), device=torch.device("cpu"), quiet=True)
+    REPORT(folder, samples=(1, 4), device=torch.device("cpu"))
     alone = {name: (folder / name).read_text() for name in ("per_case.csv", "metrics.json")}
     assert alone["per_case.csv"].count("\n") == 35
     for name in alone:
