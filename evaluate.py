@@ -272,7 +272,8 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
 def parse(argv=None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.add_argument("run", help="folder that train.py wrote")
     p.add_argument("--split", choices=["test", "val", "all"], default="test")
     p.add_argument("--cases", choices=["all", "agreed"], default="all",
@@ -335,9 +336,11 @@ def predict_images(args, device) -> None:
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
     model = models.load(folder, device)
     for file in files:
-        say(str(predict_image(model, data_name, file, out, temperature=args.temperature,
-                              samples=16 if len(args.samples) > 1 else args.samples[0],
-                              class_scales={int(k): factor for k, factor in scales.items()})))
+        picture, arrays = predict_image(
+            model, data_name, file, out, temperature=args.temperature,
+            samples=16 if len(args.samples) > 1 else args.samples[0],
+            class_scales={int(k): factor for k, factor in scales.items()})
+        say(f"{picture} (look at it), {arrays} (the samples and maps)")
 
 
 def warn_of_foreign(args, device) -> None:

@@ -56,7 +56,8 @@ LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), se
 def parse(argv=None) -> argparse.Namespace:
     """The command line; options not given are None, so that --resume can fill them in."""
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.add_argument("--model", help=f"one of: {' '.join(MODELS)} (default ssn)")
     p.add_argument("--data", help=f"one of: {' '.join(data.DATASETS)} (default shapes)")
     p.add_argument("--path", help="file or folder of the data set (default datasets/<data>)")

@@ -175,11 +175,10 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
         weight = probabilities[:, None, None] * (labels != IGNORE)
         annotated = (weight * (labels > 0)).sum(0) / weight.sum(0).clamp(min=1e-6)
         order = torch.arange(len(labels))
-        if batch.weights is not None:
+        if batch.exact:  # the known modes, the likeliest first
             order = probabilities.argsort(descending=True)
-            order = order[probabilities[order] > 0]
-        order = order[:ANNOTATORS]
-        weights = None if batch.weights is None else probabilities[order]
+        order = order[probabilities[order] > 0][:ANNOTATORS]  # an annotator may be missing
+        weights = probabilities[order] if batch.exact else None
         cases.append(Case(shown[batch.names[i]], labels=labels[order], weights=weights,
                           annotated=annotated, ncc=ncc[i].item(), **flat))
     return cases
@@ -232,14 +231,14 @@ def plot_samples(path, cases: list[Case]) -> None:
 def plot_overview(path, cases: list[Case]) -> None:
     """`plot_samples` in short, a row a case: four cases, four annotators, eight samples."""
     kind = "annotator" if cases[0].weights is None else "mode"
-    rows, notes = {}, {}
+    rows, notes, count = {}, {}, min(4, max(len(c.labels) for c in cases))
     for c in cases[:: -(-len(cases) // 4)]:
-        labels = [paint_label(label, c.image) for label in c.labels[:4]]
+        labels = [paint_label(label, c.image) for label in c.labels[:count]]
         samples = [paint_label(sample, c.image) for sample in c.samples[:8]]
-        rows[c.name] = [paint_image(c.image), *labels, *[None] * (4 - len(labels)), *samples]
+        rows[c.name] = [paint_image(c.image), *labels, *[None] * (count - len(labels)), *samples]
         if c.weights is not None:
-            notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:4])}
-    save_grid(path, rows, ["image", *numbered(kind, 4), *numbered("sample", 8)], notes, cell=0.8)
+            notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:count])}
+    save_grid(path, rows, ["image", *numbered(kind, count), *numbered("sample", 8)], notes, cell=0.8)
 
 
 def plot_uncertainty(path, cases: list[Case]) -> None:

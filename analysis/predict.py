@@ -19,8 +19,9 @@ SHOWN = 64  # samples in the picture, at most
 
 
 def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, temperature=1.0,
-                  class_scales=None) -> Path:
-    """Samples for a picture, a NIfTI file or a patient's folder of BraTS: the file with them.
+                  class_scales=None) -> tuple[Path, Path]:
+    """Samples for a picture, a NIfTI file or a patient's folder of BraTS: (a picture of them, the
+    file with them).
 
     A picture (8 or 16 bits, scaled to [0, 1], or floats as they are) or a NIfTI (for a model
     trained on `folder` or `brats` every channel at mean 0 and standard deviation 1, as there; else
@@ -44,19 +45,20 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
 
     name = file.resolve().name if file.is_dir() else stem(file)
     out.mkdir(parents=True, exist_ok=True)
-    plot_prediction(out / f"{name}_samples.png", image, arrays)
+    picture = out / f"{name}_samples.png"
+    plot_prediction(picture, image, arrays)
     if source is None:
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
         write_atomically(out / f"{name}.npz",
                          lambda path: Path(path).write_bytes(content.getvalue()))
-        return out / f"{name}.npz"
+        return picture, out / f"{name}.npz"
     for kind, array in arrays.items():
         whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
         whole[:1] = kind == "probabilities"  # beyond the box all is background
         whole[(..., *box)] = array
         write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
-    return out / f"{name}_samples.nii.gz"
+    return picture, out / f"{name}_samples.nii.gz"
 
 
 @torch.no_grad()

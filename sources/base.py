@@ -176,7 +176,8 @@ def locate(name: str, path, source) -> Path:
         raise DataError(f"{name}: several files at {place}: give the path of one, "
                         f"{' or '.join(file.name for file in found)}")
     if not found:
-        raise DataError(f"{name}: nothing to read at {place}: put there, or give the path of, "
+        fault = "nothing to read at" if place.exists() else "there is no"
+        raise DataError(f"{name}: {fault} {place}: put there, or give the path of, "
                         f"{source.layout}; sources/README.md has every layout")
     return found[0]
 
@@ -270,7 +271,7 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     if not highest:
         raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
-                        "set folder reads them with masks=binary)")
+                        "set folder reads them with --data-args masks=binary)")
     whole.num_classes = listing.num_classes or highest + 1
     weights = whole.present.numpy()  # (N, A)
     uniform = listing.weights is None and weights.all()

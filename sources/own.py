@@ -101,8 +101,8 @@ def _read_groups(file: Path, images: dict[str, Path]) -> dict[str, str | None]:
         table = dict(csv.reader(filter(None, lines)))
     table.pop("name", None)  # the heading
     if odd := sorted(table.keys() ^ images.keys()):
-        raise DataError(f"{file}: {odd[0]!r} is there or in images/, not in both; list every image "
-                        "once")
+        fault = "does not list" if odd[0] in images else "images/ does not hold"
+        raise DataError(f"{file}: {fault} {odd[0]!r}; list every image once")
     return table
 
 

@@ -300,7 +300,8 @@ def test_a_folder_of_pictures(run, tmp_path, capsys):
     (folder / "notes.txt").write_text("no picture")
     assert evaluate.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [Path(line).name for line in lines] == ["a.npz", "b.npz"]
+    assert [Path(line.split()[0]).name for line in lines] == ["a_samples.png", "b_samples.png"]
+    assert "a.npz" in lines[0] and "b.npz" in lines[1]
     assert np.load(tmp_path / "out" / "a.npz")["samples"].shape == (2, 33, 33)
 
 
@@ -364,7 +365,7 @@ def test_a_patient_of_brats(volume_run, tmp_path):
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)),
                      patient / f"Brats17_1_1_{kind}.nii.gz")
     model = models.load(volume_run / "best.pt")
-    written = analysis.predict.predict_image(model, "folder", patient, tmp_path / "out", samples=2)
+    _, written = analysis.predict.predict_image(model, "folder", patient, tmp_path / "out", samples=2)
     back = np.asarray(nibabel.load(written).dataobj)
     assert back.shape == (14, 12, 10, 2) and not back[~brain].any() and back[brain].any()
     probs = np.asarray(nibabel.load(tmp_path / "out/Brats17_1_1_probabilities.nii.gz").dataobj)
@@ -393,7 +394,7 @@ def test_a_volume_of_one_slice_for_a_model_of_volumes(volume_run, tmp_path):
     array = np.random.default_rng(0).random((9, 8, 1, 4)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii")
     model = models.load(volume_run / "best.pt")
-    written = analysis.predict.predict_image(model, "folder", tmp_path / "x.nii", tmp_path,
+    _, written = analysis.predict.predict_image(model, "folder", tmp_path / "x.nii", tmp_path,
                                              samples=2)
     assert nibabel.load(written).shape == (9, 8, 1, 2)
 
