@@ -97,6 +97,8 @@ def settle(args) -> tuple[dict, Path]:
     settings = {key: default for key, (_, default) in SETTINGS.items()} | given
     named = args.resume if isinstance(args.resume, str) else args.out
     folder = Path(named or "runs/{model}-{data}-{seed}".format(**settings))
+    if "\0" in str(folder):
+        raise UserError(f"--out {str(folder)!r}: no file name holds a null character")
     if args.resume:
         before = read_config(folder)["settings"]
         for key, value in plain(given).items():

@@ -42,8 +42,9 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
     if not float(arrays.get("num_classes", 0)).is_integer():
         raise DataError(f"{path}: num_classes is {arrays['num_classes']}; give a whole number")
     num_classes = num_classes or int(arrays.get("num_classes", 0))
-    names = [str(name) for name in arrays.get("names", range(len(labels)))]
-    groups = [str(group) for group in arrays.get("groups", names)]
+    with readable(path, "names or groups"):  # damaged text may hold what is no character
+        names = [str(name) for name in arrays.get("names", range(len(labels)))]
+        groups = [str(group) for group in arrays.get("groups", names)]
     cases = [Case(name, group, partial(read_row, images, labels, i))
              for i, (name, group) in enumerate(zip(names, groups))]
     return Listing(cases, split_groups(groups, val), num_classes, weights=arrays.get("weights"))

@@ -41,8 +41,8 @@ def read_config(folder: Path) -> dict:
         config["settings"]["data"]  # without which there is no run
         given = {name: default for name, (_, default) in SETTINGS.items()} | config["settings"]
         for name, (kinds, _) in SETTINGS.items():
-            if not isinstance(given[name], kinds):
-                raise TypeError(name)
+            if not isinstance(given[name], kinds) or (given[name] is True and kinds is not bool):
+                raise TypeError(name)  # True would count as the number 1
         return config | {"settings": given, "changes": list(config.get("changes", []))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "

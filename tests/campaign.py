@@ -111,8 +111,9 @@ def damage_file(rng, path: Path) -> None:
         content = json.dumps(damaged_value(rng, json.loads(content))).encode()
     elif path.suffix == ".jsonl" and not plainly:
         lines = [json.loads(line) for line in content.splitlines()]
-        content = "\n".join(map(json.dumps, damaged_value(rng, lines) or [0])).encode() \
-            if rng.random() < 0.8 else b"[]\n" + content
+        lines = damaged_value(rng, lines)
+        lines = lines if isinstance(lines, list) else [lines]
+        content = "\n".join(map(json.dumps, lines)).encode()
     else:
         content = damaged(rng, content)
     path.write_bytes(content)
@@ -228,7 +229,7 @@ def run_folder(rng, folder):
     kind = rng.random()
     if kind < 0.1 and file.suffix in (".png", ".tif"):
         mode = rng.choice(["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK"])
-        mode = "L" if file.suffix == ".png" and mode in ("F", "CMYK") else mode
+        mode = "L" if file.suffix == ".png" and mode in ("I", "F", "CMYK") else mode
         Image.new(mode, rng.choice([(16, 16), (1, 1), (16, 5), (3000, 2)])).save(file)
     elif kind < 0.15:
         file.unlink()
