@@ -293,6 +293,8 @@ def plot_curves(path, log: list[dict]) -> None:
     """Every term of a run's log, and the validation GED, against the step."""
     skip = {"step", "steps", "lr", "seconds_per_step"}
     names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
+    if not names:  # nothing is logged yet
+        return
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
