@@ -10,7 +10,6 @@ import io
 import json
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 try:
@@ -18,6 +17,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+import matplotlib
+import numpy as np
 import torch
 
 from common import UserError
@@ -84,7 +85,7 @@ def begin(folder, settings, training, model, split, start) -> None:
         half.unlink()
     changes = read_config(folder)["changes"] if start else []
     changes.append({"step": start} | {key: settings[key] for key in CHANGEABLE})
-    versions = {name: version(name) for name in ("torch", "numpy", "matplotlib")}
+    versions = {package.__name__: package.__version__ for package in (torch, np, matplotlib)}
     config = dict(settings=settings, training=training, config=dataclasses.asdict(model.config),
                   parameters=sum(p.numel() for p in model.parameters()), changes=changes,
                   versions=dict(python=platform.python_version(), **versions))

@@ -95,7 +95,7 @@ def test_the_data_sets_are_listed(capsys):
     (["--data", "shapes", "--data-args", "n"], "key=value"),
     (["--data", "shapes", "--data-args", "path=x"], "is synthetic, not read from x"),
     (["--data", "shapes", "--data-args", "n=x"], "whole number"),
-    (["--data", "npz", "--path", "nowhere"], "nothing to read")])
+    (["--data", "npz", "--path", "nowhere"], "there is no nowhere")])
 def test_mistakes_of_show_are_one_line(arguments, fragment, capsys):
     assert data.main(["show", *arguments]) == 2
     message = capsys.readouterr().err
