@@ -399,7 +399,7 @@ def train_small(model: nn.Module, batches, steps: int, lr: float, drop_at: int) 
         loss, terms = model(image, label)
         loss.backward()
         optimizer.step()
-        note = ", ".join(f"{name} {value:.2f}" for name, value in terms.items())
+        note = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         progress.update(step + 1, note, line=step % 100 == 99)
     model.eval()
 
