@@ -206,6 +206,7 @@ def test_instances_of_a_model_that_knows_them(tmp_path):
     assert name == "rand_error_16" and value == scores["rand_error_16"].mean()
 
 
+@pytest.mark.slow
 def test_instances_of_a_model_that_does_not():
     split = data.load("cells", "test", n=15)
     model = Colours(split)

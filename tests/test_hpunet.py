@@ -489,6 +489,7 @@ def test_bad_settings_are_refused(fields, message):
         HPUNet(HPUNetConfig(**dict(channels=(2, 2, 2), latents=(1,)) | fields))
 
 
+@pytest.mark.slow
 def test_a_tiny_ambiguous_batch_overfits():
     """One image with two annotators: GECO reaches its target, and samples hit both maps."""
     torch.manual_seed(0)

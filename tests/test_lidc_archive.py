@@ -429,6 +429,7 @@ def test_killed_twenty_times_it_completes(archive, tmp_path, workers):
 # --------------------------------------------------------------------------------------- workers
 
 
+@pytest.mark.slow
 def test_workers_make_the_same(archive, tmp_path, capsys):
     src, _ = archive
     build(src, tmp_path / "one.npz")

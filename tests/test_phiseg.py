@@ -317,6 +317,7 @@ def test_masks_are_summed_in_float32():
         == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_tiny_ambiguous_batch_overfits():
     """One image with two annotators: samples show both maps, not their mean."""
     torch.manual_seed(0)
