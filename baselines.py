@@ -136,6 +136,7 @@ class DeterministicUNet(Mixture):
             init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int = 1) -> Tensor:
+        """Logits of the one output there is, (1, B, K, *S)."""
         return self.head(self.unet(image)).unsqueeze(0)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -161,6 +162,7 @@ class EnsembleUNet(Mixture):
         self.members = nn.ModuleList(DeterministicUNet(config) for _ in range(config.members))
 
     def outputs(self, image: Tensor, n: int) -> Tensor:
+        """Logits of the first n members, (n, B, K, *S)."""
         return torch.cat([member.outputs(image) for member in self.members[:n]])
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -193,6 +195,7 @@ class MHeads(Mixture):
             init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int) -> Tensor:
+        """Logits of the first n heads, (n, B, K, *S)."""
         logits = self.heads(self.unet(image))  # (B, M*K, *S)
         return logits.unflatten(1, (self.count, -1)).transpose(0, 1)[:n]
 

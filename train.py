@@ -204,10 +204,12 @@ class Stop:
                        for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number, frame):
+        """The handler of the first signal."""
         self.signal = number
         self.restore()
 
     def restore(self):
+        """Signals do again what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

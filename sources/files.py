@@ -46,6 +46,7 @@ def readable(file, what: str):
 
 
 def error_line(error: Exception) -> str:
+    """The kind and text of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
@@ -159,6 +160,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
 
 def is_nifti(file: Path) -> bool:
+    """By the file's name."""
     return file.name.lower().endswith(FOLDER[-2:])
 
 

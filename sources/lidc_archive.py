@@ -60,6 +60,8 @@ LIDC_WINDOW = (-1000.0, 400.0)  # HU
 
 
 class CTSlice(NamedTuple):
+    """What `read_dicom` takes from a file."""
+
     file: str
     uid: str  # SOPInstanceUID
     series: str  # SeriesInstanceUID
@@ -135,6 +137,7 @@ def nodule_outlines(nodule: ElementTree.Element) -> dict[tuple, list]:
 
 
 def outlined_places(sessions: list) -> set[tuple]:
+    """The (slice UID, z) of every outline of every annotator."""
     return {place for nodules in sessions for nodule in nodules for place in nodule}
 
 
@@ -203,6 +206,8 @@ def crop(image: np.ndarray, lines: list[np.ndarray], outside: float, linear: boo
 
 
 class Series(NamedTuple):
+    """A scan to be cut."""
+
     uid: str
     patient: str
     reading: str  # XML file
@@ -345,6 +350,7 @@ def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1
 
 
 def attempt(function: Callable, item) -> tuple:
+    """(function(item), None), or (None, why it failed in one line)."""
     try:
         return function(item), None
     except MemoryError:
@@ -360,6 +366,7 @@ def start_worker() -> None:
 
 
 def end_with_parent() -> None:
+    """Waits in a thread for the parent's end; a pool's workers would outlive a killed parent."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
