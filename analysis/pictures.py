@@ -238,7 +238,8 @@ def plot_overview(path, cases: list[Case]) -> None:
         rows[c.name] = [paint_image(c.image), *labels, *[None] * (count - len(labels)), *samples]
         if c.weights is not None:
             notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:count])}
-    save_grid(path, rows, ["image", *numbered(kind, count), *numbered("sample", 8)], notes, cell=0.8)
+    columns = ["image", *numbered(kind, count), *numbered("sample", 8)]
+    save_grid(path, rows, columns, notes, cell=0.8)
 
 
 def plot_uncertainty(path, cases: list[Case]) -> None:
