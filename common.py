@@ -9,6 +9,7 @@ Sections: noise and Gaussians / losses / U-Net / padding / initialisation / devi
 
 import ast
 import json
+import math
 import os
 import sys
 import time
@@ -43,7 +44,29 @@ def key_values(option: str, items: list[str]) -> dict:
 
 # ------------------------------------------------------------------------ noise and Gaussians
 
-CHUNK = 2**24  # feature values computed at once when sampling a hierarchy: 64 MB in float32
+# Feature values to compute together. A CPU is fastest while they stay in its cache; a GPU wants
+# large launches, and these are small beside its memory (16 MB and 256 MB in float32).
+CHUNK_CPU, CHUNK_GPU = 2**22, 2**26
+
+
+def samples_at_once(values: int, device: torch.device) -> int:
+    """How many samples to compute together, where each holds `values` feature values at its widest
+    point, so that the memory that sampling takes does not grow with the number of samples."""
+    return max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // values)
+
+
+def concatenate(chunks, n: int) -> Tensor:
+    """Chunks of samples (m, ...), n samples in all, as one tensor (n, ...). Unlike torch.cat of a
+    list, this does not hold them twice."""
+    samples, start = None, 0
+    for chunk in chunks:
+        if len(chunk) == n:
+            return chunk
+        if samples is None:
+            samples = chunk.new_empty(n, *chunk.shape[1:])
+        samples[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return samples
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
@@ -92,7 +115,7 @@ def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: i
 
     channels: D_i of every level, coarse to fine; the coarsest has one position for `multiple`
         pixels a side, each next one has twice as many. A level of 0 channels has no noise.
-    width: a draw takes so many feature values a pixel of the image; m keeps them below CHUNK.
+    width: feature values that a draw holds for each pixel of the image, which decide about m.
     """
     size, noise = [-(-s // multiple) for s in image.shape[2:]], {}  # rounded up
     for i, depth in channels.items():
@@ -100,7 +123,7 @@ def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: i
             shape = (len(image), n, depth, *size)
             noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
         size = [2 * s for s in size]
-    m = max(1, CHUNK // (image[:, 0].numel() * width))
+    m = samples_at_once(image[:, 0].numel() * width, image.device)
     for start in range(0, n, m):
         yield {i: e[start : start + m].flatten(0, 1) for i, e in noise.items()}
 
@@ -133,6 +156,14 @@ class DiagonalNormal:
         return kl.flatten(1).sum(1)
 
 
+def predict_normal(head: nn.Module, features: Tensor) -> DiagonalNormal:
+    """The normal whose mean and log std (half of the channels each) the 1-wide layer `head`
+    predicts from features (B, C, ...). In float32 whatever autocast says: bfloat16 would round the
+    mean to 8 bits, and with it every sample."""
+    with torch.autocast(features.device.type, enabled=False):
+        return DiagonalNormal(*head(features.float()).chunk(2, 1))
+
+
 def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Tensor:
     """log [p(z) / mix(z)] in the lower bound of a conditional VAE's log p(y | x) by importance
     sampling (Burda et al. 2016),
@@ -145,7 +176,7 @@ def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Te
 
     log_q, log_p: log densities of the z_i in nats, of one shape, as is the result.
     """
-    log_share_q, log_share_p = (torch.tensor([n_q, n_p]) / (n_q + n_p)).log().tolist()
+    log_share_q, log_share_p = (math.log(k / (n_q + n_p)) if k else -math.inf for k in (n_q, n_p))
     return log_p - torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
 
 
@@ -171,19 +202,21 @@ class LowRankNormal:
         """
         batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
         shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
-        deviation = standard_normal(shape, mean, generator) * self.diagonal.sqrt().unsqueeze(1)
+        deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
+        std = self.diagonal.sqrt().unsqueeze(1)
+        # In place from here on, so that samples take no more memory than they must; but gradients
+        # need the noise itself.
+        deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
         if self.factor is not None:
             noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
             # autocast would run the product in bfloat16 and round every sample
             with torch.autocast(mean.device.type, enabled=False):
-                product = torch.baddbmm(deviation.flatten(2), noise, self.factor.flatten(2))
-            deviation = product.view(shape)  # (B, n, K, *S)
+                deviation.view(batch, drawn, -1).baddbmm_(noise, self.factor.flatten(2))
         if temperature != 1:
-            deviation = deviation * temperature**0.5
-        samples = mean + deviation
+            deviation *= temperature**0.5
         if antithetic:
-            samples = torch.cat([samples, mean - deviation], 1)[:, :n]
-        return samples.transpose(0, 1)
+            return torch.cat([mean + deviation, mean - deviation], 1)[:, :n].transpose(0, 1)
+        return deviation.add_(mean).transpose(0, 1)
 
     def scale_classes(self, samples: Tensor, scale: Tensor) -> Tensor:
         """Scale each class's part of (sample - mean) after the fact (SSN Fig. 6).

@@ -45,9 +45,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, cross_entropy, encode,
+from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy, encode,
                     hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, valid_label)
+                    pad_to_multiple, predict_normal, valid_label)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,15 @@ class HPUNet(nn.Module):
         scales = levels if scales is None else scales
         for i in scales:
             check_choice("scales", i, levels)
-        shared, logits = self.encode(image), []
+        return concatenate(self._samples(image, n, generator, scales), n)
+
+    def _samples(self, image, n, generator, scales):
+        """Yields n logit maps in chunks (m, B, K, *S); noise is 0 at latent maps not in `scales`."""
+        shared = self.encode(image)
         for noise in self.noise(image, n, generator):
             noise = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
             _, _, x = self.unet(shared, noise=noise)
-            logits.append(self._logits(x, image))
-        return torch.cat(logits)
+            yield self._logits(x, image)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -262,7 +265,7 @@ class LatentUNet(nn.Module):
             if i > 0:
                 x = self.decoder[i - 1](self.joins[i - 1](x, shared[i]))
             if str(i) in self.heads:
-                normals[i] = DiagonalNormal(*self.heads[str(i)](x).chunk(2, 1))
+                normals[i] = predict_normal(self.heads[str(i)], x)
                 chosen[i] = latents[i] if latents else normals[i].mean
                 if noise:
                     chosen[i] = chosen[i] + normals[i].std * noise[i]

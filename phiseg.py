@@ -46,9 +46,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, DiagonalNormal, center_crop, check_choice, conv_block, cross_entropy,
-                    double, encode, hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple,
-                    valid_label)
+from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
+                    encode, hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple,
+                    predict_normal, valid_label)
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,26 @@ class PHiSeg(nn.Module):
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S); the prior's encoder runs once for all of them."""
-        features, logits = self.encode(image), []
-        for noise in self.noise(image, n, generator):
-            latents, _ = self.prior(features, noise=noise)
-            finest = self.masks(latents, image.shape[2:])[1]
-            logits.append(finest.unflatten(0, (-1, len(image))))
-        return torch.cat(logits)
+        features = self.encode(image)
+        chunks = (self._finest(self.prior(features, noise=noise)[0], image)
+                  for noise in self.noise(image, n, generator))
+        return concatenate(chunks, n)
+
+    def _finest(self, latents, image):
+        """Logits (m, B, K, *S) of the finest masks of m draws of all latents."""
+        return self.masks(latents, image.shape[2:])[1].unflatten(0, (-1, len(image)))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
         """Probabilities (B, K, *S) with every level at its prior mean given the coarser ones."""
         latents, _ = self.prior(self.encode(image))
-        return self.masks(latents, image.shape[2:])[1].softmax(1)
+        return self._finest(latents, image)[0].softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
         """Logits (B, K, *S) with every level at its posterior mean: how well z can say `label`."""
         latents, _ = self.posterior(self.encode(image, label))
-        return self.masks(latents, image.shape[2:])[1]
+        return self._finest(latents, image)[0]
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
@@ -181,8 +183,7 @@ class PHiSeg(nn.Module):
                 log_q = sum(q[l].log_prob(z) for l, z in latents.items())
                 log_p = sum(p[l].log_prob(z) for l, z in latents.items())
                 log_ratio = importance_log_ratio(log_q, log_p, n_q, n_p).view(-1, len(image))
-                logits = self.masks(latents, image.shape[2:])[1].unflatten(0, (-1, len(image)))
-                log_weights.append(log_ratio - cross_entropy(logits, label))
+                log_weights.append(log_ratio - cross_entropy(self._finest(latents, image), label))
         return torch.cat(log_weights).logsumexp(0) - math.log(n)
 
 
@@ -195,16 +196,15 @@ class LatentNet(nn.Module):
         self.encoder = nn.ModuleList(
             conv_block(c.dims, before, after, convs=c.convs)
             for before, after in zip((in_channels, *c.channels), c.channels))
-        self.up, self.moments = nn.ModuleDict(), nn.ModuleDict()
+        self.up, self.join, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         features = c.channels[-c.latent_levels :]  # of level 1, 2, ..., L
         given = latents * c.channels[0]  # channels made of z_l+1
         for l in range(1, c.latent_levels):
             width = c.channels[l - 1]
             self.up[str(l)] = conv_block(c.dims, latents, given, convs=2)
-            self.moments[str(l)] = nn.Sequential(
-                conv_block(c.dims, features[l - 1] + given, width, convs=2),
-                CONV[c.dims](width, 2 * latents, 1))
-        self.moments[str(c.latent_levels)] = CONV[c.dims](features[-1], 2 * latents, 1)
+            self.join[str(l)] = conv_block(c.dims, features[l - 1] + given, width, convs=2)
+            self.heads[str(l)] = CONV[c.dims](width, 2 * latents, 1)  # mean and log std
+        self.heads[str(c.latent_levels)] = CONV[c.dims](features[-1], 2 * latents, 1)
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
         """Image (B, C, *S), sizes multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
@@ -221,8 +221,8 @@ class LatentNet(nn.Module):
             if given:
                 x = torch.cat([x] * (len(given[l]) // len(x)))
             if chosen:
-                x = torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1)
-            normals[l] = DiagonalNormal(*self.moments[str(l)](x).chunk(2, 1))
+                x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1))
+            normals[l] = predict_normal(self.heads[str(l)], x)
             chosen[l] = latents[l] if latents else normals[l].mean
             if noise:
                 chosen[l] = chosen[l] + normals[l].std * noise[l]

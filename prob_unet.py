@@ -41,11 +41,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import (CONV, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy, encode,
-                    importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
-                    standard_normal, valid_label)
-
-CHUNK = 2**20  # feature values computed at once when sampling: 4 MB fit into a CPU's cache
+from common import (CONV, DiagonalNormal, UNet, check_choice, concatenate, conv_block,
+                    cross_entropy, encode, importance_log_ratio, init_orthogonal, one_hot,
+                    pad_to_multiple, predict_normal, samples_at_once, standard_normal, valid_label)
 
 
 @dataclass(frozen=True)
@@ -148,19 +146,16 @@ class ProbUNet(nn.Module):
             x = self.from_features(self.unet(x))
         return self.comb(x).unflatten(0, z.shape[:2])
 
-    def _chunk(self, shared):
-        """How many samples to compute at once, so that memory does not grow with n."""
-        return max(1, CHUNK // (shared[:, 0].numel() * self.config.channels[0]))
+    def _chunks(self, shared, z):
+        """`_logits` of some of the latents z (n, B, N) at a time, one chunk after the other."""
+        values = 4 * self.config.channels[0] * shared[:, 0].numel()  # f_comb holds about four maps
+        for part in z.split(samples_at_once(values, shared.device)):
+            yield self._logits(shared, part)
 
     @torch.no_grad()
     def decode(self, image: Tensor, z: Tensor) -> Tensor:
         """Eq. 2: the logit maps (n, B, K, *S) that latents z (n, B, N) of your choice stand for."""
-        shared = self._shared(image)
-        logits = shared.new_empty(*z.shape[:2], self.config.num_classes, *image.shape[2:])
-        chunk = self._chunk(shared)
-        for out, part in zip(logits.split(chunk), z.split(chunk)):
-            out.copy_(self._logits(shared, part))
-        return logits
+        return concatenate(self._chunks(self._shared(image), z), len(z))
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -188,8 +183,7 @@ class ProbUNet(nn.Module):
         z = torch.cat([draw(posterior, n_q), draw(prior, n_p)])
         log_q, log_p = (torch.stack([normal.log_prob(sample) for sample in z])  # (n, B)
                         for normal in (posterior, prior))
-        log_prob = torch.cat([-cross_entropy(self._logits(shared, part), label)
-                              for part in z.split(self._chunk(shared))])
+        log_prob = torch.cat([-cross_entropy(logits, label) for logits in self._chunks(shared, z)])
         log_weights = log_prob + importance_log_ratio(log_q, log_p, n_q, n_p)
         return log_weights.logsumexp(0) - math.log(n)
 
@@ -223,8 +217,7 @@ class GaussianNet(nn.Module):
 
     def forward(self, x):
         coarsest = encode(self.levels, x)[-1]
-        mean, log_std = self.head(coarsest.flatten(2).mean(2)).chunk(2, 1)  # (B, N) each
-        return DiagonalNormal(mean, log_std)
+        return predict_normal(self.head, coarsest.flatten(2).mean(2))  # (B, N)
 
 
 def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = None) -> Tensor:

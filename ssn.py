@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.det_unet import DetUNet
 from common import (CONV, IGNORE, LowRankNormal, bounded_log_std, check_choice, cross_entropy,
-                    valid_label)
+                    samples_at_once, valid_label)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class SSN(nn.Module):
                        mask: Tensor | None = None) -> Tensor:
         """Eq. 6 with n samples: log p(y | x) in nats, a lower bound on average, (B,)."""
         normal, label = self.distribution(image, mask), valid_label(label, mask)
-        chunk = max(1, 2**24 // normal.mean.numel())  # memory does not grow with n
+        chunk = samples_at_once(normal.mean.numel(), image.device)
         parts = [-cross_entropy(normal.sample(min(chunk, n - i)), label)
                  for i in range(0, n, chunk)]
         return torch.cat(parts).logsumexp(0) - math.log(n)

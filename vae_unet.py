@@ -53,11 +53,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
-from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, conv_block,
-                    cross_entropy, importance_log_ratio, one_hot, pad_to_multiple, train_small,
-                    valid_label)
-
-CHUNK = 2**22  # feature values of the finest skip decoded at once when sampling: bounds memory
+from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, concatenate,
+                    conv_block, cross_entropy, importance_log_ratio, one_hot, pad_to_multiple,
+                    predict_normal, samples_at_once, train_small, valid_label)
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class VAEUNet(nn.Module):
 
     def _decode(self, features, draws, size):
         """Yield the logits (n', B, K, *size) of a list of draws of all latents, in parts."""
-        chunk = max(1, CHUNK // features[0].numel())
+        chunk = samples_at_once(features[0].numel(), features[0].device)
         for start in range(0, len(draws), chunk):
             part = draws[start : start + chunk]
             z = [torch.cat(level) for level in zip(*part)]
@@ -197,7 +195,7 @@ class VAEUNet(nn.Module):
     def _sample(self, image, n, generator):
         features, of_image = self.encode(image)
         draws = [[normal.sample(generator) for normal in of_image] for _ in range(n)]
-        return torch.cat(list(self._decode(features, draws, image.shape[2:])))
+        return concatenate(self._decode(features, draws, image.shape[2:]), n)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -250,9 +248,7 @@ class LatentSkip(nn.Module):
         self.conv = CONV[dims](channels, 2 * latent_dim, 1)
 
     def forward(self, features: Tensor) -> DiagonalNormal:
-        with torch.autocast(features.device.type, enabled=False):
-            mean, log_std = self.conv(features.float()).chunk(2, 1)
-        return DiagonalNormal(mean, log_std)
+        return predict_normal(self.conv, features)
 
 
 def latent_skips(c: VAEUNetConfig, channels) -> nn.ModuleList:

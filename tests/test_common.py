@@ -70,7 +70,7 @@ def test_hierarchy_noise_doubles_its_maps_and_comes_in_parts(monkeypatch):
     """Five draws of two cases, two at a time; the whole draw is the same whatever the parts are."""
     image, results = torch.zeros(2, 1, 5, 8), []
     for chunk in (2 * 2 * 40 * 3, 2**30):  # draws x cases x pixels x width
-        monkeypatch.setattr(common, "CHUNK", chunk)
+        monkeypatch.setattr(common, "CHUNK_CPU", chunk)
         seed = torch.Generator().manual_seed(0)
         results.append(list(common.hierarchy_noise({0: 1, 1: 0, 2: 3}, 4, image, 5, seed, 3)))
     assert [{i: tuple(e.shape) for i, e in part.items()} for part in results[0]] == [

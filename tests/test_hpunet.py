@@ -32,8 +32,8 @@ def small_batch(count=2, size=(8, 16)):
 def noise_of(model, image, n, seed):
     """What model.noise yields for all n draws after this seed."""
     torch.manual_seed(seed)
-    (noise,) = model.noise(image, n)
-    return noise
+    chunks = list(model.noise(image, n))
+    return {l: torch.cat([chunk[l] for chunk in chunks]) for l in chunks[0]}
 
 
 # ------------------------------------------------------------------------- the paper's model
@@ -413,7 +413,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 def test_samples_are_ancestral_and_the_encoder_runs_once(latents, chunk, rows, monkeypatch):
     model, (image, _) = small(latents=latents), small_batch()
     noise = noise_of(model, image, 5, 0)
-    monkeypatch.setattr("common.CHUNK", chunk)
+    monkeypatch.setattr("common.CHUNK_CPU", chunk)
     seen, encoded = [], []
     model.out.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     model.unet.encoder[0].register_forward_hook(lambda m, args, out: encoded.append(len(out)))

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 import analysis.paper_figures as figures
 import phiseg
-from common import center_crop
+from common import DiagonalNormal, center_crop
 from helpers import batch, count_parameters, generator, seeded
 from phiseg import PHiSeg, PHiSegConfig
 
@@ -39,8 +39,8 @@ def distribution(normal):
 def noise_of(model, image, n, seed):
     """What model.noise yields for all n draws after this seed."""
     torch.manual_seed(seed)
-    (noise,) = model.noise(image, n)
-    return noise
+    chunks = list(model.noise(image, n))
+    return {l: torch.cat([chunk[l] for chunk in chunks]) for l in chunks[0]}
 
 
 # ------------------------------------------------------------------------- the paper's model
@@ -54,11 +54,11 @@ def test_default_is_phiseg_7_5():
             == [3] * 7
         assert [block[0].out_channels for block in net.encoder] == [32, 64, 128] + [192] * 4
         assert net.encoder[0][0].in_channels == inputs
-        moments = [net.moments[str(l)] for l in (1, 2, 3, 4)]
-        assert [m[0][0].in_channels for m in moments] == [128 + 64] + [192 + 64] * 3
-        assert [m[0][0].out_channels for m in moments] == [32, 64, 128, 192]
-        assert [m[1].out_channels for m in moments] == [4] * 4  # mean, log std of two channels
-        assert net.moments["5"].out_channels == 4
+        joins = [net.join[str(l)][0] for l in (1, 2, 3, 4)]
+        assert [join.in_channels for join in joins] == [128 + 64] + [192 + 64] * 3
+        assert [join.out_channels for join in joins] == [32, 64, 128, 192]
+        heads = [net.heads[str(l)].out_channels for l in (1, 2, 3, 4, 5)]
+        assert heads == [4] * 5  # mean, log std of two channels
         assert [up[0].in_channels for up in net.up.values()] == [2] * 4
     assert [len(level) for level in model.likelihood.finer.values()] == [2] * 5
     assert [model.likelihood.join[str(l)][0].out_channels for l in (1, 2, 3, 4)] \
@@ -102,8 +102,8 @@ def walk(net, features, choose):
         x = features[l]
         if l < max(features):
             up = F.interpolate(latents[l + 1], scale_factor=2, mode="bilinear")
-            x = torch.cat([x, net.up[str(l)](up)], 1)
-        normals[l] = phiseg.DiagonalNormal(*net.moments[str(l)](x).chunk(2, 1))
+            x = net.join[str(l)](torch.cat([x, net.up[str(l)](up)], 1))
+        normals[l] = DiagonalNormal(*net.heads[str(l)](x).chunk(2, 1))
         latents[l] = choose(l, normals[l])
     return latents, normals
 
@@ -277,7 +277,7 @@ def test_each_level_s_prior_sees_the_draw_of_the_coarser_level():
 
 @pytest.mark.parametrize("chunk", [1, 2**30])
 def test_samples_are_ancestral_and_the_encoder_runs_once(chunk, monkeypatch):
-    monkeypatch.setattr("common.CHUNK", chunk)
+    monkeypatch.setattr("common.CHUNK_CPU", chunk)
     model, (image, _) = small(), small_batch(size=(9, 13))
     rows, encoded = [], []
     hook = model.likelihood.out["1"].register_forward_hook(lambda m, args, out: rows.append(len(out)))
@@ -285,7 +285,7 @@ def test_samples_are_ancestral_and_the_encoder_runs_once(chunk, monkeypatch):
     samples = model.sample(image, 3, generator())
     assert rows == {1: [2, 2, 2], 2**30: [6]}[chunk] and encoded == [2]
     hook.remove()
-    monkeypatch.setattr("common.CHUNK", 2**30)
+    monkeypatch.setattr("common.CHUNK_CPU", 2**30)
     (noise,) = model.noise(image, 3, generator())
     for i in range(3):
         latents, _ = walk(model.prior, model.encode(image),

@@ -173,7 +173,7 @@ def test_loss_is_minus_the_elbo(point):
 def test_importance_bound(z_enters, n, monkeypatch):
     model, (image, label) = small(z_enters=z_enters), batch()
     mask = seeded(*label.shape, seed=5) > -1
-    monkeypatch.setattr(prob_unet, "CHUNK", 2 * 2 * 4 * 8 * 12)  # two samples at a time
+    monkeypatch.setattr("common.CHUNK_CPU", 2 * 2 * 4 * 4 * 8 * 12)  # two samples at a time
     torch.manual_seed(4)
     bound = model.log_likelihood(image, label, n, mask)
     label = torch.where(mask, label, 255)
@@ -235,9 +235,9 @@ def test_bound_rises_with_n_and_stays_below_4096_samples():
 
 
 @pytest.mark.parametrize("z_enters", ["after", "input"])
-@pytest.mark.parametrize("chunk", [1, 2 * 2 * 4 * 8 * 12, 2**30])
+@pytest.mark.parametrize("chunk", [1, 2 * 2 * 4 * 4 * 8 * 12, 2**30])
 def test_samples_are_eq_2_whatever_is_computed_at_once(z_enters, chunk, monkeypatch):
-    monkeypatch.setattr(prob_unet, "CHUNK", chunk)
+    monkeypatch.setattr("common.CHUNK_CPU", chunk)
     model, (image, _) = small(z_enters=z_enters), batch()
     sizes = []
     model.comb.register_forward_hook(lambda module, args, out: sizes.append(len(out) // 2))
@@ -279,7 +279,7 @@ def decoder_products(pixels):
 
 @pytest.mark.parametrize("chunk", [1, 2**20])
 def test_operations_are_once_and_n_times_the_rest(chunk, monkeypatch):
-    monkeypatch.setattr(prob_unet, "CHUNK", chunk)
+    monkeypatch.setattr("common.CHUNK_CPU", chunk)
     model, (image, _) = small(), batch(1)
     pixels = 8 * 12
     prior = encoder_products(2, pixels) + 6 * 2 * 3
