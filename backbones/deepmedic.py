@@ -5,6 +5,7 @@ pathway is eight unpadded 3^3 convolutions, so at scale s it loses 8 s voxels on
 of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class DeepMedic(nn.Module):
         padded = [side + -side % self.multiple for side in size]
         volume = reflect_pad(volume, [(self.margin, self.margin + p - side)
                                       for p, side in zip(padded, size)])
-        for corner in torch.cartesian_prod(*[torch.arange(0, p, tile) for p in padded]).tolist():
+        for corner in itertools.product(*[range(0, p, tile) for p in padded]):
             # slices end with the volume, so the last tiles may be smaller
             window = [slice(first, first + tile + 2 * self.margin) for first in corner]
             maps = head(self(volume[(..., *window)]))

@@ -8,7 +8,6 @@ import io
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -207,15 +206,6 @@ def test_nothing_is_float64(name, fields):
         model.sample(image, 2)
         model.predict(image)
         model.log_likelihood(image, label, 2)
-
-
-@every_case
-def test_a_training_step_never_waits_for_the_device(name, fields):
-    """Fake tensors have no values: whatever asks for one (.item(), nonzero, bool) fails."""
-    model, (image, label) = tiny(name, **fields), case_of(fields)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        loss = model(image, label, image[:, 0] > 0)[0]
-        torch.autograd.grad(loss, list(model.parameters()))
 
 
 @every_model
