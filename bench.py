@@ -1,6 +1,7 @@
 """Speed and memory of every model, as ratios measured in one run.
 
     python bench.py                                       # every model: batch 4, 128 x 128
+    python bench.py --device cuda --tables gpu            # the first thing to run on a new GPU
     python bench.py --device cuda --precision bf16 --compile --batch-size 32
     python bench.py --models ssn phiseg --rounds 9 --json bench.json
     python bench.py --tables costs                        # what a method adds to its U-Net
@@ -21,6 +22,9 @@ Columns of the table `models`:
     predict      the deterministic answer for one image
     1 sample     one sample of one image; 16 samples: as a multiple of one sample's time
     memory       on a GPU: the most that a step allocates, beyond model and optimiser
+
+The table `gpu` compares a step in bfloat16, compiled, with one in float32, not compiled, and says
+which share of the card's own rate the fast one reaches: that of one large matrix product.
 """
 
 import argparse
@@ -239,6 +243,42 @@ def table_of_costs(options) -> list[dict]:
     return rows
 
 
+def matrix_rate(device, side=8192) -> float:
+    """Floating-point operations a second of a large product of bfloat16 matrices."""
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    times = in_turn({"product": lambda: a @ b}, 9)["product"]
+    return 2 * side**3 / statistics.median(times)
+
+
+def table_of_gpu(options) -> list[dict]:
+    """A step in bfloat16, compiled, against one in float32; and the card's own rate."""
+    if options.device.type != "cuda":
+        raise UserError("--tables gpu: give --device cuda")
+    rows, slow, rate = [], [], matrix_rate(options.device)
+    print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
+    for name in options.models:
+        kinds = {"fp32": dict(precision="fp32", compile=False),
+                 "bf16": dict(precision="bf16", compile=False),
+                 "compiled": dict(precision="bf16", compile=True)}
+        benches = {kind: Bench(name, argparse.Namespace(**vars(options) | given))
+                   for kind, given in kinds.items()}
+        times = in_turn({kind: b.step for kind, b in benches.items()}, options.rounds)
+        fast, plain = benches["compiled"], benches["fp32"]
+        share = operations(plain.step) / statistics.median(times["compiled"]) / rate
+        rows.append({"model": name, "fp32 ms": milliseconds(times["fp32"]),
+                     "bf16 / fp32": ratio(times["bf16"], times["fp32"]),
+                     "bf16 compiled / fp32": ratio(times["compiled"], times["fp32"]),
+                     "of the matrix rate": share,
+                     "memory MB": peak_memory(fast.step, options.device) / 1e6,
+                     "fp32 memory MB": peak_memory(plain.step, options.device) / 1e6})
+        slow += [name] if share < 0.1 else []
+        show(rows)
+    if slow:
+        print(f"{', '.join(slow)}: below a tenth of the matrix rate. Their time goes into starting "
+              "kernels and moving memory, not into arithmetic: a larger --batch-size costs little")
+    return rows
+
+
 def table_of_evaluation(options) -> list[dict]:
     """A test split of synthetic scenes, 100 samples, every metric: where the time goes."""
     rows = []
@@ -271,7 +311,8 @@ def timed(function, times: list):
     return call
 
 
-TABLES = {"models": table_of_models, "costs": table_of_costs, "evaluation": table_of_evaluation}
+TABLES = {"models": table_of_models, "costs": table_of_costs, "evaluation": table_of_evaluation,
+          "gpu": table_of_gpu}
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -319,7 +360,8 @@ def main(argv=None) -> int:
         for name in ("batch_size", "image_size", "samples", "cases", "rounds"):
             if getattr(options, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: give 1 or more")
-        if options.compile and (missing := train.lacks_compiler(options.device)):
+        compiles = options.compile or "gpu" in options.tables
+        if compiles and (missing := train.lacks_compiler(options.device)):
             raise UserError(f"--compile: {missing}")
         train.keep_freed_memory()
         machine = f"{torch.get_num_threads()} threads"
@@ -331,7 +373,8 @@ def main(argv=None) -> int:
               f"{options.image_size} x {options.image_size}, {options.rounds} rounds", flush=True)
         given, results = options.models, {}
         for name in options.tables:
-            every = [m for m in models.MODELS if m != "ensemble"] if name == "models" else ["ssn"]
+            every = [m for m in models.MODELS if m != "ensemble"]
+            every = every if name in ("models", "gpu") else ["ssn"]
             options.models = given or every
             print(f"\n{name}: {TABLES[name].__doc__.splitlines()[0]}", flush=True)
             results[name] = TABLES[name](options)
