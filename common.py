@@ -443,16 +443,19 @@ def train_small(model: nn.Module, batches, steps: int, lr: float, drop_at: int) 
 def pick_device(name: str = "auto") -> torch.device:
     """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")  # refused like the others
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
-                        "devices that PyTorch can see; use --device cpu, or install a CUDA build")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # what tensors there call it
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                            "devices that PyTorch can see; use --device cpu, or install a CUDA "
+                            "build")
     return device
 
 

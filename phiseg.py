@@ -101,7 +101,7 @@ class PHiSeg(nn.Module):
         """Yields {l: (m * B, D, *S_l)}, noise for m of n draws of all latents at a time."""
         c = self.config
         channels = dict.fromkeys(range(c.latent_levels, 0, -1), c.latent_channels)
-        width = 3 * c.channels[-c.latent_levels]  # of the likelihood's finest level
+        width = 6 * c.channels[-c.latent_levels]  # the likelihood's finest level holds six maps
         return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:

@@ -176,7 +176,8 @@ class VAEUNet(nn.Module):
 
     def _decode(self, features, draws, size):
         """Yield the logits (n', B, K, *size) of a list of draws of all latents, in parts."""
-        chunk = samples_at_once(features[0].numel(), features[0].device)
+        # the decoder's finest level holds about four maps like the finest skip
+        chunk = samples_at_once(4 * features[0].numel(), features[0].device)
         for start in range(0, len(draws), chunk):
             part = draws[start : start + chunk]
             z = [torch.cat(level) for level in zip(*part)]
