@@ -172,8 +172,8 @@ class EnsembleUNet(Mixture):
         backward pass computes each member's activations again, so that only one member's are in
         memory at a time (1 GB each by default); this is a third more work.
         """
-        losses = [checkpoint(member, image, label, mask, use_reentrant=False)[0]
-                  for member in self.members]
+        losses = [checkpoint(member, image, label, mask, use_reentrant=False,
+                             preserve_rng_state=False)[0] for member in self.members]
         loss = torch.stack(losses).sum()
         return loss, {"cross_entropy": loss.detach() / self.count}
 

@@ -23,8 +23,8 @@ Columns of the table `models`:
     1 sample     one sample of one image; 16 samples: as a multiple of one sample's time
     memory       on a GPU: the most that a step allocates, beyond model and optimiser
 
-The table `gpu` compares a step in bfloat16, compiled, with one in float32, not compiled, and says
-which share of the card's own rate the fast one reaches: that of one large matrix product.
+The table `gpu` compares a step in bfloat16, also compiled or as CUDA graphs, with one in float32,
+and says which share of the card's own rate the last one reaches: that of one large matrix product.
 """
 
 import argparse
@@ -151,12 +151,16 @@ class Bench:
         self.image = torch.randn(options.batch_size, 1, side, side, device=device)
         self.label = torch.randint(num_classes, (options.batch_size, side, side), device=device)
         self.bf16 = options.precision == "bf16" and not plain
+        self.graphs = options.cuda_graphs and not plain
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=not plain)
         self.loss = train.compiled(self.model) if options.compile and not plain else self.model
+        if self.graphs:
+            self.loss = train.graphed(self.model, self.image, self.label, self.autocast())
 
     def autocast(self):
         """A context that computes in the precision asked for."""
-        return torch.autocast(self.image.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.image.device.type, torch.bfloat16, enabled=self.bf16,
+                              cache_enabled=not self.graphs)
 
     def step(self):
         """One training step."""
@@ -251,23 +255,25 @@ def matrix_rate(device, side=8192) -> float:
 
 
 def table_of_gpu(options) -> list[dict]:
-    """A step in bfloat16, compiled, against one in float32; and the card's own rate."""
+    """A step in bfloat16, compiled or as CUDA graphs, against one in float32; the card's rate."""
     if options.device.type != "cuda":
         raise UserError("--tables gpu: give --device cuda")
     rows, slow, rate = [], [], matrix_rate(options.device)
     print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
     for name in options.models:
-        kinds = {"fp32": dict(precision="fp32", compile=False),
-                 "bf16": dict(precision="bf16", compile=False),
-                 "compiled": dict(precision="bf16", compile=True)}
-        benches = {kind: Bench(name, argparse.Namespace(**vars(options) | given))
+        kinds = {"fp32": dict(), "bf16": dict(precision="bf16"),
+                 "compiled": dict(precision="bf16", compile=True),
+                 "graphs": dict(precision="bf16", cuda_graphs=True)}
+        plain = vars(options) | dict(precision="fp32", compile=False, cuda_graphs=False)
+        benches = {kind: Bench(name, argparse.Namespace(**plain | given))
                    for kind, given in kinds.items()}
         times = in_turn({kind: b.step for kind, b in benches.items()}, options.rounds)
-        fast, plain = benches["compiled"], benches["fp32"]
-        share = operations(plain.step) / statistics.median(times["compiled"]) / rate
+        fast, plain = benches["graphs"], benches["fp32"]
+        share = operations(plain.step) / statistics.median(times["graphs"]) / rate
         rows.append({"model": name, "fp32 ms": milliseconds(times["fp32"]),
                      "bf16 / fp32": ratio(times["bf16"], times["fp32"]),
                      "bf16 compiled / fp32": ratio(times["compiled"], times["fp32"]),
+                     "bf16 graphs / fp32": ratio(times["graphs"], times["fp32"]),
                      "of the matrix rate": share,
                      "memory MB": peak_memory(fast.step, options.device) / 1e6,
                      "fp32 memory MB": peak_memory(plain.step, options.device) / 1e6})
@@ -343,6 +349,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the step")
+    p.add_argument("--cuda-graphs", action="store_true", help="as train.py --cuda-graphs")
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--image-size", type=int, default=128)
     p.add_argument("--samples", type=int, default=16, help="n of the models' table")

@@ -72,6 +72,9 @@ def parse(argv=None) -> argparse.Namespace:
                    help="fp32: PyTorch's defaults; tf32: matrix products and convolutions of a GPU "
                    "round their inputs to 10 bits; bf16: autocast")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    p.add_argument("--cuda-graphs", action="store_true",
+                   help="record a step's kernels once and start them together from then on: faster "
+                   "where a GPU waits for Python, as it does for small models and batches")
     p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
     p.add_argument("--annotators", help="whom to learn from: all, or numbers like 0 or 1,2")
     p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
@@ -269,7 +272,8 @@ def refuse_non_finite(terms, model, step, folder) -> None:
                         "images' scale")
 
 
-def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False) -> int:
+def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False,
+          graphs=False) -> int:
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
     last = folder / "last.pt"
     if not resume and last.exists():
@@ -310,7 +314,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"--compile: {missing}; training without it, at the usual speed")
     elif compile:
         loss_of = compiled(loss_of)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+    if graphs and (device.type != "cuda" or world > 1 or compile):
+        raise UserError("--cuda-graphs: for one CUDA device, without --compile")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16",
+                              cache_enabled=not graphs)
     if not train_split.parts.get("test"):
         progress.say("no test split: this run will be judged on its validation split")
 
@@ -346,6 +353,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
         torch.manual_seed(settings["seed"] * 1_000_003 + step)
         image, label = next(stream)
+        if graphs and step == start:
+            loss_of = graphed(model, image, label, autocast)
         lr = learning_rate(step, training)
         terms.add(step + 1, train_step(loss_of, optimizer, image, label, lr, autocast))
         step += 1
@@ -389,6 +398,17 @@ def compiled(loss_of):
     return torch.compile(loss_of, options={"fallback_random": True})
 
 
+def graphed(model, image, label, autocast):
+    """The model, whose loss and gradients of batches like this one are CUDA graphs from now on: the
+    same kernels, but started together, where Python would start thousands one after the other."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng([image.device]), autocast:
+        torch.cuda.make_graphed_callables(model, (image.clone(), label.clone()))
+    for name, buffer in model.named_buffers():  # recording has run the loss a few times
+        buffer.copy_(before[name])
+    return model
+
+
 def lacks_compiler(device) -> str | None:
     """What torch.compile needs and this machine lacks, or None."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -421,7 +441,8 @@ def main(argv=None) -> int:
         settings, folder = settle(args)
         first = os.environ.get("RANK", "0") == "0"  # the only process of torchrun that writes
         with own(folder) if first else contextlib.nullcontext():
-            return train(settings, folder, args.device, args.compile, bool(args.resume))
+            return train(settings, folder, args.device, args.compile, bool(args.resume),
+                         args.cuda_graphs)
     except UserError as error:
         text = str(error)
     except OSError as error:  # a folder that may not be written

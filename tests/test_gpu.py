@@ -133,11 +133,31 @@ def test_a_compiled_step_is_the_eager_one(name):
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_cuda_graphs_change_nothing(name):
+    """Three steps on three batches: the weights of a model that was not recorded."""
+    results = []
+    for record in (False, True):
+        model = tiny(name).cuda()
+        optimizer = train.make_optimizer(model, dict(optimizer="adam", lr=1e-3))
+        loss_of, autocast = model, torch.autocast("cuda", enabled=False, cache_enabled=False)
+        for step in range(3):
+            image, label = (x.cuda() for x in batch(size=(16, 16), seed=step))
+            if record and step == 0:
+                loss_of = train.graphed(model, image, label, autocast)
+            torch.manual_seed(step)
+            terms = train.train_step(loss_of, optimizer, image, label, 1e-3, autocast)
+        results.append([*model.state_dict().values(), *terms.values()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_a_run_trains_judges_and_resumes(tmp_path):
     """In bfloat16; the samples of the finished run can be drawn anew on the CPU."""
     folder = str(tmp_path / "run")
     first = ["--model", "ssn", "--data", "shapes", "--data-args", "n=40", "size=32", "--quick",
-             "--precision", "bf16", "--steps", "60", "--device", "cuda", "--out", folder]
+             "--precision", "bf16", "--steps", "60", "--device", "cuda", "--cuda-graphs",
+             "--out", folder]
     assert train.main(first) == 0
     assert train.main(["--resume", folder, "--steps", "90", "--device", "cuda"]) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -549,3 +549,8 @@ def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     assert abs(two["gradient"] / one["gradient"] - 1) < 1e-4
     assert {name: (folder / name).read_text() for name in alone} == alone
     assert output.count("numbers and pictures in") == 1
+
+
+def test_cuda_graphs_are_for_one_gpu(tmp_path, capsys):
+    assert train.main(["--cuda-graphs", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
+    assert "--cuda-graphs: for one CUDA device" in capsys.readouterr().err
