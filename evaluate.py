@@ -38,8 +38,11 @@ import csv
 import io
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py
 
 import numpy as np
 import torch

@@ -3,13 +3,12 @@
 
 import contextlib
 import math
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import standard_normal
+from common import uniform
 
 
 class SwinUNet(nn.Module):
@@ -175,9 +174,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        # normal noise falls below the threshold with probability `rate`
-        threshold = NormalDist().inv_cdf(self.rate)
-        kept = standard_normal((len(x), 1, 1, 1), x, self.generator) >= threshold
+        kept = uniform((len(x), 1, 1, 1), x, self.generator) >= self.rate
         return x * kept / (1 - self.rate)
 
 

@@ -208,15 +208,21 @@ def test_nothing_is_float64(name, fields):
         model.log_likelihood(image, label, 2)
 
 
-@every_model
-def test_a_training_step_is_one_graph(name):
-    """torch.compile finds no place where it must fall back to Python, and changes nothing."""
-    model, (image, label) = tiny(name).eval(), batch()
-    same_noise()
-    loss = model(image, label)[0]
-    same_noise()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)(image, label)[0]
-    torch.testing.assert_close(compiled, loss, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("case", [*models.MODELS, "ssn-3d", "vae_unet-swin"])
+def test_a_training_step_is_one_graph(case):
+    """torch.compile finds no place where it must fall back to Python, compiles once for 30 steps,
+    and changes nothing."""
+    name, fields = CASES[case if case in CASES else f"{case}-2d"]
+    torch._dynamo.reset()
+    model, eager = tiny(name, **fields), tiny(name, **fields)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(30):
+            image, label = case_of(fields, seed=step)
+            same_noise(step)
+            loss = compiled(image, label)[0]
+    same_noise(step)
+    torch.testing.assert_close(loss, eager(image, label)[0], rtol=1e-6, atol=0)
 
 
 @every_model
