@@ -1,7 +1,11 @@
 """What several test files share: seeded tensors, small batches, a tiny model of every kind."""
 
+import multiprocessing
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
 import models
 
@@ -52,10 +56,20 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def undraw(patch):
+    """Let every picture be a blank file: drawing takes most of the time of a small run."""
+    patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"blank"))
+
+
+# New processes, forked from one that has imported what takes seconds to import.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["pytest", "train"])
+
+
 def run_two(function, folder):
     """Call function(rank, folder) in two processes that form a group on the CPU."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_member, args=(function, rank, folder)) for rank in (0, 1)]
+    processes = [FORKSERVER.Process(target=_member, args=(function, rank, folder))
+                 for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

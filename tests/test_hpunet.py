@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 
 import analysis.instances as instances
 import analysis.paper_figures as figures
 from common import bounded_log_std, cross_entropy
-from helpers import batch, count_parameters, generator, seeded
+from helpers import batch, count_parameters, generator, run_two, seeded
 from hpunet import HPUNet, HPUNetConfig, ResBlock, hard_pixels
 
 
@@ -370,15 +369,11 @@ def test_masked_pixels_are_never_kept():
 
 def one_of_two(rank, folder):
     """Two steps of a model that is given half of the batch; leaves its state in a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = torch.nn.parallel.DistributedDataParallel(small())
     half = [tensor.chunk(2)[rank] for tensor in batch(4, (8, 16))]
     torch.save(outcome(model, model.module, *half), folder / f"{rank}.pt")
     if rank == 0:  # alone and outside training, it waits for nobody
         assert model.module.eval()(*half)[0].isfinite()
-    del model  # before its group, or it can hang
-    dist.destroy_process_group()
 
 
 def outcome(run, model, image, label):
@@ -391,11 +386,7 @@ def outcome(run, model, image, label):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    other = torch.multiprocessing.get_context("spawn").Process(target=one_of_two,
-                                                               args=(1, tmp_path))
-    other.start()
-    one_of_two(0, tmp_path)
-    other.join()
+    run_two(one_of_two, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model = small()
     expected = outcome(model, model, *batch(4, (8, 16)))
