@@ -36,6 +36,8 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, GIGABYTES = 20, 4  # a case may take at most
 NOBODY = 65534
@@ -591,8 +593,9 @@ def inputs(count: int, kinds=None, workers: int = 2, only=None,
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         home.chmod(0o755)
+        shutil.copytree(matplotlib.get_cachedir(), home / "mpl")  # its list of fonts takes seconds
+        (home / "tmp").mkdir()
         for name in ("mpl", "tmp"):
-            (home / name).mkdir()
             (home / name).chmod(0o777)
         threads = [threading.Thread(target=serve, args=(i,)) for i in range(workers)]
         for thread in threads:

@@ -63,7 +63,7 @@ def undraw(patch):
 
 # New processes, forked from one that has imported what takes seconds to import.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["pytest", "train"])
+FORKSERVER.set_forkserver_preload(["pytest", "train", "torch._dynamo"])
 
 
 def run_two(function, folder, group=True):
