@@ -164,16 +164,18 @@ def test_gradient_reaches_every_parameter(name, fields):
 
 @every_model
 def test_a_tiny_batch_overfits(name):
-    """Two images with random labels of 36 pixels are known by heart after 150 steps."""
+    """Two images with random labels of 36 pixels are known by heart within 150 steps."""
     few = {"dropout_unet": dict(p=0.05), "ensemble": dict(members=1), "ssn": dict(rank=0)}
     model = tiny(name, **dict(channels=(12, 16, 16)) | few.get(name, {}))
     image, label = batch(size=(6, 6), ignored=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(image, label)[0].backward()
-        optimizer.step()
-    assert (model.predict(image).argmax(1) == label).float().mean() > 0.98
+    steps = 0
+    while (model.predict(image).argmax(1) == label).float().mean() <= 0.98:
+        assert (steps := steps + 10) <= 150
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(image, label)[0].backward()
+            optimizer.step()
 
 
 @every_case
@@ -225,7 +227,8 @@ def test_a_training_step_never_waits_for_the_device(name, fields, monkeypatch):
 @every_model
 def test_a_training_step_is_one_graph(name):
     """torch.compile finds no place where it must fall back to Python, and changes nothing."""
-    model, (image, label) = tiny(name).eval(), batch()
+    few = {} if name == "hpunet" else dict(channels=(4, 6))  # every level is traced anew
+    model, (image, label) = tiny(name, **few).eval(), batch()
     same_noise()
     loss = model(image, label)[0]
     same_noise()
