@@ -189,7 +189,7 @@ def test_the_command_line_stops_at_sigterm(tmp_path):
     """And draws its curves, though MPLBACKEND names no backend of matplotlib."""
     process = start("train.py", *TINY, "--steps", 100_000, "--out", tmp_path, MPLBACKEND="nonsense")
     end = time.monotonic() + 100
-    while not log(tmp_path) and time.monotonic() < end:
+    while not log(tmp_path) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
