@@ -31,9 +31,12 @@ import tempfile
 import threading
 import time
 import traceback
+import unittest.mock
 import zipfile
 from collections import Counter
 from pathlib import Path
+
+import matplotlib
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, GIGABYTES = 20, 4  # a case may take at most
@@ -341,8 +344,9 @@ def make_run(folder):
 
     import train
 
-    for name in ("run", "other"):
-        train.main([*TINY, "--steps", "2", "--out", str(folder / name)])
+    with unittest.mock.patch("matplotlib.figure.Figure.savefig"):  # most of the time, else
+        for name in ("run", "other"):
+            train.main([*TINY, "--steps", "2", "--out", str(folder / name)])
     pixels = np.random.default_rng(0).random((16, 16))
     Image.fromarray((pixels * 255).astype("uint8")).save(folder / "a.png")
     Image.fromarray(pixels.astype("float32")).save(folder / "b.tif")
@@ -589,8 +593,9 @@ def inputs(count: int, kinds=None, workers: int = 2, only=None,
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         home.chmod(0o755)
+        shutil.copytree(matplotlib.get_cachedir(), home / "mpl")  # its list of fonts takes seconds
+        (home / "tmp").mkdir()
         for name in ("mpl", "tmp"):
-            (home / name).mkdir()
             (home / name).chmod(0o777)
         threads = [threading.Thread(target=serve, args=(i,)) for i in range(workers)]
         for thread in threads:

@@ -1,7 +1,11 @@
 """What several test files share: seeded tensors, small batches, a tiny model of every kind."""
 
+import multiprocessing
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
 import models
 
@@ -52,19 +56,33 @@ def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def run_two(function, folder):
-    """Call function(rank, folder) in two processes that form a group on the CPU."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_member, args=(function, rank, folder)) for rank in (0, 1)]
+def undraw(patch):
+    """Let every picture be a blank file: drawing takes most of the time of a small run."""
+    patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"blank"))
+
+
+# New processes, forked from one that has imported what takes seconds to import.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["pytest", "train", "torch._dynamo"])
+
+
+def run_two(function, folder, group=True):
+    """Call function(rank, folder) in two processes that form a `group` on the CPU, or not yet."""
+    processes = [FORKSERVER.Process(target=_member, args=(function, rank, folder, group))
+                 for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
-        assert process.exitcode == 0
+        process.join(100)
+        process.kill()  # it may wait for another that has failed
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
-def _member(function, rank, folder):
+def _member(function, rank, folder, group):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if group:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                world_size=2)
     function(rank, folder)
-    dist.destroy_process_group()
+    if group:
+        dist.destroy_process_group()

@@ -161,16 +161,18 @@ def test_gradient_reaches_every_parameter(name, fields):
 
 @every_model
 def test_a_tiny_batch_overfits(name):
-    """Two images with random labels of 36 pixels are known by heart after 150 steps."""
+    """Two images with random labels of 36 pixels are known by heart within 150 steps."""
     few = {"dropout_unet": dict(p=0.05), "ensemble": dict(members=1), "ssn": dict(rank=0)}
     model = tiny(name, **dict(channels=(12, 16, 16)) | few.get(name, {}))
     image, label = batch(size=(6, 6), ignored=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(image, label)[0].backward()
-        optimizer.step()
-    assert (model.predict(image).argmax(1) == label).float().mean() > 0.98
+    steps = 0
+    while (model.predict(image).argmax(1) == label).float().mean() <= 0.98:
+        assert (steps := steps + 10) <= 150
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(image, label)[0].backward()
+            optimizer.step()
 
 
 @every_case
@@ -213,6 +215,8 @@ def test_a_training_step_is_one_graph(case):
     """torch.compile finds no place where it must fall back to Python, compiles once for 30 steps,
     and changes nothing."""
     name, fields = CASES[case if case in CASES else f"{case}-2d"]
+    if name != "hpunet" and "dims" in fields and fields["dims"] == 2:
+        fields = dict(channels=(4, 6)) | fields  # every level is traced anew
     torch._dynamo.reset()
     model, eager = tiny(name, **fields), tiny(name, **fields)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

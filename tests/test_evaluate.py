@@ -19,6 +19,7 @@ from analysis.calibration import mode_rows, pixel_curve, pooled, total_variation
 from analysis.classes import class_rows, write_classes
 from analysis.compare import compare
 from common import UserError
+from helpers import undraw
 from sources.base import Split
 
 
@@ -141,7 +142,17 @@ def test_only_the_scored_classes_count():
     assert evaluate.score(Model(), part, (1,), full=False)["ged_1"].tolist() == [1.0]
 
 
-def test_report_writes_csv_and_json_that_agree(run, capsys):
+@pytest.fixture(scope="module")
+def judged(run, tmp_path_factory):
+    """A copy of the run, judged with 16 samples."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("judged") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        undraw(patch)
+        evaluate.report(folder, samples=(16,))
+    return folder
+
+
+def test_report_writes_csv_and_json_that_agree(run, undrawn, capsys):
     summary = evaluate.report(run, split="val", samples=(4,))
     folder = run / "val-all"
     assert json.loads((folder / "metrics.json").read_text()) == summary
@@ -154,7 +165,7 @@ def test_report_writes_csv_and_json_that_agree(run, capsys):
     assert max(counts) > 0 and (folder / "per_class.csv").exists()
 
 
-def test_weights_of_the_end(run, tmp_path):
+def test_weights_of_the_end(run, tmp_path, undrawn):
     """last.pt is judged in a folder of its own, and is another model than best.pt."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -167,10 +178,8 @@ def test_weights_of_the_end(run, tmp_path):
     assert last["diversity_2"]["mean"] == 0 < best["diversity_2"]["mean"]  # all is class 1
 
 
-def test_compare_tabulates_and_tests_runs(run, tmp_path, capsys):
-    evaluate.report(run, samples=(16,))
-    capsys.readouterr()
-    better = tmp_path / "better"
+def test_compare_tabulates_and_tests_runs(judged, tmp_path, capsys):
+    run, better = judged, tmp_path / "better"
     shutil.copytree(run, better)
     rows = list(csv.reader((run / "per_case.csv").open()))
     column = rows[0].index("ged_16")
@@ -190,7 +199,7 @@ def test_compare_tabulates_and_tests_runs(run, tmp_path, capsys):
         compare([run, better])
 
 
-def test_agreed_keeps_the_cases_that_every_annotator_marked(run, monkeypatch):
+def test_agreed_keeps_the_cases_that_every_annotator_marked(run, undrawn, monkeypatch):
     labels = torch.zeros(4, 2, 32, 32, dtype=torch.uint8)
     labels[0, :, 0, 0] = 1  # both
     labels[1, 0, 0, 0] = 1  # one
@@ -205,9 +214,9 @@ def test_agreed_keeps_the_cases_that_every_annotator_marked(run, monkeypatch):
         evaluate.report(run, split="val", cases="agreed", samples=(2,))
 
 
-def test_compare_pools_seeds(run, tmp_path):
+def test_compare_pools_seeds(judged, undrawn, tmp_path):
     """Two seeds share a line: the mean of 1 and 3 is 2, their standard deviation sqrt 2."""
-    evaluate.report(run, samples=(16,))
+    run = judged
     for seed, ged in ((0, 1.0), (1, 3.0)):
         folder = tmp_path / f"run-{seed}"
         shutil.copytree(run, folder)
@@ -231,12 +240,11 @@ def test_compare_pools_seeds(run, tmp_path):
     ("metrics.json", '{"ged_16": {"mean": [], "stderr": 0}}', "not judged yet"),
     ("per_case.csv", "name,ged_16\na", "not judged yet"), ("config.json", "[]", "no run there"),
     ("config.json", '{"settings": {}}', "no run there"), ("config.json", "{", "no run there")])
-def test_broken_files_of_a_run_are_one_line(run, tmp_path, capsys, file, content, message):
-    evaluate.report(run, samples=(16,))
+def test_broken_files_of_a_run_are_one_line(judged, tmp_path, capsys, file, content, message):
     folder = tmp_path / "broken"
-    shutil.copytree(run, folder)
+    shutil.copytree(judged, folder)
     (folder / file).write_text(content)
-    assert evaluate.main([str(run), "--compare", str(folder)]) == 2
+    assert evaluate.main([str(judged), "--compare", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and str(folder) in error
 
@@ -244,7 +252,8 @@ def test_broken_files_of_a_run_are_one_line(run, tmp_path, capsys, file, content
 @pytest.mark.parametrize("name, fields, picture", [
     ("ssn", {}, "manipulation.png"), ("phiseg", dict(latent_levels=2), "levels.png"),
     ("hpunet", dict(latents=(1,), blocks=1), "scales.png"), ("vae_unet", {}, "latents.png")])
-def test_every_method_has_its_figure(tmp_path, run, name, fields, picture):
+def test_every_method_has_its_figure(tmp_path, run, undrawn, name, fields, picture):
+    """Which the tests of the method draw."""
     fields = dict(channels=(4, 6), num_classes=4) | fields
     model = models.build(name, fields)
     runs.save(tmp_path / "best.pt", name, model, torch.optim.Adam(model.parameters()), 0, 0.0)

@@ -4,11 +4,9 @@ crash, hang or fill the memory."""
 import itertools
 import os
 import pickle
+import resource
 import struct
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ import data
 import sources.files
 from data_files import LPS, arrays, load_npz, records, refused, save_picture, stored, write, \
     write_folder
+from helpers import FORKSERVER
 from sources.files import DataError
 from sources.pickles import read_pickle
 
@@ -204,17 +203,26 @@ FORGED = {
 }
 
 
+def read_in_little_memory(files, out):
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+    with open(out, "w") as lines:
+        for file in files:
+            try:
+                data.load("lidc", "all", file)
+                print("read", file, file=lines)
+            except DataError as error:
+                print("refused", error, file=lines)
+
+
 def refused_in_one_line(files):
     """Every file as LIDC in one other process, which a crash would end early; memory up to 4 GB."""
-    code = ("import sys, resource, data\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"
-            "for file in sys.argv[1:]:\n"
-            "    try: data.load('lidc', 'all', file); print('read', file)\n"
-            "    except data.DataError as error: print('refused', error)\n")
-    done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True,
-                          text=True, timeout=120, cwd=Path(data.__file__).parent)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    out = files[0].with_suffix(".txt")
+    process = FORKSERVER.Process(target=read_in_little_memory, args=(files, out))
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0
+    lines = out.read_text().splitlines()
     assert len(lines) == len(files)
     for file, line in zip(files, lines):
         assert line.startswith(f"refused {file}: "), line

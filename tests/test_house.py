@@ -6,7 +6,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 FILES = {".".join(path.relative_to(TOP).with_suffix("").parts).removesuffix(".__init__"): path
-         for path in [*TOP.glob("*.py"), *TOP.glob("*/*.py")] if path.parent.name != "tests"}
+         for path in [*TOP.glob("*.py"), *TOP.glob("*/*.py")] if path.parent != TOP / "tests"}
 METHODS = ("ssn", "prob_unet", "phiseg", "hpunet", "vae_unet")
 
 

@@ -130,7 +130,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     (lambda c: c.update(config={"rank": torch.ones(2)}), "not a checkpoint"),
     (lambda c: c.update(model="nothing"), "choose one of"),
     (lambda c: c["config"].update(rank=3), "do not fit"),
-    (lambda c: c["config"].update(convs=100_000), "cannot be built"),
+    (lambda c: c["config"].update(channels=()), "cannot be built"),
     (lambda c: c["config"].update(ranks=3), "ssn knows"),
     (lambda c: c["state"].pop("mean.weight"), "do not fit"),
     (lambda c: c["state"].update(more=torch.ones(1)), "do not fit"),

@@ -1,4 +1,5 @@
 """Training: what a run writes, resuming, stopping, options, and what goes wrong in one line."""
+import contextlib
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import common
@@ -22,12 +24,13 @@ import evaluate
 from sources import runs
 import train
 from common import UserError
+from helpers import FORKSERVER, run_two, undraw
 from ssn import SSN
 
 TOP = Path(__file__).parent.parent
 TINY = ["--model", "ssn", "--data", "shapes", "--data-args", "n=20", "size=32", "--batch-size", "4",
         "--model-args", "channels=(4,6)", "convs=1", "mc_samples=4", "--device", "cpu"]
-REPORT = evaluate.report
+REPORT, SAVEFIG = evaluate.report, Figure.savefig
 
 
 def run(*arguments, code=0, capsys=None):
@@ -62,18 +65,23 @@ def log(folder, key="loss"):
 
 @pytest.fixture(scope="module", autouse=True)
 def reports():
-    """The report at the end of a run takes longer than the run: here it is only noted."""
+    """The report and the pictures take longer than the run: here the first is only noted, the
+    others are blank. A run logs and is validated every 10 steps, not every 50."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "report", lambda folder, **options: calls.append((folder, options)))
+        patch.setattr(train, "LOG_EVERY", 10)
+        undraw(patch)
         yield calls
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, reports):
-    """A run of 100 steps."""
+    """A run of 20 steps, with its curves."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run(*TINY, "--steps", 100, "--out", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", SAVEFIG)
+        run(*TINY, "--steps", 20, "--out", folder)
     return folder
 
 
@@ -97,6 +105,7 @@ def on_step(monkeypatch, number, action):
 def test_a_run_writes_what_it_says(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "report", REPORT)
     monkeypatch.setattr(evaluate, "SAMPLES", (1, 16))
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
     folder = shutil.copytree(finished, tmp_path / "run")
     run("--resume", folder)  # nothing is left to train: only the report is written
     names = {p.name for p in folder.iterdir()}
@@ -107,11 +116,11 @@ def test_a_run_writes_what_it_says(finished, tmp_path, monkeypatch):
     with open(folder / "per_case.csv", newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == splits["test"]
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["steps"] == 100 and config["training"]["lr"] == 1e-3
+    assert config["settings"]["steps"] == 20 and config["training"]["lr"] == 1e-3
     assert config["config"]["channels"] == [4, 6] and config["config"]["num_classes"] == 4
     assert config["versions"]["torch"] == torch.__version__
-    assert list(log(folder)) == [1, 50, 100] and list(log(folder, "val_ged_16")) == [50, 100]
-    assert [entry["steps"] for entry in log(folder).values()] == [1, 49, 50]
+    assert list(log(folder)) == [1, 10, 20] and list(log(folder, "val_ged_16")) == [10, 20]
+    assert [entry["steps"] for entry in log(folder).values()] == [1, 9, 10]
     assert log(folder)[1].keys() >= {"lr", "negative_log_likelihood", "gradient",
                                      "seconds_per_step"}
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -146,22 +155,22 @@ def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validatio
 
 
 def test_n_and_n_more_steps_equal_2n(finished, tmp_path):
-    run(*TINY, "--steps", 50, "--out", tmp_path)
-    run("--resume", tmp_path, "--steps", 100)
+    run(*TINY, "--steps", 10, "--out", tmp_path)
+    run("--resume", tmp_path, "--steps", 20)
     assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
     assert {s: e["loss"] for s, e in log(tmp_path).items()} == \
         {s: e["loss"] for s, e in log(finished).items()}
     changes = json.loads((tmp_path / "config.json").read_text())["changes"]
-    assert [(c["step"], c["steps"]) for c in changes] == [(0, 50), (50, 100)]
+    assert [(c["step"], c["steps"]) for c in changes] == [(0, 10), (10, 20)]
 
 
-@pytest.mark.parametrize("step", [7, 50, 100])  # in mid-interval, at a validation, at the end
+@pytest.mark.parametrize("step", [7, 10, 20])  # in mid-interval, at a validation, at the end
 def test_sigterm_saves_and_the_resumed_run_ends_the_same(step, finished, tmp_path, monkeypatch,
                                                          reports, capsys):
     done = len(reports)
     on_step(monkeypatch, step, lambda model: os.kill(os.getpid(), signal.SIGTERM))
     code = 128 + signal.SIGTERM
-    out = run(*TINY, "--steps", 100, "--out", tmp_path, code=code, capsys=capsys).out
+    out = run(*TINY, "--steps", 20, "--out", tmp_path, code=code, capsys=capsys).out
     assert f"stopped and saved at step {step}" in out and len(reports) == done
     assert runs.load_checkpoint(tmp_path / "last.pt")["step"] == step
     run("--resume", tmp_path)
@@ -171,25 +180,29 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(step, finished, tmp_pat
     assert log(tmp_path, "val_ged_16") == log(finished, "val_ged_16")
     # The log's means say over how many steps they go, so none is lost or counted twice.
     here, there = log(tmp_path), log(finished)
-    assert sum(entry["steps"] for entry in here.values()) == 100
-    total = sum(here[s]["loss"] * here[s]["steps"] for s in here if 1 < s <= 50)
-    assert total == pytest.approx(49 * there[50]["loss"], rel=1e-5)
+    assert sum(entry["steps"] for entry in here.values()) == 20
+    total = sum(here[s]["loss"] * here[s]["steps"] for s in here if 1 < s <= 10)
+    assert total == pytest.approx(9 * there[10]["loss"], rel=1e-5)
 
 
 def test_the_command_line_stops_at_sigterm(tmp_path):
-    process = start("train.py", *TINY, "--steps", 100_000, "--out", tmp_path)
+    """And draws its curves, though MPLBACKEND names no backend of matplotlib."""
+    process = start("train.py", *TINY, "--steps", 100_000, "--out", tmp_path, MPLBACKEND="nonsense")
     end = time.monotonic() + 100
-    while not log(tmp_path) and time.monotonic() < end:
+    while not log(tmp_path) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM and "stopped and saved at step" in output
     assert 0 < runs.load_checkpoint(tmp_path / "last.pt")["step"] < 100_000
+    assert (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(finished, tmp_path):
+def test_twenty_kills_change_nothing(tmp_path_factory, tmp_path):
     random.seed(0)
+    whole = tmp_path_factory.mktemp("runs") / "whole"
+    run(*TINY, "--steps", 100, "--out", whole)
 
     def arguments():
         begun = (tmp_path / "config.json").exists()
@@ -204,7 +217,7 @@ def test_twenty_kills_change_nothing(finished, tmp_path):
             if (tmp_path / name).exists():
                 runs.load_checkpoint(tmp_path / name)
     run(*arguments())
-    assert equal(weights(tmp_path / "last.pt"), weights(finished / "last.pt"))
+    assert equal(weights(tmp_path / "last.pt"), weights(whole / "last.pt"))
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -226,17 +239,22 @@ def test_a_folder_belongs_to_one_run(finished, tmp_path, capsys):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = ("import pathlib, sys, time; from sources import runs; "
-            "owned = runs.own(pathlib.Path(sys.argv[1])); owned.__enter__(); "
-            "print('locked', flush=True); time.sleep(100)")
-    process = start("-c", code, tmp_path)
-    assert process.stdout.readline() == "locked\n"
+    locked = FORKSERVER.Event()
+    process = FORKSERVER.Process(target=own_for_ever, args=(tmp_path, locked))
+    process.start()
+    assert locked.wait(100)
     with pytest.raises(UserError, match=f"in use by process {process.pid} "), runs.own(tmp_path):
         pass
     process.kill()
-    process.wait()
+    process.join()
     with runs.own(tmp_path):
         assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def own_for_ever(folder, locked):
+    with runs.own(folder):
+        locked.set()
+        time.sleep(100)
 
 
 # ------------------------------------------------------------------------------ when it goes wrong
@@ -244,17 +262,17 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 4_096, 25_000])
 def test_a_full_disk_is_one_line_and_resume_goes_on(limit, finished, tmp_path, monkeypatch, capsys):
-    """No file may grow past `limit` bytes after step 60, as on a disk that is full."""
+    """No file may grow past `limit` bytes after step 12, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert (finished / "last.pt").stat().st_size > 25_000
-    on_step(monkeypatch, 60, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
+    on_step(monkeypatch, 12, lambda model: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
     try:
-        error = one_line(capsys, *TINY, "--steps", 100, "--out", tmp_path)
+        error = one_line(capsys, *TINY, "--steps", 20, "--out", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot write" in error and "File too large" in error and "at step 100" in error
+    assert "cannot write" in error and "File too large" in error and "at step 20" in error
     assert f"last.pt stands; make room, then --resume {tmp_path}" in error
-    assert runs.load_checkpoint(tmp_path / "last.pt")["step"] == 50
+    assert runs.load_checkpoint(tmp_path / "last.pt")["step"] == 10
     assert not list(tmp_path.glob(".*"))
     run("--resume", tmp_path)
     for name in ("last.pt", "best.pt"):
@@ -276,18 +294,18 @@ def test_a_non_finite_loss_stops_with_step_and_term(tmp_path, capsys, monkeypatc
 
     def breaks(self, image, label, mask=None):
         calls.append(1)
-        return plain(self, image * float("nan" if len(calls) == 60 else 1), label, mask)
+        return plain(self, image * float("nan" if len(calls) == 12 else 1), label, mask)
 
     monkeypatch.setattr(SSN, "forward", breaks)
-    error = one_line(capsys, *TINY, "--steps", 100, "--out", tmp_path)
-    assert "step 60: negative_log_likelihood is not finite" in error
+    error = one_line(capsys, *TINY, "--steps", 20, "--out", tmp_path)
+    assert "step 12: negative_log_likelihood is not finite" in error
     assert f"last.pt stands: --resume {tmp_path} with a lower --lr" in error
     content = runs.load_checkpoint(tmp_path / "last.pt")
-    assert content["step"] == 50 and all(v.isfinite().all() for v in content["state"].values())
+    assert content["step"] == 10 and all(v.isfinite().all() for v in content["state"].values())
     run("--resume", tmp_path, "--lr", 1e-4)  # as the error advises
-    assert log(tmp_path)[100]["lr"] == 1e-4
+    assert log(tmp_path)[20]["lr"] == 1e-4
     changes = json.loads((tmp_path / "config.json").read_text())["changes"]
-    assert [(c["step"], c["lr"]) for c in changes] == [(0, None), (50, 1e-4)]
+    assert [(c["step"], c["lr"]) for c in changes] == [(0, None), (10, 1e-4)]
 
 
 def test_non_finite_weights_are_never_saved(tmp_path, capsys, monkeypatch):
@@ -319,7 +337,6 @@ def test_terms_name_the_cause_and_not_its_consequence():
     (["--model-args", "channels=garbage"], "ssn cannot be built"),
     (["--model-args", "channels=5"], "ssn cannot be built"),
     (["--model-args", "channels=()"], "ssn cannot be built"),
-    (["--model-args", "convs=100000"], "ssn cannot be built: it has more than"),
     (["--model-args", "channels=(999999,999999)"], "ssn cannot be built: it has more than"),
     (["--data", "lidc", "--path", "/nowhere"], "there is no /nowhere"),
     (["--device", "cuda:7"], "--device cuda:7"),
@@ -337,7 +354,8 @@ def test_terms_name_the_cause_and_not_its_consequence():
     (["--path", "a\0b", "--data", "npz"], ""),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
-    assert message in one_line(capsys, "--out", tmp_path / "run", *arguments)
+    small = [] if "--data" in arguments else ["--data-args", "n=20", "size=32"]
+    assert message in one_line(capsys, "--out", tmp_path / "run", *small, *arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -404,11 +422,6 @@ def test_output_that_cannot_be_shown_stops_nothing(stream, monkeypatch):
         assert lines[0] == "? ?" and lines[1].endswith("l?uft")
     else:
         assert sys.stdout is None
-
-
-def test_a_matplotlib_backend_that_is_none_does_no_harm():
-    code = "from analysis import pictures; pictures.new_plot(size=(1, 1)); print('drawn')"
-    assert start("-c", code, MPLBACKEND="nonsense").communicate()[0] == "drawn\n"
 
 
 # -------------------------------------------------------------------------------------- options
@@ -519,13 +532,15 @@ def test_without_a_compiler_it_goes_on(finished, tmp_path, monkeypatch, capsys):
 
 # --------------------------------------------------------------------------------- two processes
 
-TWO = """
-import sys, torch, evaluate, train
-report = evaluate.report  # at the end of training, judge the folder of another run
-evaluate.report = lambda folder, **options: report(sys.argv[1], samples=(1, 4),
-                                                   device=torch.device("cpu"))
-sys.exit(train.main(sys.argv[2:]))
-"""
+def train_as_one_of_two(rank, folder):
+    """As torchrun starts it; at the end of training, the folder of another run is judged."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+    undraw(pytest.MonkeyPatch())
+    evaluate.report = lambda _, **options: REPORT(folder / "run", samples=(1, 4),
+                                                  device=torch.device("cpu"))
+    with open(folder / f"{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+        run(*TINY, "--steps", 3, "--out", folder / "two")
 
 
 def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
@@ -538,16 +553,12 @@ def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     assert alone["per_case.csv"].count("\n") == 35
     for name in alone:
         (folder / name).unlink()
-    (tmp_path / "two.py").write_text(TWO)
-    process = start("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
-                    tmp_path / "two.py", folder, *TINY, "--steps", 3, "--out", tmp_path / "two",
-                    PYTHONPATH=str(TOP))
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+    run_two(train_as_one_of_two, tmp_path, group=False)
     one, two = log(finished)[1], log(tmp_path / "two")[1]
     assert abs(two["loss"] / one["loss"] - 1) < 1e-5
     assert abs(two["gradient"] / one["gradient"] - 1) < 1e-4
     assert {name: (folder / name).read_text() for name in alone} == alone
+    output = "".join((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert output.count("numbers and pictures in") == 1
 
 
