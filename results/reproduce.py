@@ -273,10 +273,11 @@ def run_all(runs: list[Run], args) -> dict[Run, str]:
                     write_text(run.folder.with_suffix(".done"),
                                json.dumps([args.machine, *run.commands]))
                 write(run.table, runs, failed, args)
-            if line := time.monotonic() > told + 30:
-                told = time.monotonic()
-            progress.update(round(sum(run in failed or run.share() for run in runs), 1),
-                            f"runs; now {' '.join(run.folder.name for run in running)}", line)
+            done = sum(run in failed or run.share() for run in runs)
+            if done > progress.first:  # else there is no rate yet
+                line, now = time.monotonic() > told + 30, [run.folder.name for run in running]
+                told = time.monotonic() if line else told
+                progress.update(round(done, 2), f"runs; now {', '.join(now)}", line)
     except KeyboardInterrupt:
         for _, process in running.values():
             process.terminate()  # it saves and stops
@@ -313,6 +314,7 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
              for c in table.columns.split()}
     found = {c: rows for c, rows in found.items() if rows}
     (ranking, first), *_ = found.items()
+    groups = {row: runs for row, runs in groups.items() if row in first}
     several, names = any(len(m[2]) > 1 for m in first.values()), " | ".join(found).replace("_", " ")
     for word, name in WORDS.items():
         names = names.replace(word, name)
@@ -345,6 +347,7 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
         if run.finished():
             groups.setdefault(run.row, []).append(run)
     commands = dict.fromkeys(re.sub(" --seed .*", "", c) for run in runs for c in run.commands)
+    commands = sorted(commands, key=lambda command: command.startswith("evaluate"))
     text = [f"## {table.title}", table.text,
             "\n".join(["```sh", *(f"python {command}" for command in commands), "```"])]
     if table.prints and groups:
@@ -366,15 +369,16 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
 
 
 def draw(name: str, runs: list[Run], args) -> None:
-    """<out>/<name>-*.png, the pictures of evaluate.py --compare of what has finished."""
+    """<out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
     folders = [run.folder for run in runs if run.table == name and run.finished()]
     try:
-        if not TABLES[name].prints and folders:
+        if folders and not TABLES[name].prints:
             compare(folders)
-            for file in folders[0].glob("compare*.png"):
-                shutil.copy(file, args.out / f"{name}-{file.name}")
     except UserError as error:  # runs on different cases
         say(f"{name}: no picture: {error}")
+    for folder in folders[:1]:
+        for file in folder.glob("*.png" if TABLES[name].prints else "compare*.png"):
+            shutil.copy(file, args.out / f"{name}-{file.name}")
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -414,11 +418,13 @@ def main(argv=None) -> int:
     try:
         args.machine = describe(args)
         runs = [run for name in args.tables for run in plan(name, args)]
+        if not runs:
+            raise UserError("there is nothing to run without --path FILE")
         failed = run_all(runs, args)
         for name in args.tables:
             draw(name, runs, args)
             print(f"\n{write(name, runs, failed, args)}")
-        return 0 if runs and all(run.finished() for run in runs) else 1
+        return 0 if all(run.finished() for run in runs) else 1
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
