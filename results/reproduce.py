@@ -188,14 +188,14 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
         best = (max if ranking == "dice" else min)(rivals, key=lambda r: first[r][0])
         p = metrics.paired_test(*([first[r][3][case] for case in first[best][3]]
                                   for r in (row, best)))
+        p = "best" * (len(rivals) > 1) if row == best else f"{p:.2g}"
         lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",
                       f"{logs[0][-1]['step']} x {config['training']['batch_size']}",
                       f"{seconds / 60 / len(runs):.1f}",
                       *("{:.3f} ± {:.3f}".format(*rows[row]) if row in rows else ""
                         for rows in found.values()),
                       *[f"± {np.std(first[row][2], ddof=len(runs) > 1):.3f}"] * several,
-                      "best" if row == best else f"{p:.2g}",
-                      *(published.get(row, "") for published in table.beside.values())])
+                      p, *(published.get(row, "") for published in table.beside.values())])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
