@@ -185,10 +185,11 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
         seconds = sum(entry.get("steps", 0) * entry.get("seconds_per_step", 0)
                       for log in logs for entry in log)
         rivals = [r for r in first if r.rpartition(":")[0] == row.rpartition(":")[0]]
-        best = (max if ranking == "dice" else min)(rivals, key=lambda r: first[r][0])
+        best = (max if ranking.startswith(("dice", "auroc")) else min)(rivals, key=lambda r: first[r][0])
         p = metrics.paired_test(*([first[r][3][case] for case in first[best][3]]
                                   for r in (row, best)))
         p = "best" * (len(rivals) > 1) if row == best else f"{p:.2g}"
+        p = p if p == "best" or not np.isnan([*first[row][3].values()]).all() else ""  # pooled
         lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",
                       f"{logs[0][-1]['step']} x {config['training']['batch_size']}",
                       f"{seconds / 60 / len(runs):.1f}",

@@ -123,6 +123,12 @@ def test_rows_of_a_kind_are_tested_among_themselves(made):
         "best", "0.12", ""]  # the last one has no rival
 
 
+def test_a_pooled_measure_has_no_test(made):
+    """It has no value for a case, so nothing can be paired."""
+    _, text = made("good", "worse", columns="mode_gap_16")
+    assert cells(text, "worse")[-1] == ""
+
+
 def test_a_row_without_a_measure_has_an_empty_cell(made):
     _, text = made("good", "odd", columns="ged_16 dice")
     assert cells(text, "odd")[5] == "" and cells(text, "good")[5].startswith("0.750 ± ")
