@@ -185,7 +185,8 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
         seconds = sum(entry.get("steps", 0) * entry.get("seconds_per_step", 0)
                       for log in logs for entry in log)
         rivals = [r for r in first if r.rpartition(":")[0] == row.rpartition(":")[0]]
-        best = (max if ranking.startswith(("dice", "auroc")) else min)(rivals, key=lambda r: first[r][0])
+        choose = max if ranking.startswith(("dice", "auroc")) else min
+        best = choose(rivals, key=lambda r: first[r][0])
         p = metrics.paired_test(*([first[r][3][case] for case in first[best][3]]
                                   for r in (row, best)))
         p = "best" * (len(rivals) > 1) if row == best else f"{p:.2g}"
