@@ -1,0 +1,295 @@
+"""Make the tables of results/README.md, each by its name in tables.py, which lists their runs.
+
+    python results/reproduce.py shapes
+    python results/reproduce.py crops annotators --path lidc.pickle --device cuda --jobs 10
+    python results/reproduce.py lidc --path data_lidc.pickle --device cuda --steps 20000
+
+Every row is a run of train.py, trained and judged in its own folder, runs/results/<table>/<row>/;
+--jobs N of them at once share the device. The table is printed and written to
+runs/results/<table>.md, anew whenever a run has finished, and pictures of its curves beside it.
+Rerun the same command to resume: finished runs are not run again, interrupted ones are resumed. A
+run that fails is named below the table with its last line, and does not hold up the others.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import metrics
+from analysis.compare import compare
+from common import Progress, UserError, pick_device, say
+from results.tables import TABLES, WORDS, Table
+from sources.files import write_text
+from sources.runs import read_config, read_log
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A seed of a row, or a printed table. FILE and RUN in `commands`: --path and `folder`.
+
+    Beside the folder: <folder>.log, what the commands say, and <folder>.done, a JSON list of the
+    machine and the commands, written when all of them have succeeded.
+    """
+
+    table: str
+    row: str
+    folder: Path
+    commands: tuple[str, ...]
+
+    def finished(self) -> bool:
+        """Whether these very commands have succeeded."""
+        done = self.folder.with_suffix(".done")
+        return done.exists() and json.loads(done.read_text())[1:] == list(self.commands)
+
+    def share(self) -> float:
+        """How much is done, from 0 to 1; judging counts as a tenth."""
+        try:
+            steps = read_config(self.folder)["training"]["steps"]
+            return 1 if self.finished() else 0.9 * read_log(self.folder)[-1]["step"] / steps
+        except (UserError, LookupError):
+            return 0
+
+    def start(self, number: int, args) -> subprocess.Popen:
+        """Start a command; a training that was begun is resumed."""
+        known = {"FILE": str(args.path), "RUN": str(self.folder)}
+        script, *words = [known.get(word, word) for word in shlex.split(self.commands[number])]
+        if script == "train.py" and (self.folder / "config.json").exists():
+            words[words.index("--out")] = "--resume"
+        if script in ("train.py", "evaluate.py", "bench.py"):
+            words += ["--device", args.device]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder.with_suffix(".log"), "a" if number else "w") as log:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / script), *words], stdout=log, stderr=subprocess.STDOUT,
+                cwd=self.folder if TABLES[self.table].prints else ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+                start_new_session=True)  # Ctrl-C is passed on once, by `run_all`
+
+
+def plan(name: str, args) -> list[Run]:
+    """The runs of a table, without those that need a data file where none is given."""
+    table, runs = TABLES[name], []
+    if table.prints:
+        return [Run(name, "", args.out / name / "printed", table.prints)]
+    for row, own in table.rows.items():
+        options = f"{own} {table.common}".strip()
+        if "FILE" in options and not args.path:
+            say(f"{name}: {row} needs --path FILE and is left out")
+            continue
+        if args.steps:
+            options = re.sub(r" --steps \d+", "", options) + f" --steps {args.steps}"
+        source = args.path.stem if "FILE" in options else ""
+        for seed in range(args.seeds or table.seeds):
+            folder = args.out / name / re.sub(r"\W+", "-", f"{row} {source} {seed}")
+            judge = [f"evaluate.py RUN {table.judge}"] if table.judge else []
+            runs.append(Run(name, row, folder, (f"train.py {options} --seed {seed} --out RUN",
+                                                *judge)))
+    return runs
+
+
+def run_all(runs: list[Run], args) -> dict[Run, str]:
+    """Run what has not finished, --jobs at once; {run that failed: the last line it said}."""
+    waiting, running, failed = [run for run in runs if not run.finished()], {}, {}
+    progress, tick = Progress(len(runs), sum(run.share() for run in runs)), 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                running[waiting[0]] = 0, waiting[0].start(0, args)
+                del waiting[0]
+            time.sleep(0.5)
+            for run, (number, process) in [*running.items()]:
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if process.returncode:
+                    said = run.folder.with_suffix(".log").read_text(errors="replace").split("\n")
+                    last = [line for line in ["no output", *said] if line.strip()][-1]
+                    failed[run] = f"`python {run.commands[number]}`: {last.strip()}"
+                    progress.say(f"failed: {failed[run]}")
+                elif number + 1 < len(run.commands):
+                    running[run] = number + 1, run.start(number + 1, args)
+                    continue
+                else:
+                    write_text(run.folder.with_suffix(".done"),
+                               json.dumps([args.machine, *run.commands]))
+                write(run.table, runs, failed, args)
+            done, tick = sum(run in failed or run.share() for run in runs), tick + 1
+            if done > progress.first:  # else there is no rate yet
+                now = ", ".join(run.folder.name for run in running)
+                progress.update(round(done, 2), f"runs; now {now}", line=tick % 60 == 0)
+    except KeyboardInterrupt:
+        for _, process in running.values():
+            process.terminate()  # it saves and stops
+        for _, process in running.values():
+            process.wait()
+        say("stopped; rerun to resume")
+    return failed
+
+
+# ------------------------------------------------------------------------------------ the table
+
+
+def measure(runs: list[Run], column: str):
+    """(mean, standard error, means of the seeds, {case: mean over seeds}) of a measure, or None."""
+    judge, summaries, tables = TABLES[runs[0].table].judge, [], []
+    last, column = "last" in judge and "best:" not in column, column.removeprefix("best:")
+    for run in runs:
+        folder = run.folder / "test-all-last" if last else run.folder
+        file = folder / ("ood.json" if "--ood" in judge else "metrics.json")
+        summaries.append(json.loads(file.read_text()).get(column))
+        with open(folder / "per_case.csv", newline="") as text:
+            tables.append({r["name"]: float(r.get(column, "nan")) for r in csv.DictReader(text)})
+    if None in summaries:
+        return None
+    means, errors = zip(*((summary["mean"], summary["stderr"]) for summary in summaries))
+    cases = {name: np.mean([table[name] for table in tables]) for name in tables[0]}
+    error = metrics.bootstrap(list(cases.values()))["stderr"]
+    return np.mean(means), np.mean(errors) if np.isnan(error) else error, means, cases
+
+
+def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
+    """The table's lines in Markdown; groups {row: its finished runs}."""
+    found = {c: {row: m for row, runs in groups.items() if (m := measure(runs, c))}
+             for c in table.columns.split()}
+    found = {c: rows for c, rows in found.items() if rows}
+    (ranking, first), *_ = found.items()
+    groups = {row: runs for row, runs in groups.items() if row in first}
+    several, names = any(len(m[2]) > 1 for m in first.values()), " | ".join(found).replace("_", " ")
+    for word, name in WORDS.items():
+        names = names.replace(word, name)
+    lines = [["", "parameters", "steps x batch", "minutes", names, *["over seeds"] * several, "p",
+              *table.beside]]
+    lines.append(["---"] * (len(lines[0]) + len(found) - 1))
+    for row, runs in groups.items():
+        config, logs = read_config(runs[0].folder), [read_log(run.folder) for run in runs]
+        seconds = sum(entry.get("steps", 0) * entry.get("seconds_per_step", 0)
+                      for log in logs for entry in log)
+        rivals = [r for r in first if r.rpartition(":")[0] == row.rpartition(":")[0]]
+        choose = max if ranking.startswith(("dice", "auroc")) else min
+        best = choose(rivals, key=lambda r: first[r][0])
+        p = metrics.paired_test(*([first[r][3][case] for case in first[best][3]]
+                                  for r in (row, best)))
+        p = "best" * (len(rivals) > 1) if row == best else f"{p:.2g}"
+        p = p if p == "best" or not np.isnan([*first[row][3].values()]).all() else ""  # pooled
+        lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",
+                      f"{logs[0][-1]['step']} x {config['training']['batch_size']}",
+                      f"{seconds / 60 / len(runs):.1f}",
+                      *("{:.3f} ± {:.3f}".format(*rows[row]) if row in rows else ""
+                        for rows in found.values()),
+                      *[f"± {np.std(first[row][2], ddof=len(runs) > 1):.3f}"] * several,
+                      p, *(published.get(row, "") for published in table.beside.values())])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
+    """<out>/<name>.md, of what has finished; its text."""
+    table, runs, groups = TABLES[name], [run for run in runs if run.table == name], {}
+    for run in runs:
+        if run.finished():
+            groups.setdefault(run.row, []).append(run)
+    commands = dict.fromkeys(re.sub(" --seed .*", "", c) for run in runs for c in run.commands)
+    commands = sorted(commands, key=lambda command: command.startswith("evaluate"))
+    text = [f"## {table.title}", table.text,
+            "\n".join(["```sh", *(f"python {command}" for command in commands), "```"])]
+    if table.prints and groups:
+        lines = runs[0].folder.with_suffix(".log").read_text(errors="replace").splitlines()
+        lines = [line for line in lines[:-1] if not re.match(r"\d+/\d+ ", line)] + lines[-1:]
+        text += ["\n".join(line if line.startswith("|") else f"{line}\n" for line in lines)]
+    elif groups:
+        text += ["\n".join(lines_of(table, groups))]
+    text += [f"Failed: {failed[run]}" for run in runs if run in failed]
+    if left := [run.folder.name for run in runs if not run.finished() and run not in failed]:
+        text += [f"Not finished: {', '.join(left)}."]
+    machines = [json.loads(run.folder.with_suffix(".done").read_text())[0]
+                for group in groups.values() for run in group]
+    text += [f"Measured on {machine}." for machine in dict.fromkeys(machines)]
+    text += [f"![{table.title}]({file.name})" for file in sorted(args.out.glob(f"{name}-*.png"))]
+    text = re.sub(r"\n{3,}", "\n\n", "\n\n".join(text)) + "\n"
+    write_text(args.out / f"{name}.md", text)
+    return text
+
+
+def draw(name: str, runs: list[Run], args) -> None:
+    """<out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
+    folders = [run.folder for run in runs if run.table == name and run.finished()]
+    try:
+        if folders and not TABLES[name].prints:
+            compare(folders)
+    except UserError as error:  # runs on different cases
+        say(f"{name}: no picture: {error}")
+    for folder in folders[:1]:
+        for file in folder.glob("*.png" if TABLES[name].prints else "compare*.png"):
+            shutil.copy(file, args.out / f"{name}-{file.name}")
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line, paths made absolute."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tables", nargs="+", metavar="TABLE", choices=TABLES, help=", ".join(TABLES))
+    p.add_argument("--path", type=Path, metavar="FILE", help="data of the rows that name FILE")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
+    p.add_argument("--seeds", type=int, metavar="N", help="runs a row (default: the table's)")
+    p.add_argument("--steps", type=int, metavar="N", help="of every run (default: the table's)")
+    p.add_argument("--out", type=Path, default="runs/results", help="default: runs/results")
+    args = p.parse_args(argv)
+    if min(n for n in (args.jobs, args.seeds, args.steps) if n is not None) < 1:
+        p.error("--jobs, --seeds, --steps: give 1 or more")
+    args.out, args.path = args.out.resolve(), args.path and args.path.resolve()
+    args.threads = max(1, torch.get_num_threads() // args.jobs)
+    return args
+
+
+def describe(args) -> str:
+    """The machine, the versions, and how many runs share them."""
+    device, file = pick_device(args.device), Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    return (f"{gpu}{(names or [platform.processor()])[0]} with {os.cpu_count()} cores, torch "
+            f"{torch.__version__}; runs at once: {args.jobs}, threads of each: {args.threads}")
+
+
+def main(argv=None) -> int:
+    """The command line: 0 if every run has finished, 1 if not, 2 for a mistake of the user's."""
+    args = parse(argv)
+    try:
+        args.machine = describe(args)
+        runs = [run for name in args.tables for run in plan(name, args)]
+        if not runs:
+            raise UserError("there is nothing to run without --path FILE")
+        failed = run_all(runs, args)
+        for name in args.tables:
+            draw(name, runs, args)
+            print(f"\n{write(name, runs, failed, args)}")
+        return 0 if all(run.finished() for run in runs) else 1
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
