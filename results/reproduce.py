@@ -91,7 +91,9 @@ def plan(name: str, args) -> list[Run]:
     if table.prints:
         return [Run(name, "", args.out / name / "printed", table.prints)]
     for row, own in table.rows.items():
-        options = f"{own} {table.common}".strip()
+        if args.rows and row not in args.rows:
+            continue
+        options = f"{own} {table.common} {args.options}".strip()
         if "FILE" in options and not args.path:
             say(f"{name}: {row} needs --path FILE and is left out")
             continue
@@ -255,6 +257,9 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
     p.add_argument("--seeds", type=int, metavar="N", help="runs a row (default: the table's)")
     p.add_argument("--steps", type=int, metavar="N", help="of every run (default: the table's)")
+    p.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default: all)")
+    p.add_argument("--options", default="", metavar="'...'",
+                   help="more options of every train.py, such as --options=--cuda-graphs")
     p.add_argument("--out", type=Path, default="runs/results", help="default: runs/results")
     args = p.parse_args(argv)
     if min(n for n in (args.jobs, args.seeds, args.steps) if n is not None) < 1:
