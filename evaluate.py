@@ -10,6 +10,7 @@
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling cases (bootstrap)
     per_case.csv     every measure of every case
+    report.html      numbers, curves, pictures, and cases to page through, in one file
     per_class.csv    Dice and 95% Hausdorff distance of every class (VAE U-Net's Table 2)
     samples.png      image, every annotator, prediction and 16 samples; overview.png: in short
     uncertainty.png  annotators' and samples' mean, PHiSeg's gamma map, variance over samples
@@ -55,6 +56,7 @@ from analysis.compare import compare
 from analysis.instances import (find_instances, instance_scores, instances_to_show, plot_instances,
                                 rand_errors)
 from analysis.ood import ood
+from analysis.page import write_page
 from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
                                     plot_manipulation, plot_maps, plot_scales)
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
@@ -130,6 +132,8 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     write_csv(out / "per_case.csv", whole, values)
     plot_all(out, model, pictured.all_maps(), found, values, summary,
              "hide" in settings["data_args"])
+    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", found["shown"],
+               pictured.names)
     progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
                  f"numbers and pictures in {out}")
     return summary
