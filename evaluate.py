@@ -69,6 +69,7 @@ from sources.files import write_text
 from sources.runs import read_config
 
 SAMPLES = (1, 4, 8, 16, 100)
+PAGED = 20  # cases in report.html, at most
 LIKELIHOOD_SAMPLES = 16
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
@@ -99,7 +100,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     cluster = (*(cluster or (CLUSTERED,)), None)[:2]
     classes = classes or whole.images.dim() == 4 and 3 <= whole.num_classes <= 20
-    pictured = whole.subset(spread(len(whole), CASES))
+    pictured = whole.subset(spread(len(whole), PAGED))
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     rank, world = process()
@@ -130,10 +131,12 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", whole, values)
-    plot_all(out, model, pictured.all_maps(), found, values, summary,
+    few, paged = spread(len(pictured), CASES), found["shown"]
+    found |= {name: [found[name][i] for i in few] for name in ("shown", "instances_shown")
+              if name in found}
+    plot_all(out, model, pictured.subset(few).all_maps(), found, values, summary,
              "hide" in settings["data_args"])
-    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", found["shown"],
-               pictured.names)
+    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", paged, shown)
     progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
                  f"numbers and pictures in {out}")
     return summary

@@ -32,7 +32,7 @@ HEADLINE = ("ged", "hungarian_iou", "ncc", "dice")
 # What each measure means, under headings; an arrow says which direction is better. Where a name in
 # metrics.json ends in a number, the number is a column.
 MEASURES = {
-    "Samples against annotators, by number of samples": {
+    "Samples against annotators, by the number of samples": {
         "ged": "↓ Squared generalised energy distance between samples and annotations; 0 if both "
                "come from one distribution.",
         "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
@@ -42,13 +42,13 @@ MEASURES = {
         "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
         "dice_present": "↑ The same over classes that the prediction or the annotation has.",
         "dice_mean": "↑ Dice of the mean of the samples' probabilities.",
-        "ged_predict": "↓ GED of the prediction, as if it were the only sample."},
+        "ged_predict": "↓ GED of the prediction, as if it were the only sample.",
+        "dice_better": "Share of samples whose Dice is above the prediction's."},
     "Likelihood and reconstruction": {
         "log_likelihood": "↑ Log-probability of an annotation under the model, in nats.",
         "iou_rec": "↑ IoU of an annotation and its reconstruction from the posterior's mean."},
     "Spread of the samples' Dice": {
-        "dice_better": "Share of samples whose Dice is above the prediction's.",
-        "dice_q": "Quantiles in %: together they show how far samples fall behind the prediction."},
+        "dice_q": "Quantiles, in per cent, over the samples of a case."},
     "Known probabilities": {
         "mode_tv": "↓ Total variation between the label maps drawn for a case and their known "
                    "probabilities; a perfect sampler has some, too.",
@@ -66,8 +66,8 @@ MEASURES = {
 PICTURES = {
     "curves.png": (True, "Training: every term of the loss, and the validation score, by step."),
     "ged.png": (True, "GED against the number of samples."),
-    "dice.png": (True, "Spread of the samples' Dice in each case, beside the prediction's."),
     "modes.png": (True, "Frequencies of label maps and of pixels' classes against known ones."),
+    "dice.png": (True, "Spread of the samples' Dice in each case, beside the prediction's."),
     "overview.png": (False, "Annotators and samples of four cases."),
     "uncertainty.png": (False, "Where annotators differ and where samples do."),
     "maps.png": (False, "Does the model vary where annotators contradict it (PHiSeg, Fig. 3)?"),
@@ -79,11 +79,11 @@ PICTURES = {
     "extrapolation.png": (False, "Completions of hidden label maps (HPU-Net, Fig. 5).")}
 
 
-def write_page(out: Path, folder: Path, judged: str, cases: list, names: list[str]) -> None:
+def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -> None:
     """Write `out`/report.html from the files in `out` and in the run's `folder`.
 
-    judged: what was judged, in words. cases: pictures.Case of the cases to page through, with their
-    full names.
+    judged: what was judged, in words. cases: pictures.Case of every case to page through; shown:
+    {its name in per_case.csv: its name in pictures}.
     """
     config, log = read_config(folder), read_log(folder)
     summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -93,13 +93,15 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, names: list[st
     about = (f"{settings['model']} on {settings['data']}, seed {settings['seed']} · "
              f"{config['parameters']:,} parameters · {config['training']['steps']:,} steps of "
              f"{config['training']['batch_size']} cases"
-             + (f" in {timedelta(seconds=round(seconds[-1][1]))} hours" if seconds else "")
+             + (f" in {timedelta(seconds=round(seconds[-1][1]))} h" if seconds else "")
              + f" · {judged}")
     headline = [max((n for n in summary if split_name(n)[0] == base), default=None,
                     key=lambda n: column_order(split_name(n)[1])) for base in HEADLINE]
     headline = [name for name in headline if name]
-    labels = [f"{name} · " + ", ".join(f"{n} {float(scores[name][n]):.3f}" for n in headline[:1])
-              for name in names]
+    full = {short: name for name, short in shown.items()}
+    names = [full[case.name] for case in cases]
+    labels = [" · ".join([name, *(f"{spoken(n)} {float(scores[name][n]):.3f}"
+                                  for n in headline[:1])]) for name in names]
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     write_text(out / "report.html", template.substitute(
         title=escape(folder.resolve().name), about=escape(about),
@@ -124,12 +126,29 @@ def column_order(column: str) -> list[int]:
     return [int(number) for number in column.split("_") if number]
 
 
+def spoken(name: str) -> str:
+    """A measure's name for people: hungarian_iou_16 -> Hungarian IoU 16."""
+    words = re.sub(r"\b(ged|ncc|ap|hd|tv)(?=\d|\b)", lambda word: word[0].upper(),
+                   name.replace("_", " ").replace("iou", "IoU"))
+    return words[0].upper() + words[1:]
+
+
+def better(text: str) -> str:
+    """The direction that a text of MEASURES begins with."""
+    words = {"↓": "↓ lower is better", "↑": "↑ higher is better"}.get(text[0], "")
+    return f"<span class=better>{words}</span>"
+
+
+def number(value: float) -> str:
+    """Three decimals, or one for large numbers."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
 def tile(name: str, result: dict) -> str:
     """One of the numbers at the top of the page."""
     texts = {base: text for group in MEASURES.values() for base, text in group.items()}
-    better = {"↓": "lower is better", "↑": "higher is better"}[texts[split_name(name)[0]][0]]
-    return (f"<div><dt>{name.replace('_', ' ')}</dt><dd>{result['mean']:.3f} "
-            f"<small>&plusmn; {result['stderr']:.3f}</small></dd><small>{better}</small></div>")
+    return (f"<div><dt>{spoken(name)}</dt><dd>{number(result['mean'])} <small>&plusmn; "
+            f"{number(result['stderr'])}</small></dd>{better(texts[split_name(name)[0]])}</div>")
 
 
 def numbers_html(summary: dict) -> str:
@@ -145,20 +164,20 @@ def numbers_html(summary: dict) -> str:
         columns = sorted({c for _, row in rows.values() for c in row}, key=column_order)
         if not rows:
             continue
-        head = "".join(f"<th scope=col>{c.replace('_', ', ')}</th>" for c in columns)
+        head = "".join(f"<th scope=col>{c.lstrip('0').replace('_', ', ')}</th>" for c in columns)
+        head = f"<thead><tr><th></th>{head}</tr></thead>" if any(columns) else ""
         body = ""
         for base, (text, row) in rows.items():
-            better = {"↓": " Lower is better.", "↑": " Higher is better."}.get(text[0], "")
-            body += (f"<tr><th scope=row>{escape(base.replace('_', ' '))}"
-                     f"<small>{escape(text.lstrip('↓↑ ') + better)}</small></th>")
+            body += (f"<tr><th scope=row>{escape(spoken(base))} {better(text)}"
+                     f"<small>{escape(text.lstrip('↓↑ '))}</small></th>")
             for column in columns:
                 result = row.get(column)
-                body += "<td>" + (f"{result['mean']:.4g}<small>&plusmn; {result['stderr']:.2g}"
-                                  "</small>" if result else "") + "</td>"
+                body += "<td>" + (f"{number(result['mean'])}<small>&plusmn; "
+                                  f"{number(result['stderr'])}</small>" if result else "") + "</td>"
             body += "</tr>"
         tables.append(f"<h3>{heading}</h3><div class=scroll tabindex=0 role=region "
-                      f"aria-label='{escape(heading)}'><table><thead><tr><th></th>{head}</tr>"
-                      f"</thead><tbody>{body}</tbody></table></div>")
+                      f"aria-label='{escape(heading)}'><table>{head}"
+                      f"<tbody>{body}</tbody></table></div>")
     return "\n".join(tables)
 
 
@@ -191,7 +210,7 @@ def case_html(case, name: str, scores: dict) -> str:
                                         ("variance / maximum", case.variance.float(), None))]
     flat = [(text, label_png(label)) for text, label in zip(kinds, labels)]
     flat += [("prediction", label_png(prediction[0])), maps.pop()]
-    marked = ", ".join(f"{n.replace('_', ' ')} {float(score):.3f}" for n, score in scores.items())
+    marked = ", ".join(f"{spoken(n)} {float(score):.3f}" for n, score in scores.items())
     return f"""<article class="case" style="--image: url({picture_png(paint_image(image))});
 --ratio: {width / height:.4f}">
 <h3>{escape(name)}</h3>
@@ -249,8 +268,9 @@ def pictures_html(out: Path, folder: Path) -> str:
         if file.exists():
             with Image.open(file) as picture:
                 small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-            figures += (f"<figure class={'plot' if plot else 'mosaic'}><img src='{data_uri(small)}'"
-                        f" alt='{escape(caption)}' width={small.width} height={small.height}>"
+            kind = ("plot" if plot else "mosaic") + (" wide" if small.width > 700 else "")
+            figures += (f"<figure class='{kind}'><img src='{data_uri(small)}' "
+                        f"alt='{escape(caption)}' width={small.width} height={small.height}>"
                         f"<figcaption>{escape(caption)}</figcaption></figure>")
     return figures
 
