@@ -343,11 +343,14 @@ def predict_images(args, device) -> None:
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
     model = models.load(folder, device)
     for file in files:
-        picture, arrays = predict_image(
+        picture, arrays, sizes = predict_image(
             model, data_name, file, out, temperature=args.temperature,
             samples=16 if len(args.samples) > 1 else args.samples[0],
             class_scales={int(k): factor for k, factor in scales.items()})
         say(f"{picture} (look at it), {arrays} (the samples and maps)")
+        say("\n".join(f"  {kind}: {size['mean']:.4g} {sizes['unit']} on average, from "
+                      f"{size['q05']:.4g} to {size['q95']:.4g} in 90 % of the samples"
+                      for kind, size in sizes["volume"].items()))
 
 
 def warn_of_foreign(args, device) -> None:

@@ -17,12 +17,10 @@ from string import Template
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgb
 from PIL import Image
 
 from analysis.compare import training_time
-from analysis.pictures import COLORS, paint_image, paint_map
-from common import IGNORE
+from analysis.pictures import COLORS, label_picture, paint_image, paint_map
 from sources.files import write_text
 from sources.runs import read_config, read_log
 
@@ -247,11 +245,7 @@ def outline_path(label: np.ndarray) -> str:
 
 def label_png(label: np.ndarray) -> str:
     """A label map (H, W) in the classes' colours as a data URI; the background is transparent."""
-    index = np.where(label == IGNORE, 9, np.where(label > 0, 1 + (label.astype(int) - 1) % 8, 0))
-    picture = Image.fromarray(index.astype(np.uint8), "P")
-    colors = [(0, 0, 0), *map(to_rgb, COLORS), (0.5, 0.5, 0.5)]
-    picture.putpalette([round(255 * value) for color in colors for value in color])
-    return data_uri(picture, transparency=bytes([0, *[166] * 8, 166]))
+    return data_uri(label_picture(label), transparency=bytes([0, *[166] * label.max()]))
 
 
 def picture_png(picture: torch.Tensor) -> str:

@@ -12,6 +12,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import metrics
@@ -59,6 +60,15 @@ def paint_label(label, image=None) -> Tensor:
     fill = torch.tensor([to_rgb(c) for c in COLORS])[(label - 1).clamp(min=0) % len(COLORS)]
     picture = torch.where((label > 0)[..., None], opacity * fill + (1 - opacity) * base, base)
     picture[label == IGNORE] = 0.5
+    return picture
+
+
+def label_picture(label: np.ndarray) -> Image.Image:
+    """Label map (H, W) uint8 -> a picture whose palette has the classes' colours."""
+    colors = ["#000000", *itertools.islice(itertools.cycle(COLORS), 254), "#808080"]
+    picture = Image.fromarray(label)
+    picture.putpalette([round(255 * value) for color in colors[: label.max() + 1]
+                        for value in to_rgb(color)])
     return picture
 
 
