@@ -50,34 +50,35 @@ def compare(folders) -> str:
     text = "\n".join(lines) + "\n"
     write_text(folders[0] / "compare.md", text)
     plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])
-    plot_validation(folders[0] / "compare_curves.png",
-                    [(row[0], *validations(read_log(folder)))
-                     for row, group in zip(rows, groups.values()) for folder, _ in group])
+    curves = [(row[0], *validations(read_log(folder)))
+              for row, group in zip(rows, groups.values()) for folder, _ in group]
+    if any(scores for *_, scores in curves):
+        plot_validation(folders[0] / "compare_curves.png", curves)
     return text
 
 
-def training_time(log: list[dict]) -> list[tuple[int, float]]:
+def training_time(log: list[dict]) -> list[tuple[float, float]]:
     """The log's steps, each with the seconds that the run had trained until then.
 
     Steps whose pace was not logged, because a kill came first, count at the pace of the next entry.
     """
-    times, before, seconds = [], 0, 0.0
+    times, before, seconds = [], 0.0, 0.0
     for entry in log:
         if "seconds_per_step" in entry:
-            seconds += entry["seconds_per_step"] * (entry["step"] - before)
-            before = entry["step"]
+            step = float(entry["step"])
+            seconds, before = seconds + entry["seconds_per_step"] * (step - before), step
             times.append((before, seconds))
     return times
 
 
 def validations(log: list[dict]) -> tuple:
     """(the validation score's name or "", steps, seconds of training, scores) of a run's log."""
-    found = [(entry["step"], name, value) for entry in log for name, value in entry.items()
+    found = [(float(entry["step"]), name, value) for entry in log for name, value in entry.items()
              if name.startswith("val_")]
     if not found:
         return "", (), (), ()
     steps, names, scores = zip(*found)
-    return names[0], steps, np.interp(steps, *zip((0, 0.0), *training_time(log))), scores
+    return names[0], steps, np.interp(steps, *zip((0.0, 0.0), *training_time(log))), scores
 
 
 def read_judged(folder: Path) -> tuple[dict, tuple]:

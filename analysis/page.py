@@ -87,12 +87,12 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     with open(out / "per_case.csv", newline="", encoding="utf-8") as file:
         scores = {row["name"]: row for row in csv.DictReader(file)}
-    settings, seconds = config["settings"], training_time(log)
-    about = (f"{settings['model']} on {settings['data']}, seed {settings['seed']} · "
-             f"{config['parameters']:,} parameters · {config['training']['steps']:,} steps of "
-             f"{config['training']['batch_size']} cases"
-             + (f" in {timedelta(seconds=round(seconds[-1][1]))} h" if seconds else "")
-             + f" · {judged}")
+    about = ["{model} on {data}, seed {seed}".format(**config["settings"]), judged]
+    if isinstance(count := config.get("parameters"), int):
+        about.insert(1, f"{count:,} parameters")
+    for steps, seconds in training_time(log)[-1:]:
+        if seconds < 1e9:  # in a damaged log it may be anything
+            about.insert(2, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} h")
     headline = [max((n for n in summary if split_name(n)[0] == base), default=None,
                     key=lambda n: column_order(split_name(n)[1])) for base in HEADLINE]
     headline = [name for name in headline if name]
@@ -102,7 +102,7 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
                                   for n in headline[:1])]) for name in names]
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     write_text(out / "report.html", template.substitute(
-        title=escape(folder.resolve().name), about=escape(about),
+        title=escape(folder.resolve().name), about=escape(" · ".join(about)),
         tiles="".join(tile(name, summary[name]) for name in headline),
         options="".join(f"<option>{escape(label)}</option>" for label in labels),
         cases="\n".join(case_html(case, name, {n: scores[name][n] for n in headline})

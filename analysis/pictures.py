@@ -67,7 +67,7 @@ def label_picture(label: np.ndarray) -> Image.Image:
     """Label map (H, W) uint8 -> a picture whose palette has the classes' colours."""
     colors = ["#000000", *itertools.islice(itertools.cycle(COLORS), 254), "#808080"]
     picture = Image.fromarray(label)
-    picture.putpalette([round(255 * value) for color in colors[: label.max() + 1]
+    picture.putpalette([round(255 * value) for color in colors[: int(label.max()) + 1]
                         for value in to_rgb(color)])
     return picture
 
@@ -315,8 +315,8 @@ def plot_validation(path, runs: list[tuple]) -> None:
             ax.plot(x, scores, color=colors[name], marker="o", markersize=3,
                     label=name if ax is axes[0, 0] and labels.pop(name, None) else None)
     title = max(score for _, score, *_ in runs).removeprefix("val_").replace("_", " ")
-    axes[0, 0].set(xlabel="training steps", ylabel=f"validation {title}")
-    axes[0, 1].set(xlabel=f"training time in {unit}")
+    axes[0, 0].set(xlabel="training steps", ylabel=f"validation {title}", xlim=(0, None))
+    axes[0, 1].set(xlabel=f"training time in {unit}", xlim=(0, None))
     figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
