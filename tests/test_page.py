@@ -19,7 +19,7 @@ import evaluate
 import metrics
 import train
 from analysis.compare import training_time, validations
-from analysis.page import (MEASURES, column_order, label_png, numbers_html, outline_path,
+from analysis.page import (MEASURES, label_png, numbers_html, order, outline_path,
                            split_name, write_page)
 from analysis.pictures import COLORS, cases_to_show, new_plot, save_figure
 from sources.base import Split
@@ -134,7 +134,7 @@ def test_names_of_measures_are_split(name, parts):
 
 
 def test_columns_are_sorted_as_numbers():
-    assert sorted(["16_4", "100", "", "8"], key=column_order) == ["", "8", "16_4", "100"]
+    assert sorted(["16_4", "100", "", "8"], key=order) == ["", "8", "16_4", "100"]
 
 
 def test_outlines_are_the_borders_between_classes():
@@ -234,9 +234,9 @@ def test_a_browser_pages_plays_and_fits(tmp_path, width):
 
     def seen_after(actions, milliseconds):
         probe = f"""<script>{actions}
-            setTimeout(() => {{ const visible = all.filter(item => item.offsetHeight);
-            document.title = [visible.length, all.indexOf(visible[0]), sample, get("play").innerText,
-              visible[0].querySelector(".film").naturalWidth, select.selectedIndex,
+            setTimeout(() => {{ const visible = cases.filter(item => item.offsetHeight);
+            document.title = [visible.length, cases.indexOf(visible[0]), sample, get("play").innerText,
+              visible[0].querySelector(".film").naturalWidth, get("choice").selectedIndex,
               document.documentElement.scrollWidth <= innerWidth].join(); }}, {milliseconds});
             </script></html>"""
         copy = tmp_path / "probe.html"
@@ -248,12 +248,12 @@ def test_a_browser_pages_plays_and_fits(tmp_path, width):
             timeout=120)
         return re.search("<title>(.*?)</title>", done.stdout)[1].split(",")
 
-    key = "dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}));"
+    key = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true}));"
     assert seen_after("", 100) == ["1", "0", "0", "Pause", "20", "0", "true"]
     assert seen_after("", 1300)[2] == "2"  # two samples later
     assert seen_after(key % "ArrowRight", 100)[1] == "1"
     assert seen_after(key % "ArrowLeft", 100)[1] == "2"  # around the end
     assert seen_after("get('next').click(); get('next').click(); get('play').click()", 1300) == [
         "1", "2", "0", "Play", "20", "2", "true"]
-    stop = "document.querySelectorAll('.case .strip button')[3].click()"
+    stop = "document.querySelectorAll('.case .samples button')[3].click()"
     assert seen_after(stop, 1300)[2:4] == ["3", "Play"]
