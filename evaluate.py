@@ -256,7 +256,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     plot_samples(out / "samples.png", found["shown"])
     plot_overview(out / "overview.png", found["shown"])
     plot_uncertainty(out / "uncertainty.png", found["shown"])
-    plot_maps(out / "maps.png", [vars(case) for case in found["shown"]])
+    plot_maps(out / "maps.png", found["shown"])
     plot_dice(out / "dice.png", values)
     plot_ged(out / "ged.png", [(out.name, summary)])
     if some.exact:

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import metrics
-from analysis.pictures import (COLORS, cases_to_show, fullest_slice, new_plot, numbered,
-                               paint_image, paint_label, paint_map, plot_overview, save_figure,
-                               save_grid, show_map, show_picture)
+from analysis.pictures import (COLORS, Case, case_row, cases_to_show, fullest_slice,
+                               label_names, new_plot, numbered, paint_image, paint_label, paint_map,
+                               save_figure, save_grid, show_map, show_picture)
 from common import IGNORE, center_crop, pad_to_multiple
 
 MANIPULATED = 8  # classes that plot_manipulation shows at most
@@ -57,15 +57,14 @@ def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
     classes = 1 + counts[1:].argsort(descending=True, stable=True)[:MANIPULATED]
     rows = {}
     for k in sorted(classes.tolist()):
-        row = rows[f"class {k} scaled"] = []
+        factor = torch.ones(len(sample), *[1] * (sample.dim() - 1), device=sample.device)
+        rows[f"class {k} scaled"] = row = []
         for scale in scales:
-            changed = sample.clone()
-            changed[k] = mean[k] + scale * (sample[k] - mean[k])
-            row.append(paint_label(changed.argmax(0), image))
-    row = rows["temperature 0 to 9"] = []  # which is the scale's square
-    for scale in scales:
-        changed = mean + scale * (sample - mean)
-        row.append(paint_label(changed.argmax(0), image) if scale >= 0 else None)
+            factor[k] = scale
+            row.append(paint_label((mean + factor * (sample - mean)).argmax(0), image))
+    rows["temperature 0 to 9"] = [  # which is the scale's square
+        None if scale < 0 else paint_label((mean + scale * (sample - mean)).argmax(0), image)
+        for scale in scales]
     save_grid(path, rows, [f"x {scale}" for scale in scales])
 
 
@@ -129,12 +128,12 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     save_figure(figure, path)
 
 
-def plot_prob_unet_samples(model, cases, path: str) -> None:
-    """Image, its likeliest label maps with their probabilities, eight samples; cases: a Split."""
-    probs = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).softmax(2)
-    names = {name: name for name in cases.names}
-    plot_overview(path, cases_to_show(cases, names, model.predict(cases.images).argmax(1),
-                                      probs.argmax(2), metrics.Moments(probs)))
+def draw_cases(model, split, n: int) -> list[Case]:
+    """Every case of a Split with n samples, for `plot_maps` and pictures.plot_overview."""
+    probs = model.sample(split.images, n, torch.Generator().manual_seed(0)).softmax(2)
+    return cases_to_show(split, dict(zip(split.names, split.names)),
+                         model.predict(split.images).argmax(1), probs.argmax(2),
+                         metrics.Moments(probs))
 
 
 @torch.no_grad()
@@ -161,24 +160,17 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
     save_grid(path, rows, ["image", *reversed(numbered("level", len(masks)))], cell=1.2)
 
 
-def plot_maps(path: str, cases: list[dict]) -> None:
-    """Fig. 3: does the model vary where the annotators contradict it? A row a case.
-
-    A case is a dict of arrays: name, image (C, H, W), labels (A, H, W), samples (n, H, W),
-    error and gamma (H, W) (metrics.error_map, gamma_map), and their correlation ncc. Both maps of a
-    case share one scale.
-    """
-    annotators = min(4, max(len(case["labels"]) for case in cases))
+def plot_maps(path: str, cases: list[Case]) -> None:
+    """Fig. 3: does the model vary where the annotators contradict it? A row a case, whose error and
+    gamma map share one scale."""
+    labels = label_names(cases, 4)
     rows, notes = {}, {}
     for case in cases:
-        image, high = case["image"], max(case["error"].max().item(), case["gamma"].max().item())
-        labels = [paint_label(label, image) for label in case["labels"][:annotators]]
-        rows[case["name"]] = [paint_image(image), *labels, *[None] * (annotators - len(labels)),
-                              paint_map(case["error"], high), paint_map(case["gamma"], high),
-                              *(paint_label(s, image) for s in case["samples"][:4])]
-        notes[case["name"], annotators + 2] = f"NCC {case['ncc']:.2f}"
-    columns = ["image", *numbered("annotator", annotators), "E[CE(y, s)]", "gamma map",
-               *numbered("sample", 4)]
+        high = max(case.error.max().item(), case.gamma.max().item())
+        rows[case.name] = case_row(case, len(labels), 4, paint_map(case.error, high),
+                                   paint_map(case.gamma, high))
+        notes[case.name, len(labels) + 2] = f"NCC {case.ncc:.2f}"
+    columns = ["image", *labels, "E[CE(y, s)]", "gamma map", *numbered("sample", 4)]
     save_grid(path, rows, columns, notes)
 
 
@@ -191,16 +183,11 @@ def plot_scales(model, image: Tensor, path: str, n: int = 5) -> None:
                          ("global only", scales[:1])):
         generator = torch.Generator(image.device).manual_seed(0)
         samples = model.sample(image[None], 16, generator, scales=chosen)[:, 0].argmax(1)
+        drawn = F.one_hot(samples, model.config.num_classes).movedim(-1, 1)  # (16, K, H, W)
+        deviation = (metrics.Moments(drawn[:, None]).variance[0] / 2).sqrt()  # of 0 and 1 if K = 2
         rows[name] = [paint_image(image), *(paint_label(s, image) for s in samples[:n]),
-                      paint_map(deviation(samples, model.config.num_classes), 0.7)]
+                      paint_map(deviation, 0.7)]
     save_grid(path, rows, ["image", *numbered("sample", n), "std of 16"])
-
-
-def deviation(samples: Tensor, num_classes: int) -> Tensor:
-    """Standard deviation of label maps (n, *S) -> (*S), sqrt((1 - sum_k p_k^2) / 2) for shares p_k
-    of the samples: of two classes, that of their number 0 or 1."""
-    square = sum((samples == k).float().mean(0).square() for k in range(num_classes))
-    return ((1 - square) / 2).clamp(min=0).sqrt()
 
 
 @torch.no_grad()

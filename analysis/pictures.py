@@ -221,35 +221,37 @@ def short_names(names: list[str], most: int = 16) -> list[str]:
 # ------------------------------------------------------------------ the pictures of an evaluation
 
 
+def case_row(case: Case, labels: int, samples: int, *between: Tensor) -> list:
+    """A case's pictures: image, `labels` label maps (None where it has fewer), then those given as
+    `between`, and at most `samples` samples."""
+    maps = [paint_label(label, case.image) for label in case.labels[:labels]]
+    return [paint_image(case.image), *maps, *[None] * (labels - len(maps)), *between,
+            *(paint_label(sample, case.image) for sample in case.samples[:samples])]
+
+
+def label_names(cases: list[Case], most: int = ANNOTATORS) -> list[str]:
+    """What the label maps of cases are called in pictures, of each at most `most`."""
+    kind = "annotator" if cases[0].weights is None else "mode"
+    return numbered(kind, min(most, max(len(case.labels) for case in cases)))
+
+
 def plot_samples(path, cases: list[Case]) -> None:
     """Image, annotators, prediction and samples of every case, a column a case."""
-    kind = "annotator" if cases[0].weights is None else "mode"
-    rows, notes = {"image": [paint_image(c.image) for c in cases]}, {}
-    for a in range(max(len(c.labels) for c in cases)):
-        row = rows[f"{kind} {a + 1}"] = [None] * len(cases)
-        for i, c in enumerate(cases):
-            if a < len(c.labels):
-                row[i] = paint_label(c.labels[a], c.image)
-                if c.weights is not None:
-                    notes[f"{kind} {a + 1}", i] = f"{c.weights[a]:.2f}"
-    rows["prediction"] = [paint_label(c.prediction, c.image) for c in cases]
-    for i in range(len(cases[0].samples)):
-        rows[f"sample {i + 1}"] = [paint_label(c.samples[i], c.image) for c in cases]
-    save_grid(path, rows, [c.name for c in cases], notes)
+    labels = label_names(cases)
+    columns = [case_row(c, len(labels), SAMPLES, paint_label(c.prediction, c.image)) for c in cases]
+    names = ["image", *labels, "prediction", *numbered("sample", len(cases[0].samples))]
+    notes = {(name, i): f"{p:.2f}" for i, c in enumerate(cases) if c.weights is not None
+             for name, p in zip(labels, c.weights)}
+    save_grid(path, dict(zip(names, zip(*columns))), [c.name for c in cases], notes)
 
 
 def plot_overview(path, cases: list[Case]) -> None:
     """`plot_samples` in short, a row a case: four cases, four annotators, eight samples."""
-    kind = "annotator" if cases[0].weights is None else "mode"
-    rows, notes, count = {}, {}, min(4, max(len(c.labels) for c in cases))
-    for c in cases[:: -(-len(cases) // 4)]:
-        labels = [paint_label(label, c.image) for label in c.labels[:count]]
-        samples = [paint_label(sample, c.image) for sample in c.samples[:8]]
-        rows[c.name] = [paint_image(c.image), *labels, *[None] * (count - len(labels)), *samples]
-        if c.weights is not None:
-            notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:count])}
-    columns = ["image", *numbered(kind, count), *numbered("sample", 8)]
-    save_grid(path, rows, columns, notes, cell=0.8)
+    labels, chosen = label_names(cases, 4), cases[:: -(-len(cases) // 4)]
+    rows = {c.name: case_row(c, len(labels), 8) for c in chosen}
+    notes = {(c.name, 1 + a): f"{p:.2f}" for c in chosen if c.weights is not None
+             for a, p in enumerate(c.weights[: len(labels)])}
+    save_grid(path, rows, ["image", *labels, *numbered("sample", 8)], notes, cell=0.8)
 
 
 def plot_uncertainty(path, cases: list[Case]) -> None:
