@@ -72,13 +72,13 @@ def training_time(log: list[dict]) -> list[tuple[float, float]]:
 
 
 def validations(log: list[dict]) -> tuple:
-    """(the validation score's name or "", steps, seconds of training, scores) of a run's log."""
+    """(the validation score's name or "", steps, minutes of training, scores) of a run's log."""
     found = [(float(entry["step"]), name, value) for entry in log for name, value in entry.items()
              if name.startswith("val_")]
     if not found:
         return "", (), (), ()
     steps, names, scores = zip(*found)
-    return names[0], steps, np.interp(steps, *zip((0.0, 0.0), *training_time(log))), scores
+    return names[0], steps, np.interp(steps, *zip((0.0, 0.0), *training_time(log))) / 60, scores
 
 
 def read_judged(folder: Path) -> tuple[dict, tuple]:

@@ -27,14 +27,37 @@ SIDE = 192  # pixels: larger cases are shrunk, so that the page stays at a few M
 HEADLINE = {"ged": "↓", "hungarian_iou": "↑", "ncc": "↑", "dice": "↑"}
 ARROWS = {"↓": "↓ lower is better", "↑": "↑ higher is better"}
 
-# What each measure means, under headings, after an arrow to the better direction. Where a name in
-# metrics.json ends in a number, the number is a column.
+# What each measure means, under headings, after an arrow to the better direction. How its name in
+# metrics.json goes on, with a number mostly, is a column, see `split_name`.
 MEASURES = {
     "Samples against annotators, by the number of samples": {
         "ged": "↓ Squared generalised energy distance of samples and annotations; 0 at best.",
         "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
         "ncc": "↑ Correlation between where samples vary and where annotators contradict them.",
         "diversity": "Mean 1 - IoU of two samples; right when it is that of two annotations."},
+    "Sets of samples against annotators": {
+        "dice_max": "↑ Dice of the sample nearest to an annotator, averaged over annotators.",
+        "dice_nearest": "↑ Dice of the annotator nearest to a sample, averaged over samples.",
+        "dice_match": "↑ Dice when every annotator is matched with a sample of its own.",
+        "dice_soft": "↑ Dice of the samples' and the annotators' means above five thresholds.",
+        "volume_crps": "↓ CRPS of the foreground's volume, in pixels.",
+        "volume_crps_curvas": "↓ The same as the CURVAS challenge defines it."},
+    "Calibration of the samples' mean": {
+        "ece": "↓ Expected calibration error in 20 bins: of all pixels, of those where some "
+               "foreground is possible, and of those where it is uncertain.",
+        "adaptive_ece": "↓ The same in bins of equally many pixels.",
+        "brier": "↓ Brier score over all classes, from 0 to 2."},
+    "Failure detection: does a score of the image tell how wrong the prediction is?": {
+        "aurc": "↓ Area under the curve of risk, 1 - Dice, against the share of images kept.",
+        "e_aurc": "↓ What this area exceeds that of the ideal order by.",
+        "augrc": "↓ The area for the risk per image of the whole split, from 0 to 0.5."},
+    "Uncertainty": {
+        "entropy": "Of the samples' mean, in nats a pixel: the total uncertainty.",
+        "expected_entropy": "Of a single sample, in nats a pixel.",
+        "mutual_information": "The difference of both: how much the samples disagree.",
+        "disagreement": "1 - Dice of the samples and the prediction of their mean.",
+        **dict.fromkeys(("variance_patch", "entropy_patch", "mutual_information_patch"),
+                        "The mean of the map over its most uncertain window of 10 pixels a side.")},
     "The single prediction against annotators": {
         "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
         "dice_present": "↑ The same over classes that the prediction or the annotation has.",
@@ -63,6 +86,8 @@ PICTURES = {
     "curves.png": (True, "Training: every term of the loss, and the validation score, by step."),
     "ged.png": (True, "GED against the number of samples."),
     "modes.png": (True, "Frequencies of label maps and of pixels' classes against known ones."),
+    "reliability.png": (True, "Annotators' mean against the samples' mean, by pixels."),
+    "risk_coverage.png": (True, "Mean error of the images kept, if the most uncertain ones go."),
     "dice.png": (False, "Spread of the samples' Dice in each case, beside the prediction's."),
     "overview.png": (False, "Annotators and samples of a few cases."),
     "uncertainty.png": (False, "Where annotators differ and where samples do."),
@@ -88,7 +113,7 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     for steps, seconds in training_time(read_log(folder))[-1:]:
         if seconds < 1e9:  # in a damaged log it may be anything
             about.insert(1, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} h")
-    most = {split_name(n)[0]: n for n in sorted(summary, key=lambda n: order(split_name(n)[1]))}
+    most = {split_name(n)[0]: n for n in sorted(sorted(summary), key=len)}  # 100 samples, not 16
     headline = {most[base]: arrow for base, arrow in HEADLINE.items() if base in most}
     full, options, articles = {short: name for name, short in shown.items()}, "", []
     for case in cases:
@@ -107,19 +132,16 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The name of a measure without the number it ends in, and the number: ("ged", "16")."""
-    base, column = re.fullmatch(r"(.*?)(?:(?:_|(?<=_q))(\d+(?:_\d+)?))?", name).groups()
-    return base, column or ""
-
-
-def order(column: str) -> list[int]:
-    """"16_4" -> [16, 4], so that columns are sorted as numbers."""
-    return [int(number) for number in column.split("_") if number]
+    """A measure's row and column in the tables: ged_16 -> ("ged", "16"), ece -> ("ece", "")."""
+    row, column = (re.fullmatch(r"((?:adaptive_)?ece|(?:e_)?aurc|augrc)_?(.*)", name)
+                   or re.fullmatch(r"(.*?)(?:(?:_|(?<=_q))(\d+(?:_\d+)?))?", name)).groups()
+    return row, column or ""
 
 
 def spoken(name: str) -> str:
     """A measure's name for people: hungarian_iou_16 -> Hungarian IoU 16."""
-    words = re.sub(r"\b(ged|ncc|ap|hd|tv)(?=\d|\b)", lambda word: word[0].upper(),
+    words = re.sub(r"\b(ged|ncc|ap|hd|tv|ece|aurc|augrc|crps)(?=\d|\b)",
+                   lambda word: word[0].upper(),
                    escape(name.replace("_", " ").replace("iou", "IoU")))
     return words[0].upper() + words[1:]
 
@@ -139,13 +161,14 @@ def numbers_html(summary: dict) -> str:
     further = dict.fromkeys(cells, "Explained by python evaluate.py --help.")
     for heading, texts in [*MEASURES.items(), ("Further measures", further)]:
         rows = {base: (text, cells.pop(base)) for base, text in texts.items() if base in cells}
-        columns = sorted({column for _, row in rows.values() for column in row}, key=order)
+        columns = sorted(sorted({c for _, row in rows.values() for c in row}), key=len)
         if rows:
             html += (f"<h3>{heading}</h3><div class=scroll tabindex=0 role=region "
                      f'aria-label="{heading}"><table>')
         if any(columns):
-            html += "<tr><td></td>" + "".join(
-                f"<th scope=col>{c.lstrip('0').replace('_', ', ')}</th>" for c in columns) + "</tr>"
+            heads = [column.lstrip("0").replace("_", " ") or "all" for column in columns]
+            html += ("<tr><td></td>" + "".join(f"<th scope=col>{head}</th>" for head in heads)
+                     + "</tr>")
         for base, (text, row) in rows.items():
             html += (f"<tr><th scope=row>{spoken(base)} <span class=better>"
                      f"{ARROWS.get(text[0], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
@@ -166,7 +189,7 @@ def case_html(case, name: str, marks: str) -> str:
         text = f"{kind} {a + 1}" + (f": {case.weights[a]:.2f}" if case.weights is not None else "")
         color, stroke = COLORS[a % len(COLORS)], 1.5 * (len(case.labels) - a)
         lines += f"<path d='{outline_path(label)}' stroke='{color}' stroke-width='{stroke}'/>"
-        key += f"<span class=key style='--color: {color}'>{text}</span>"
+        key += f"<span class=key><span style='color: {color}'>&#9632;</span> {text}</span> "
         flat.append((text, label_png(label)))
     samples = [(f"sample {i}", label_png(sample))
                for i, sample in enumerate(shrink(case.samples, size), 1)]
@@ -179,11 +202,11 @@ def case_html(case, name: str, marks: str) -> str:
     return f"""<article class="case" style="--image: url({picture_png(image)}); --ratio:
 {width / height:.4f}"><h3>{name}</h3><p class="soft">{marks}</p><div class="stage"><figure><div
 class="frame"><svg role="img" aria-label="Outlines of {len(flat) - 2} {kind}s"
-viewBox="0 0 {size[1]} {size[0]}">{lines}</svg></div><figcaption>{key}</figcaption></figure>
+viewBox="0 0 {size[1]} {size[0]}">{lines}</svg></div><span class="text">{key}</span></figure>
 {framed("figure", *samples[0], ' class="film"')}
 <div>{"".join(framed("figure", *shown) for shown in maps)}</div></div>
 <div class="strip">{"".join(framed("figure", *shown) for shown in flat)}</div>
-<div class="strip samples">{"".join(framed("button", *shown) for shown in samples)}</div></article>
+<div class="strip">{"".join(framed("button", *shown) for shown in samples)}</div></article>
 """
 
 

@@ -303,23 +303,18 @@ def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
 
 
 def plot_validation(path, runs: list[tuple]) -> None:
-    """The validation score against the steps and the time of training, a line a run.
-
-    runs: (name, name of the score, steps, seconds, scores); runs of one name share a colour.
-    """
+    """The validation score against the steps and the time of training, a line a run; runs: (name,
+    name of the score, steps, minutes, scores), of which those of one name share a colour."""
     figure, axes = new_plot(1, 2, size=(8, 3.4))
-    longest = max((max(seconds, default=0) for _, _, _, seconds, _ in runs), default=0)
-    unit, length = ("hours", 3600) if longest > 7200 else ("minutes", 60)
     colors = dict(zip(dict.fromkeys(run[0] for run in runs), itertools.cycle(LINES)))
-    labels = dict(colors)
-    for name, score, steps, seconds, scores in runs:
-        for ax, x in zip(axes[0], (steps, np.divide(seconds, length))):
-            ax.plot(x, scores, color=colors[name], marker="o", markersize=3,
-                    label=name if ax is axes[0, 0] and labels.pop(name, None) else None)
-    title = max(score for _, score, *_ in runs).removeprefix("val_").replace("_", " ")
-    axes[0, 0].set(xlabel="training steps", ylabel=f"validation {title}", xlim=(0, None))
-    axes[0, 1].set(xlabel=f"training time in {unit}", xlim=(0, None))
-    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    lines = {}
+    for name, _, steps, minutes, scores in runs:
+        for ax, x in zip(axes[0], (steps, minutes)):
+            (lines[name],) = ax.plot(x, scores, color=colors[name], marker="o", markersize=3)
+    score = max(run[1] for run in runs).removeprefix("val_").replace("_", " ")
+    axes[0, 0].set(xlabel="training steps", ylabel=f"validation {score}", xlim=(0, None))
+    axes[0, 1].set(xlabel="training time in minutes", xlim=(0, None))
+    figure.legend(lines.values(), lines, fontsize=8, loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 

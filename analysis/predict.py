@@ -22,27 +22,25 @@ OF_RUNS = ("config", "split", "metrics", "ood", "ambiguity")  # .json in a run's
 
 def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, temperature=1.0,
                   class_scales=None) -> tuple[Path, Path, dict]:
-    """Draw samples for a picture, a NIfTI file or a BraTS patient's folder, and write them to `out`.
+    """Write samples for a picture, a NIfTI file or a BraTS patient's folder to the folder `out`.
 
-    Returns the path of the picture to look at, the path of the file that holds the samples, and
-    `volumes` of the samples. A picture of 8 or 16 bits is scaled to [0, 1], and one of floats is
-    taken as it is. Every channel of a NIfTI is brought to mean 0 and standard deviation 1 for a
-    model trained on `folder` or `brats`, as in its training, and is taken as it is for others.
-        <name>_samples.png        image, prediction, outlines, maps and samples; of a volume, the
-                                  fullest slice
-        <name>.json               the distribution of each class's size, see `volumes`
-    For a picture there are also
-        <name>.npz                samples uint8 (n, H, W); prediction and mean uint8 (H, W), the
-                                  label maps of the model's own prediction and of the samples' mean
-                                  probabilities; probabilities float32 (K, H, W), that mean; and
-                                  uncertainty and entropy float32 (H, W)
-        <name>_mean.png           palette indices are the classes
-        <name>_entropy.png        16 bits; 65535 stands for log K nats, the largest entropy
-        <name>_probability_<k>.png  of class k in 16 bits; 65535 stands for 1
-    and for a NIfTI the arrays of the .npz as <name>_samples.nii.gz and so on, with its shape and
-    affine; n or K is the fourth axis.
-    data_name: the data set that the model was trained on. temperature and class_scales are for SSN
-    only, see `scaled_samples`. Raises UserError where the file and the model do not fit.
+    Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
+    of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
+    standardised for a model trained on `folder` or `brats`, as in its training.
+        <name>_samples.png  image, prediction, outlines, maps, samples; of a volume, its fullest
+                            slice
+        <name>.json         how large each class is, see `volumes`
+        <name>.npz          for a picture: samples uint8 (n, H, W); prediction and mean uint8
+                            (H, W), label maps of `model.predict` and of the samples' mean
+                            probabilities; these probabilities, float32 (K, H, W); uncertainty and
+                            entropy, float32 (H, W)
+        <name>_mean.png     for a picture, its palette indices are the classes; <name>_entropy.png
+                            and <name>_probability_<k>.png have 16 bits, of which 65535 stands for
+                            log K nats and for 1
+        <name>_samples.nii.gz  and so on: the arrays for a NIfTI, with its shape and affine; n or K
+                            is the fourth axis
+    data_name: the data set that the model was trained on. temperature, class_scales: for SSN only,
+    see `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
     file, out, dims = Path(file), Path(out), model.config.dims
     name = file.resolve().name if file.is_dir() else stem(file)
@@ -84,11 +82,11 @@ def grey_picture(values) -> Image.Image:
 
 
 def volumes(samples, num_classes: int, source=None) -> dict:
-    """How large the foreground is over the samples (n, *S), and each of its classes if several.
+    """How large the foreground, and each of several classes, is in the samples (n, *S).
 
     {"samples": n, "unit": "pixels" or "mm^3", "volume": {"foreground": {"mean", "q05", "q95"},
-    "class_1": ...}} with quantiles at 5 % and 95 %. A voxel's volume follows from the affine of
-    `source`, a nibabel image; without one, pixels are counted.
+    "class_1": ...}}, with quantiles at 5 % and 95 %; mm^3 by the affine of the nibabel image
+    `source`, if there is one.
     """
     unit, voxel = "pixels", 1.0
     if source is not None:
@@ -99,9 +97,9 @@ def volumes(samples, num_classes: int, source=None) -> dict:
         kinds |= {f"class_{k}": samples == k for k in range(1, num_classes)}
     sizes = {kind: voxel * inside.flatten(1).sum(1).numpy() for kind, inside in kinds.items()}
     return {"samples": len(samples), "unit": unit,
-            "volume": {kind: {"mean": float(size.mean()), "q05": float(np.quantile(size, 0.05)),
-                              "q95": float(np.quantile(size, 0.95))}
-                       for kind, size in sizes.items()}}
+            "volume": {kind: dict(zip(("mean", "q05", "q95"), (
+                size.mean().item(), *np.quantile(size, (0.05, 0.95)).tolist())))
+                for kind, size in sizes.items()}}
 
 
 @torch.no_grad()

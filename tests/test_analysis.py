@@ -399,7 +399,8 @@ def test_a_patient_of_brats(volume_run, tmp_path):
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)),
                      patient / f"Brats17_1_1_{kind}.nii.gz")
     model = models.load(volume_run / "best.pt")
-    _, written, _ = analysis.predict.predict_image(model, "folder", patient, tmp_path / "out", samples=2)
+    _, written, _ = analysis.predict.predict_image(model, "folder", patient, tmp_path / "out",
+                                                   samples=2)
     back = np.asarray(nibabel.load(written).dataobj)
     assert back.shape == (14, 12, 10, 2) and not back[~brain].any() and back[brain].any()
     probs = np.asarray(nibabel.load(tmp_path / "out/Brats17_1_1_probabilities.nii.gz").dataobj)
