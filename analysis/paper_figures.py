@@ -1,4 +1,4 @@
-"""Figures of the papers, drawn for trained models. They use methods of the model they are given."""
+"""Figures of the papers, drawn for trained models by means that only these models have."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ MANIPULATED = 8  # classes that plot_manipulation shows at most
 
 @torch.no_grad()
 def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
-    """Fig. 2: a row a model with mean, covariance and 14 samples; the two label maps at the end."""
+    """Draw SSN's Fig. 2: mean, covariance and 14 samples of every model, a row each, and the two
+    label maps at the end."""
     figure, axes = new_plot(len(models), 4, size=(8.4, 2 * len(models) + 0.5))
     for row, (name, model) in zip(axes, models.items()):
         normal = model.distribution(image[:1])
@@ -40,11 +41,12 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
 
 @torch.no_grad()
 def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
-    """Fig. 6: one sample of an image (C, *S), changed after the fact; of a volume, one slice.
+    """Draw SSN's Fig. 6: one sample of an image (C, *S), or of a volume's slice, that is changed
+    after it was drawn.
 
-    A row for each of the most frequent foreground classes, whose part of (sample - mean) is scaled
-    by -3 ... 3 with the other classes left alone, and one for the temperature, at which everything
-    is scaled.
+    There is a row for each of the most frequent foreground classes, whose part of (sample - mean)
+    is scaled by -3 ... 3 while the other classes stay, and one for the temperature, which scales
+    all.
     """
     scales = (-3, -2, -1, 0, 1, 2, 3)
     normal = model.distribution(image[None])
@@ -71,7 +73,8 @@ def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
 @torch.no_grad()
 def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
                     axes: Sequence[int] = (0, 1)) -> None:
-    """Figs. 6 and 7: the label maps across the latent space, and the annotators in it.
+    """Draw Figs. 6 and 7 of the Probabilistic U-Net: the label maps across the latent space, and
+    the annotators in it.
 
     image (C, H, W), labels (A, H, W) of its annotators, on the model's device. Positions are
     counted in the prior's std from the prior's mean, so the prior is the unit normal in the
@@ -129,7 +132,7 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
 
 
 def draw_cases(model, split, n: int) -> list[Case]:
-    """Every case of a Split with n samples, for `plot_maps` and pictures.plot_overview."""
+    """Draw n samples for every case of a Split, for `plot_maps` and pictures.plot_overview."""
     probs = model.sample(split.images, n, torch.Generator().manual_seed(0)).softmax(2)
     return cases_to_show(split, dict(zip(split.names, split.names)),
                          model.predict(split.images).argmax(1), probs.argmax(2),
@@ -138,10 +141,10 @@ def draw_cases(model, split, n: int) -> list[Case]:
 
 @torch.no_grad()
 def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
-    """Fig. 1: n samples growing level by level, the coarsest first, and under each what the level
-    changed: logits of the sample's largest object less the mean over all classes (blue adds).
+    """Draw PHiSeg's Fig. 1: n samples of an image (C, H, W) that grow level by level.
 
-    image (C, H, W) on the model's device.
+    Under each level stands what it changed (blue adds) in the logits of the sample's largest
+    object, less the mean over all classes.
     """
     images = image.expand(n, *image.shape)
     (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))
@@ -161,8 +164,8 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
 
 
 def plot_maps(path: str, cases: list[Case]) -> None:
-    """Fig. 3: does the model vary where the annotators contradict it? A row a case, whose error and
-    gamma map share one scale."""
+    """Draw PHiSeg's Fig. 3: does the model vary where the annotators contradict it? The error map
+    and the gamma map of a case, which is a row, share one scale."""
     labels = label_names(cases, 4)
     rows, notes = {}, {}
     for case in cases:
@@ -176,8 +179,8 @@ def plot_maps(path: str, cases: list[Case]) -> None:
 
 @torch.no_grad()
 def plot_scales(model, image: Tensor, path: str, n: int = 5) -> None:
-    """Fig. 3: samples of an image (C, H, W), and how they vary, if all scales are drawn, only the
-    most local one, only the most global one."""
+    """Draw HPU-Net's Fig. 3: samples of an image (C, H, W), and how they vary, if all scales are
+    drawn, only the most local one, or only the most global one."""
     rows, scales = {}, [i for i, width in enumerate(model.config.latents) if width]
     for name, chosen in (("all scales", None), ("local only", scales[-1:]),
                          ("global only", scales[:1])):
@@ -192,8 +195,8 @@ def plot_scales(model, image: Tensor, path: str, n: int = 5) -> None:
 
 @torch.no_grad()
 def plot_extrapolation(model, seen: Tensor, label: Tensor, path: str) -> None:
-    """Fig. 5, a row a case: what a model trained with data.hide makes of its inputs seen
-    (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
+    """Draw HPU-Net's Fig. 5, a row a case: what a model trained with data.hide makes of its inputs
+    `seen` (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
     samples = model.sample(seen, 6, torch.Generator(seen.device).manual_seed(0)).argmax(2)
     again, hidden = model.reconstruct(seen, label.long()).argmax(1), seen[:, -1] == 1
     shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
@@ -204,7 +207,8 @@ def plot_extrapolation(model, seen: Tensor, label: Tensor, path: str) -> None:
 
 @torch.no_grad()
 def plot_latents(model, image: Tensor, path: str) -> None:
-    """Fig. 11: mean and log variance of the (first) latent of every level; image (C, H, W)."""
+    """Draw VAE U-Net's Fig. 11: mean and log variance of every level's first latent for an image
+    (C, H, W)."""
     latents = model.encode(image[None])[1]
     size = pad_to_multiple(image[None], model.backbone.multiple).shape[2:]
     figure, axes = new_plot(2, 1 + len(latents), size=(1.9 * len(latents) + 2.3, 4.3))
@@ -220,7 +224,8 @@ def plot_latents(model, image: Tensor, path: str) -> None:
 
 
 def plot_vae_samples(model, images: dict[str, Tensor], path: str) -> None:
-    """Fig. 2: image, prediction, uncertainty map, samples; images {name: (C, H, W)} of one size."""
+    """Draw VAE U-Net's Fig. 2: image, prediction, uncertainty map and samples of images {name:
+    (C, H, W)} of one size."""
     batch = torch.stack(list(images.values()))
     probs = model.sample(batch, 16, torch.Generator().manual_seed(0)).softmax(2)
     predictions, maps = model.predict(batch).argmax(1), metrics.uncertainty_map(probs)
