@@ -182,7 +182,8 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
                 error=metrics.error_map(moments, batch.labels, batch.weights))
     cases = []
     for i in rows:
-        flat = _flat({name: values[i].cpu() for name, values in maps.items()})
+        flat = _flat({name: values[i] for name, values in maps.items()})
+        flat = {name: values.cpu().clone() for name, values in flat.items()}  # without its volume
         labels, probabilities = flat.pop("labels"), batch.probabilities[i].cpu()
         weight = probabilities[:, None, None] * (labels != IGNORE)
         annotated = (weight * (labels > 0)).sum(0) / weight.sum(0).clamp(min=1e-6)
@@ -289,7 +290,7 @@ def plot_dice(path, values) -> None:
 
 
 def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
-    """Draw GED against the number of samples, a line a run; runs: (name, metrics.json as a dict)."""
+    """Draw GED against the number of samples, a line a run; runs: (name, what metrics.json has)."""
     figure, axes = new_plot(size=(5, 3.2))
     ax = axes[0, 0]
     for (name, summary), color in zip(runs, itertools.cycle(LINES)):
