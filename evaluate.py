@@ -4,7 +4,7 @@
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples find ambiguous cases?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... blurred and foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
-    python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests
+    python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, tests, curves
     torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # the cases shared by 4 processes
 
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):

@@ -184,11 +184,12 @@ def case_html(case, name: str, marks: str) -> str:
     size = [max(1, round(scale * side)) for side in (height, width)]
     image = paint_image(F.interpolate(case.image[None].float(), size, mode="area")[0])
     kind = "annotator" if case.weights is None else "mode"
+    step = size[1] / 420 * min(1.5, 8 / len(case.labels))  # lines of 1 to 8 px on a wide screen
     lines, key, flat = "", "", []
     for a, label in enumerate(shrink(case.labels, size)):
         text = f"{kind} {a + 1}" + (f": {case.weights[a]:.2f}" if case.weights is not None else "")
-        color, stroke = COLORS[a % len(COLORS)], 1.5 * (len(case.labels) - a)
-        lines += f"<path d='{outline_path(label)}' stroke='{color}' stroke-width='{stroke}'/>"
+        color, stroke = COLORS[a % len(COLORS)], step * (len(case.labels) - a)
+        lines += f"<path d='{outline_path(label)}' stroke='{color}' stroke-width='{stroke:.3f}'/>"
         key += f"<span class=key><span style='color: {color}'>&#9632;</span> {text}</span> "
         flat.append((text, label_png(label)))
     samples = [(f"sample {i}", label_png(sample))
