@@ -111,7 +111,7 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
         scores = {row["name"]: row for row in csv.DictReader(file)}
     about = ["{model} on {data}, seed {seed}".format(**read_config(folder)["settings"]), judged]
     for steps, seconds in training_time(read_log(folder))[-1:]:
-        if seconds < 1e9:  # in a damaged log it may be anything
+        if abs(seconds) < 1e9:  # in a damaged log it may be anything
             about.insert(1, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} h")
     most = {split_name(n)[0]: n for n in sorted(sorted(summary), key=len)}  # 100 samples, not 16
     headline = {most[base]: arrow for base, arrow in HEADLINE.items() if base in most}
@@ -125,7 +125,7 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     write_text(out / "report.html", template.substitute(
         title=escape(folder.resolve().name), about=escape(" · ".join(about)), options=options,
         tiles="".join(f"<div><dt>{spoken(name)}</dt><dd>{value(summary[name])}</dd>"
-                      f"<span class=better>{ARROWS[arrow]}</span></div>"
+                      f"<dd class=better>{ARROWS[arrow]}</dd></div>"
                       for name, arrow in headline.items()),
         cases="".join(articles), numbers=numbers_html(summary),
         pictures=pictures_html(out, folder)))
