@@ -167,8 +167,8 @@ def numbers_html(summary: dict) -> str:
                      f'aria-label="{heading}"><table>')
         if any(columns):
             heads = [column.lstrip("0").replace("_", " ") or "all" for column in columns]
-            html += ("<tr><td></td>" + "".join(f"<th scope=col>{head}</th>" for head in heads)
-                     + "</tr>")
+            html += ("<tr><td class=corner></td>"
+                     + "".join(f"<th scope=col>{head}</th>" for head in heads) + "</tr>")
         for base, (text, row) in rows.items():
             html += (f"<tr><th scope=row>{spoken(base)} <span class=better>"
                      f"{ARROWS.get(text[0], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
@@ -252,7 +252,7 @@ def pictures_html(out: Path, folder: Path) -> str:
         if file.exists():
             with Image.open(file) as picture:
                 small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-            kind = ("plot" if plot else "mosaic") + (" wide" if small.width > 700 else "")
+            kind = ("plot" if plot else "mosaic") + (" wide" if small.width > 720 else "")
             html += (f'<figure class="card {kind}"><img src="{data_uri(small)}" alt="{caption}" '
                      f'width={small.width} height={small.height}><span class=text>{caption}</span>'
                      "</figure>")
