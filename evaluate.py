@@ -4,12 +4,13 @@
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples find ambiguous cases?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... blurred and foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
-    python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, paired tests
+    python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, tests, curves
     torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # the cases shared by 4 processes
 
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling cases (bootstrap)
     per_case.csv     every measure of every case
+    report.html      numbers, curves, pictures, and cases to page through, in one file
     per_class.csv    Dice and 95% Hausdorff distance of every class (VAE U-Net's Table 2)
     samples.png      image, every annotator, prediction and 16 samples; overview.png: in short
     uncertainty.png  annotators' and samples' mean, PHiSeg's gamma map, variance over samples
@@ -58,6 +59,7 @@ from analysis.compare import compare
 from analysis.instances import (find_instances, instance_scores, instances_to_show, plot_instances,
                                 rand_errors)
 from analysis.ood import ood
+from analysis.page import write_page
 from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
                                     plot_manipulation, plot_maps, plot_scales)
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
@@ -70,6 +72,7 @@ from sources.files import write_text
 from sources.runs import read_config
 
 SAMPLES = (1, 4, 8, 16, 100)
+PAGED = 20  # cases in report.html, at most
 LIKELIHOOD_SAMPLES = 16
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
@@ -100,7 +103,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     cluster = (*(cluster or (CLUSTERED,)), None)[:2]
     classes = classes or whole.images.dim() == 4 and 3 <= whole.num_classes <= 20
-    pictured = whole.subset(spread(len(whole), CASES))
+    pictured = whole.subset(spread(len(whole), PAGED))
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     rank, world = process()
@@ -131,8 +134,12 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", whole, values)
-    plot_all(out, model, pictured.all_maps(), found, values, summary,
+    few, paged = spread(len(pictured), CASES), found["shown"]
+    found |= {name: [found[name][i] for i in few] for name in ("shown", "instances_shown")
+              if name in found}
+    plot_all(out, model, pictured.subset(few).all_maps(), found, values, summary,
              "hide" in settings["data_args"])
+    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", paged, shown)
     progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
                  f"numbers and pictures in {out}")
     return summary
@@ -252,7 +259,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     plot_samples(out / "samples.png", found["shown"])
     plot_overview(out / "overview.png", found["shown"])
     plot_uncertainty(out / "uncertainty.png", found["shown"])
-    plot_maps(out / "maps.png", [vars(case) for case in found["shown"]])
+    plot_maps(out / "maps.png", found["shown"])
     plot_dice(out / "dice.png", values)
     plot_ged(out / "ged.png", [(out.name, summary)])
     if some.exact:
@@ -339,11 +346,14 @@ def predict_images(args, device) -> None:
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
     model = models.load(folder, device)
     for file in files:
-        picture, arrays = predict_image(
+        picture, arrays, sizes = predict_image(
             model, data_name, file, out, temperature=args.temperature,
             samples=16 if len(args.samples) > 1 else args.samples[0],
             class_scales={int(k): factor for k, factor in scales.items()})
         say(f"{picture} (look at it), {arrays} (the samples and maps)")
+        say("\n".join(f"  {kind}: {size['mean']:.4g} {sizes['unit']} on average, from "
+                      f"{size['q05']:.4g} to {size['q95']:.4g} in 90 % of the samples"
+                      for kind, size in sizes["volume"].items()))
 
 
 def warn_of_foreign(args, device) -> None:

@@ -266,7 +266,7 @@ class Likelihood(nn.Module):
 if __name__ == "__main__":
     import data
     import metrics
-    from analysis.paper_figures import plot_levels, plot_maps
+    from analysis.paper_figures import draw_cases, plot_levels, plot_maps
     from common import train_small
 
     train, test = data.load("shapes", ("train", "test"), size=32)
@@ -281,8 +281,4 @@ if __name__ == "__main__":
     ncc = metrics.ncc(probs, test.labels, test.weights)
     print(f"GED {ged.mean():.3f}, NCC {ncc.mean():.3f} (16 samples, {len(test)} cases)")
     plot_levels(model, test.images[0], "phiseg_levels.png")
-    error, gamma = metrics.error_map(probs, test.labels, test.weights), metrics.gamma_map(probs)
-    plot_maps("phiseg_maps.png", [
-        dict(name=test.names[i], image=test.images[i], samples=probs[:, i].argmax(1),
-             labels=test.labels[i, test.weights[i].topk(4).indices], error=error[i],
-             gamma=gamma[i], ncc=ncc[i]) for i in range(5)])
+    plot_maps("phiseg_maps.png", draw_cases(model, test.subset(range(5)), 16))

@@ -230,7 +230,8 @@ def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = Non
 if __name__ == "__main__":
     import data
     import metrics
-    from analysis.paper_figures import plot_latent_map, plot_prob_unet_samples
+    from analysis.paper_figures import draw_cases, plot_latent_map
+    from analysis.pictures import plot_overview
     from common import train_small
 
     train, test = data.load("shapes", ("train", "test"), size=32)
@@ -244,6 +245,6 @@ if __name__ == "__main__":
     test = test.subset(range(50))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
     print(f"GED of 16 samples: {metrics.ged(samples, test.labels, 4, test.weights).mean():.3f}")
-    plot_prob_unet_samples(model, test.subset(range(4)), "prob_unet_samples.png")
+    plot_overview("prob_unet_samples.png", draw_cases(model, test.subset(range(4)), 8))
     likeliest = test.weights[0].topk(6).indices
     plot_latent_map(model, test.images[0], test.labels[0, likeliest], "prob_unet_latent.png")

@@ -336,6 +336,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         if saving:
             refuse_non_finite(terms, model, step, folder)
 
+        paused = time.monotonic()
         if validating:
             name, value = evaluate.validation_score(model, val_split)  # lower is better
             if rank == 0:
@@ -352,6 +353,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             saved_at = time.monotonic()
             with writing(folder / "curves.png", step):
                 plot_curves(folder / "curves.png", read_log(folder))
+        terms.since += time.monotonic() - paused  # seconds_per_step is training alone
 
         if finished or stopping:
             break

@@ -1,4 +1,4 @@
-"""Runs side by side: a table, paired tests, GED curves."""
+"""Runs side by side: a table, paired tests, and curves of GED."""
 
 import csv
 import json
@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 
 import metrics
-from analysis.pictures import plot_ged
+from analysis.pictures import plot_ged, plot_validation
 from common import UserError
 from sources.files import write_text
-from sources.runs import read_config
+from sources.runs import read_config, read_log
 
 COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice",
             "dice_present", "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
 
 
 def compare(folders) -> str:
-    """A table of judged runs, one a line, and `compare.png`, both in the first run's folder.
+    """Compare judged runs in a table, a line for each run, and in two pictures.
 
-    Runs that differ in nothing but the seed share a line, with the mean and the standard deviation
-    over them; of a single run the standard error over cases stands behind the mean. p: the paired
-    permutation test, over cases, of `ged_16` against the first line's.
+    The table is returned and written as compare.md to the first run's folder. There, compare.png
+    shows GED against the number of samples, and compare_curves.png the validation GED against the
+    steps and the time of training. Runs that differ only in their seeds share a line, with the mean
+    and the standard deviation over them; for a single run, the standard error over cases follows
+    the mean. p is that of a paired permutation test of `ged_16` over cases against the first line.
     Raises UserError where runs were not judged on the same cases.
     """
     folders = [Path(folder) for folder in folders]
@@ -34,9 +36,9 @@ def compare(folders) -> str:
             raise UserError(f"{folder} and {folders[0]} were judged on different cases")
         seed = settings.pop("seed", 0)
         rest = json.dumps(settings, sort_keys=True)
-        groups.setdefault((rest, seen[rest, seed]), []).append(run)
+        groups.setdefault((rest, seen[rest, seed]), []).append((folder, run))
         seen[rest, seed] += 1  # the same seed again goes to another group
-    rows = [pooled(group) for group in groups.values()]
+    rows = [pooled([run for _, run in group]) for group in groups.values()]
     names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
     lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
     for row, (name, summary, geds) in enumerate(rows):
@@ -48,11 +50,39 @@ def compare(folders) -> str:
     text = "\n".join(lines) + "\n"
     write_text(folders[0] / "compare.md", text)
     plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])
+    curves = [(row[0], *validations(read_log(folder)))
+              for row, group in zip(rows, groups.values()) for folder, _ in group]
+    if any(scores for *_, scores in curves):
+        plot_validation(folders[0] / "compare_curves.png", curves)
     return text
 
 
+def training_time(log: list[dict]) -> list[tuple[float, float]]:
+    """The log's steps, each with the seconds that the run had trained until then.
+
+    Steps whose pace was not logged, because a kill came first, count at the pace of the next entry.
+    """
+    times, before, seconds = [], 0.0, 0.0
+    for entry in log:
+        if "seconds_per_step" in entry:
+            step = float(entry["step"])
+            seconds, before = seconds + entry["seconds_per_step"] * (step - before), step
+            times.append((before, seconds))
+    return times
+
+
+def validations(log: list[dict]) -> tuple:
+    """(the validation score's name or "", steps, minutes of training, scores) of a run's log."""
+    found = [(float(entry["step"]), name, value) for entry in log for name, value in entry.items()
+             if name.startswith("val_")]
+    if not found:
+        return "", (), (), ()
+    steps, names, scores = zip(*found)
+    return names[0], steps, np.interp(steps, *zip((0.0, 0.0), *training_time(log))) / 60, scores
+
+
 def read_judged(folder: Path) -> tuple[dict, tuple]:
-    """A judged run: its settings, and (name, {measure: {"mean", "stderr"}}, {case: ged_16})."""
+    """The settings of a judged run, and (name, {measure: {"mean", "stderr"}}, {case: ged_16})."""
     settings = read_config(folder)["settings"]
     try:
         summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Figures of the papers, drawn for trained models. They use methods of the model they are given."""
+"""Figures of the papers, drawn for trained models by means that only these models have."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import metrics
-from analysis.pictures import (COLORS, cases_to_show, fullest_slice, new_plot, numbered,
-                               paint_image, paint_label, paint_map, plot_overview, save_figure,
-                               save_grid, show_map, show_picture)
+from analysis.pictures import (COLORS, Case, case_row, cases_to_show, fullest_slice,
+                               label_names, new_plot, numbered, paint_image, paint_label, paint_map,
+                               save_figure, save_grid, show_map, show_picture)
 from common import IGNORE, center_crop, pad_to_multiple
 
 MANIPULATED = 8  # classes that plot_manipulation shows at most
@@ -19,7 +19,8 @@ MANIPULATED = 8  # classes that plot_manipulation shows at most
 
 @torch.no_grad()
 def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
-    """Fig. 2: a row a model with mean, covariance and 14 samples; the two label maps at the end."""
+    """Draw SSN's Fig. 2: mean, covariance and 14 samples of every model, a row each, and the two
+    label maps at the end."""
     figure, axes = new_plot(len(models), 4, size=(8.4, 2 * len(models) + 0.5))
     for row, (name, model) in zip(axes, models.items()):
         normal = model.distribution(image[:1])
@@ -40,11 +41,12 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
 
 @torch.no_grad()
 def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
-    """Fig. 6: one sample of an image (C, *S), changed after the fact; of a volume, one slice.
+    """Draw SSN's Fig. 6: one sample of an image (C, *S), or of a volume's slice, that is changed
+    after it was drawn.
 
-    A row for each of the most frequent foreground classes, whose part of (sample - mean) is scaled
-    by -3 ... 3 with the other classes left alone, and one for the temperature, at which everything
-    is scaled.
+    There is a row for each of the most frequent foreground classes, whose part of (sample - mean)
+    is scaled by -3 ... 3 while the other classes stay, and one for the temperature, which scales
+    all.
     """
     scales = (-3, -2, -1, 0, 1, 2, 3)
     normal = model.distribution(image[None])
@@ -57,22 +59,22 @@ def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
     classes = 1 + counts[1:].argsort(descending=True, stable=True)[:MANIPULATED]
     rows = {}
     for k in sorted(classes.tolist()):
-        row = rows[f"class {k} scaled"] = []
+        factor = torch.ones(len(sample), *[1] * (sample.dim() - 1), device=sample.device)
+        rows[f"class {k} scaled"] = row = []
         for scale in scales:
-            changed = sample.clone()
-            changed[k] = mean[k] + scale * (sample[k] - mean[k])
-            row.append(paint_label(changed.argmax(0), image))
-    row = rows["temperature 0 to 9"] = []  # which is the scale's square
-    for scale in scales:
-        changed = mean + scale * (sample - mean)
-        row.append(paint_label(changed.argmax(0), image) if scale >= 0 else None)
+            factor[k] = scale
+            row.append(paint_label((mean + factor * (sample - mean)).argmax(0), image))
+    rows["temperature 0 to 9"] = [  # which is the scale's square
+        None if scale < 0 else paint_label((mean + scale * (sample - mean)).argmax(0), image)
+        for scale in scales]
     save_grid(path, rows, [f"x {scale}" for scale in scales])
 
 
 @torch.no_grad()
 def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
                     axes: Sequence[int] = (0, 1)) -> None:
-    """Figs. 6 and 7: the label maps across the latent space, and the annotators in it.
+    """Draw Figs. 6 and 7 of the Probabilistic U-Net: the label maps across the latent space, and
+    the annotators in it.
 
     image (C, H, W), labels (A, H, W) of its annotators, on the model's device. Positions are
     counted in the prior's std from the prior's mean, so the prior is the unit normal in the
@@ -129,20 +131,20 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
     save_figure(figure, path)
 
 
-def plot_prob_unet_samples(model, cases, path: str) -> None:
-    """Image, its likeliest label maps with their probabilities, eight samples; cases: a Split."""
-    probs = model.sample(cases.images, 8, torch.Generator().manual_seed(0)).softmax(2)
-    names = {name: name for name in cases.names}
-    plot_overview(path, cases_to_show(cases, names, model.predict(cases.images).argmax(1),
-                                      probs.argmax(2), metrics.Moments(probs)))
+def draw_cases(model, split, n: int) -> list[Case]:
+    """Draw n samples for every case of a Split, for `plot_maps` and pictures.plot_overview."""
+    probs = model.sample(split.images, n, torch.Generator().manual_seed(0)).softmax(2)
+    return cases_to_show(split, dict(zip(split.names, split.names)),
+                         model.predict(split.images).argmax(1), probs.argmax(2),
+                         metrics.Moments(probs))
 
 
 @torch.no_grad()
 def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
-    """Fig. 1: n samples growing level by level, the coarsest first, and under each what the level
-    changed: logits of the sample's largest object less the mean over all classes (blue adds).
+    """Draw PHiSeg's Fig. 1: n samples of an image (C, H, W) that grow level by level.
 
-    image (C, H, W) on the model's device.
+    Under each level stands what it changed (blue adds) in the logits of the sample's largest
+    object, less the mean over all classes.
     """
     images = image.expand(n, *image.shape)
     (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))
@@ -161,52 +163,40 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
     save_grid(path, rows, ["image", *reversed(numbered("level", len(masks)))], cell=1.2)
 
 
-def plot_maps(path: str, cases: list[dict]) -> None:
-    """Fig. 3: does the model vary where the annotators contradict it? A row a case.
-
-    A case is a dict of arrays: name, image (C, H, W), labels (A, H, W), samples (n, H, W),
-    error and gamma (H, W) (metrics.error_map, gamma_map), and their correlation ncc. Both maps of a
-    case share one scale.
-    """
-    annotators = min(4, max(len(case["labels"]) for case in cases))
+def plot_maps(path: str, cases: list[Case]) -> None:
+    """Draw PHiSeg's Fig. 3: does the model vary where the annotators contradict it? The error map
+    and the gamma map of a case, which is a row, share one scale."""
+    labels = label_names(cases, 4)
     rows, notes = {}, {}
     for case in cases:
-        image, high = case["image"], max(case["error"].max().item(), case["gamma"].max().item())
-        labels = [paint_label(label, image) for label in case["labels"][:annotators]]
-        rows[case["name"]] = [paint_image(image), *labels, *[None] * (annotators - len(labels)),
-                              paint_map(case["error"], high), paint_map(case["gamma"], high),
-                              *(paint_label(s, image) for s in case["samples"][:4])]
-        notes[case["name"], annotators + 2] = f"NCC {case['ncc']:.2f}"
-    columns = ["image", *numbered("annotator", annotators), "E[CE(y, s)]", "gamma map",
-               *numbered("sample", 4)]
+        high = max(case.error.max().item(), case.gamma.max().item())
+        rows[case.name] = case_row(case, len(labels), 4, paint_map(case.error, high),
+                                   paint_map(case.gamma, high))
+        notes[case.name, len(labels) + 2] = f"NCC {case.ncc:.2f}"
+    columns = ["image", *labels, "E[CE(y, s)]", "gamma map", *numbered("sample", 4)]
     save_grid(path, rows, columns, notes)
 
 
 @torch.no_grad()
 def plot_scales(model, image: Tensor, path: str, n: int = 5) -> None:
-    """Fig. 3: samples of an image (C, H, W), and how they vary, if all scales are drawn, only the
-    most local one, only the most global one."""
+    """Draw HPU-Net's Fig. 3: samples of an image (C, H, W), and how they vary, if all scales are
+    drawn, only the most local one, or only the most global one."""
     rows, scales = {}, [i for i, width in enumerate(model.config.latents) if width]
     for name, chosen in (("all scales", None), ("local only", scales[-1:]),
                          ("global only", scales[:1])):
         generator = torch.Generator(image.device).manual_seed(0)
         samples = model.sample(image[None], 16, generator, scales=chosen)[:, 0].argmax(1)
+        drawn = F.one_hot(samples, model.config.num_classes).movedim(-1, 1)  # (16, K, H, W)
+        deviation = (metrics.Moments(drawn[:, None]).variance[0] / 2).sqrt()  # of 0 and 1 if K = 2
         rows[name] = [paint_image(image), *(paint_label(s, image) for s in samples[:n]),
-                      paint_map(deviation(samples, model.config.num_classes), 0.7)]
+                      paint_map(deviation, 0.7)]
     save_grid(path, rows, ["image", *numbered("sample", n), "std of 16"])
-
-
-def deviation(samples: Tensor, num_classes: int) -> Tensor:
-    """Standard deviation of label maps (n, *S) -> (*S), sqrt((1 - sum_k p_k^2) / 2) for shares p_k
-    of the samples: of two classes, that of their number 0 or 1."""
-    square = sum((samples == k).float().mean(0).square() for k in range(num_classes))
-    return ((1 - square) / 2).clamp(min=0).sqrt()
 
 
 @torch.no_grad()
 def plot_extrapolation(model, seen: Tensor, label: Tensor, path: str) -> None:
-    """Fig. 5, a row a case: what a model trained with data.hide makes of its inputs seen
-    (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
+    """Draw HPU-Net's Fig. 5, a row a case: what a model trained with data.hide makes of its inputs
+    `seen` (B, C + K + 1, H, W), and of the whole label maps (B, H, W)."""
     samples = model.sample(seen, 6, torch.Generator(seen.device).manual_seed(0)).argmax(2)
     again, hidden = model.reconstruct(seen, label.long()).argmax(1), seen[:, -1] == 1
     shown = zip(seen, label.masked_fill(hidden, IGNORE), label, again, samples.unbind(1))
@@ -217,7 +207,8 @@ def plot_extrapolation(model, seen: Tensor, label: Tensor, path: str) -> None:
 
 @torch.no_grad()
 def plot_latents(model, image: Tensor, path: str) -> None:
-    """Fig. 11: mean and log variance of the (first) latent of every level; image (C, H, W)."""
+    """Draw VAE U-Net's Fig. 11: mean and log variance of every level's first latent for an image
+    (C, H, W)."""
     latents = model.encode(image[None])[1]
     size = pad_to_multiple(image[None], model.backbone.multiple).shape[2:]
     figure, axes = new_plot(2, 1 + len(latents), size=(1.9 * len(latents) + 2.3, 4.3))
@@ -233,7 +224,8 @@ def plot_latents(model, image: Tensor, path: str) -> None:
 
 
 def plot_vae_samples(model, images: dict[str, Tensor], path: str) -> None:
-    """Fig. 2: image, prediction, uncertainty map, samples; images {name: (C, H, W)} of one size."""
+    """Draw VAE U-Net's Fig. 2: image, prediction, uncertainty map and samples of images {name:
+    (C, H, W)} of one size."""
     batch = torch.stack(list(images.values()))
     probs = model.sample(batch, 16, torch.Generator().manual_seed(0)).softmax(2)
     predictions, maps = model.predict(batch).argmax(1), metrics.uncertainty_map(probs)

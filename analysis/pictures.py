@@ -1,7 +1,7 @@
-"""How images, label maps and maps of numbers are painted and laid out, the same in every picture,
-and the pictures that every evaluation draws.
+"""How every picture paints and arranges images, label maps and maps of numbers, and the pictures
+that every evaluation draws.
 
-Functions take arrays and write PNGs. Figure without pyplot needs no display.
+Functions take arrays and write PNGs. They use Figure without pyplot, which needs no display.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import metrics
@@ -30,7 +31,7 @@ CASES, ANNOTATORS, SAMPLES = 6, 7, 16  # that a picture of an evaluation shows a
 
 
 def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
-    """(figure of `size` inches, (rows, columns) array of axes)."""
+    """Make a figure of `size` inches; returns it and its (rows, columns) array of axes."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
@@ -39,12 +40,13 @@ def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
 
 
 def save_figure(figure, path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write the figure as a PNG, whole or not at all."""
     write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=110))
 
 
 def paint_image(image) -> Tensor:
-    """Tensor (C, H, W) -> RGB (H, W, 3) in 0..1: the first channel as grey, or three as colours."""
+    """Paint an image (C, H, W) as RGB (H, W, 3) in 0..1: three channels as colours, else the first
+    one as grey."""
     image = image.detach().float().cpu()
     image = image.permute(1, 2, 0) if image.shape[0] == 3 else image[0, ..., None].repeat(1, 1, 3)
     low, high = image.min(), image.max()
@@ -52,7 +54,7 @@ def paint_image(image) -> Tensor:
 
 
 def paint_label(label, image=None) -> Tensor:
-    """Label map (H, W) -> RGB (H, W, 3) in the classes' colours, over the image where given."""
+    """Paint a label map (H, W) as RGB (H, W, 3) in the classes' colours, over an image if given."""
     label = label.cpu().long()
     base = torch.zeros(*label.shape, 3) if image is None else paint_image(image)
     opacity = 1.0 if image is None else 0.65
@@ -62,8 +64,17 @@ def paint_label(label, image=None) -> Tensor:
     return picture
 
 
+def label_picture(label: np.ndarray) -> Image.Image:
+    """Turn a label map (H, W) uint8 into a picture whose palette has the classes' colours."""
+    colors = ["#000000", *itertools.islice(itertools.cycle(COLORS), 254), "#808080"]
+    picture = Image.fromarray(label)
+    picture.putpalette([round(255 * value) for color in colors[: int(label.max()) + 1]
+                        for value in to_rgb(color)])
+    return picture
+
+
 def paint_map(values, high: float | None = None, low: float = 0.0, colors="magma") -> Tensor:
-    """Map of numbers (H, W) from `low` to `high` (else its maximum) -> RGB (H, W, 3)."""
+    """Paint a map of numbers (H, W) from `low` to `high`, or to its maximum, as RGB (H, W, 3)."""
     values = values.detach().float().cpu()
     high = values.max().item() if high is None else high
     values = (values - low) / max(high - low, 1e-12)
@@ -71,14 +82,14 @@ def paint_map(values, high: float | None = None, low: float = 0.0, colors="magma
 
 
 def show_picture(ax, picture: Tensor, title: str = "", **options) -> None:
-    """RGB (H, W, 3) on an axes without ticks."""
+    """Show RGB (H, W, 3) on an axes, which loses its ticks."""
     ax.imshow(picture.numpy(), interpolation="nearest")
     ax.set_title(title, fontsize=8, **options)
     ax.set_axis_off()
 
 
 def show_map(ax, values, title: str = "", **options):
-    """A map of numbers (H, W), dark to bright; returns the image for a colour bar."""
+    """Show a map of numbers (H, W) from dark to bright; returns the image for a colour bar."""
     picture = ax.imshow(values.detach().float().cpu().numpy(), cmap="magma", **options)
     ax.set_title(title, fontsize=8)
     ax.set_axis_off()
@@ -86,10 +97,10 @@ def show_map(ax, values, title: str = "", **options):
 
 
 def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: float = 1.0) -> None:
-    """A PNG of many small pictures: rows {name: [RGB (H, W, 3) or None, ...]}, all of one size.
+    """Write a PNG of many small pictures, rows {name: [RGB (H, W, 3) or None, ...]} of one size.
 
-    columns: names above. notes: {(row name, column): a few characters in that picture's corner}.
-    cell: inches a picture. One mosaic on one axes: hundreds of axes take matplotlib seconds.
+    columns: the names above. notes: {(row name, column): a short text for that picture's corner}.
+    cell: inches a picture. They are one mosaic on one axes, as hundreds of axes take seconds.
     """
     height, width = next(p for row in rows.values() for p in row if p is not None).shape[:2]
     count, gap = max(map(len, rows.values())), max(1, max(height, width) // 32)
@@ -113,13 +124,13 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
 
 
 def numbered(name: str, count: int) -> list[str]:
-    """Column names "sample 1", "sample 2", ..."""
+    """Number a name as those of columns are: "sample 1", "sample 2", ..."""
     return [f"{name} {i}" for i in range(1, count + 1)]
 
 
 def paint_outlines(labels, image) -> Tensor:
-    """The outlines of label maps (n, H, W) over an image (C, H, W): RGB (H, W, 3), the brighter
-    the more of the maps change class there."""
+    """Paint the outlines of label maps (n, H, W) over an image (C, H, W) as RGB (H, W, 3), the
+    brighter the more of the maps change class there."""
     edge = torch.zeros(labels.shape, dtype=torch.bool)
     edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edge[:, :, :-1] |= labels[:, :, :-1] != labels[:, :, 1:]
@@ -129,7 +140,7 @@ def paint_outlines(labels, image) -> Tensor:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` indices, evenly spread over 0 .. count - 1."""
+    """Choose at most `most` indices, evenly spread over 0 .. count - 1."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
@@ -138,7 +149,8 @@ def spread(count: int, most: int) -> list[int]:
 
 @dataclass
 class Case:
-    """One case as pictures show it, on the CPU: 1D as a band, of a volume its fullest slice."""
+    """One case as pictures show it, on the CPU. A line is shown as a band, a volume by its fullest
+    slice."""
 
     name: str
     image: Tensor  # (C, H, W)
@@ -155,7 +167,7 @@ class Case:
 
 
 def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case]:
-    """Those cases of a batch (a Split) that are in shown {name: its name in pictures}.
+    """Make a Case of each case of a batch (a Split) that is in shown {name: its name in pictures}.
 
     prediction (B, *S) and samples (n, B, *S) are label maps; moments: metrics.Moments of all
     samples.
@@ -170,7 +182,8 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
                 error=metrics.error_map(moments, batch.labels, batch.weights))
     cases = []
     for i in rows:
-        flat = _flat({name: values[i].cpu() for name, values in maps.items()})
+        flat = _flat({name: values[i] for name, values in maps.items()})
+        flat = {name: values.cpu().clone() for name, values in flat.items()}  # without its volume
         labels, probabilities = flat.pop("labels"), batch.probabilities[i].cpu()
         weight = probabilities[:, None, None] * (labels != IGNORE)
         annotated = (weight * (labels > 0)).sum(0) / weight.sum(0).clamp(min=1e-6)
@@ -185,7 +198,7 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
 
 
 def _flat(maps: dict) -> dict:
-    """Maps {name: (..., *S)} of one case as pictures."""
+    """Turn the maps {name: (..., *S)} of one case into maps of two axes."""
     dims = maps["prediction"].dim()
     if dims == 3:
         fullest = fullest_slice(maps["labels"])
@@ -198,12 +211,12 @@ def _flat(maps: dict) -> dict:
 
 
 def fullest_slice(labels) -> int:
-    """Of label maps (n, D, H, W), the slice with the most foreground."""
+    """Find the slice of label maps (n, D, H, W) with the most foreground."""
     return int(((labels > 0) & (labels != IGNORE)).sum((0, 2, 3)).argmax())
 
 
 def short_names(names: list[str], most: int = 16) -> list[str]:
-    """The ends of names, with a number where these are not unique."""
+    """Cut names to their last `most` characters, with a number where these are not unique."""
     ends = [name[-most:] for name in names]
     return [end if ends.count(end) == 1 else f"{end} ({i})" for i, end in enumerate(ends)]
 
@@ -211,39 +224,41 @@ def short_names(names: list[str], most: int = 16) -> list[str]:
 # ------------------------------------------------------------------ the pictures of an evaluation
 
 
-def plot_samples(path, cases: list[Case]) -> None:
-    """Image, annotators, prediction and samples of every case, a column a case."""
+def case_row(case: Case, labels: int, samples: int, *between: Tensor) -> list:
+    """Paint a case's image, `labels` label maps (None where it has fewer) and at most `samples`
+    samples, with the pictures `between` before these."""
+    maps = [paint_label(label, case.image) for label in case.labels[:labels]]
+    return [paint_image(case.image), *maps, *[None] * (labels - len(maps)), *between,
+            *(paint_label(sample, case.image) for sample in case.samples[:samples])]
+
+
+def label_names(cases: list[Case], most: int = ANNOTATORS) -> list[str]:
+    """Name the label maps of cases, at most `most` of each, as columns of a picture."""
     kind = "annotator" if cases[0].weights is None else "mode"
-    rows, notes = {"image": [paint_image(c.image) for c in cases]}, {}
-    for a in range(max(len(c.labels) for c in cases)):
-        row = rows[f"{kind} {a + 1}"] = [None] * len(cases)
-        for i, c in enumerate(cases):
-            if a < len(c.labels):
-                row[i] = paint_label(c.labels[a], c.image)
-                if c.weights is not None:
-                    notes[f"{kind} {a + 1}", i] = f"{c.weights[a]:.2f}"
-    rows["prediction"] = [paint_label(c.prediction, c.image) for c in cases]
-    for i in range(len(cases[0].samples)):
-        rows[f"sample {i + 1}"] = [paint_label(c.samples[i], c.image) for c in cases]
-    save_grid(path, rows, [c.name for c in cases], notes)
+    return numbered(kind, min(most, max(len(case.labels) for case in cases)))
+
+
+def plot_samples(path, cases: list[Case]) -> None:
+    """Draw image, annotators, prediction and samples of every case, a column a case."""
+    labels = label_names(cases)
+    columns = [case_row(c, len(labels), SAMPLES, paint_label(c.prediction, c.image)) for c in cases]
+    names = ["image", *labels, "prediction", *numbered("sample", len(cases[0].samples))]
+    notes = {(name, i): f"{p:.2f}" for i, c in enumerate(cases) if c.weights is not None
+             for name, p in zip(labels, c.weights)}
+    save_grid(path, dict(zip(names, zip(*columns))), [c.name for c in cases], notes)
 
 
 def plot_overview(path, cases: list[Case]) -> None:
-    """`plot_samples` in short, a row a case: four cases, four annotators, eight samples."""
-    kind = "annotator" if cases[0].weights is None else "mode"
-    rows, notes, count = {}, {}, min(4, max(len(c.labels) for c in cases))
-    for c in cases[:: -(-len(cases) // 4)]:
-        labels = [paint_label(label, c.image) for label in c.labels[:count]]
-        samples = [paint_label(sample, c.image) for sample in c.samples[:8]]
-        rows[c.name] = [paint_image(c.image), *labels, *[None] * (count - len(labels)), *samples]
-        if c.weights is not None:
-            notes |= {(c.name, 1 + a): f"{p:.2f}" for a, p in enumerate(c.weights[:count])}
-    columns = ["image", *numbered(kind, count), *numbered("sample", 8)]
-    save_grid(path, rows, columns, notes, cell=0.8)
+    """Draw four cases with four annotators and eight samples each, a row a case."""
+    labels, chosen = label_names(cases, 4), cases[:: -(-len(cases) // 4)]
+    rows = {c.name: case_row(c, len(labels), 8) for c in chosen}
+    notes = {(c.name, 1 + a): f"{p:.2f}" for c in chosen if c.weights is not None
+             for a, p in enumerate(c.weights[: len(labels)])}
+    save_grid(path, rows, ["image", *labels, *numbered("sample", 8)], notes, cell=0.8)
 
 
 def plot_uncertainty(path, cases: list[Case]) -> None:
-    """Where annotators differ and where samples do, a column a case."""
+    """Draw where annotators differ and where samples do, a column a case."""
     rows = {"image": [paint_image(c.image) for c in cases],
             "annotators:\nforeground": [paint_map(c.annotated, 1) for c in cases],
             "samples:\nforeground": [paint_map(c.foreground, 1) for c in cases],
@@ -253,7 +268,7 @@ def plot_uncertainty(path, cases: list[Case]) -> None:
 
 
 def plot_dice(path, values) -> None:
-    """SSN's Fig. 5: the samples' Dice of each case, and the share above the prediction's."""
+    """Draw the samples' Dice of each case and the share above the prediction's (SSN's Fig. 5)."""
     order = np.argsort(values["dice"], kind="stable")[spread(len(values["dice"]), 80)]
     dice = {name: numbers[order] for name, numbers in values.items() if name.startswith("dice")}
     better = values["dice_better"].mean()
@@ -275,7 +290,7 @@ def plot_dice(path, values) -> None:
 
 
 def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
-    """GED against the number of samples, a line a run; runs: (name, metrics.json's content)."""
+    """Draw GED against the number of samples, a line a run; runs: (name, what metrics.json has)."""
     figure, axes = new_plot(size=(5, 3.2))
     ax = axes[0, 0]
     for (name, summary), color in zip(runs, itertools.cycle(LINES)):
@@ -290,8 +305,26 @@ def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
     save_figure(figure, path)
 
 
+def plot_validation(path, runs: list[tuple]) -> None:
+    """Draw the validation score against the steps and the time of training, a line a run.
+
+    runs: (name, name of the score, steps, minutes, scores); runs of one name share a colour.
+    """
+    figure, axes = new_plot(1, 2, size=(8, 3.4))
+    colors = dict(zip(dict.fromkeys(run[0] for run in runs), itertools.cycle(LINES)))
+    lines = {}
+    for name, _, steps, minutes, scores in runs:
+        for ax, x in zip(axes[0], (steps, minutes)):
+            (lines[name],) = ax.plot(x, scores, color=colors[name], marker="o", markersize=3)
+    score = max(run[1] for run in runs).removeprefix("val_").replace("_", " ")
+    axes[0, 0].set(xlabel="training steps", ylabel=f"validation {score}", xlim=(0, None))
+    axes[0, 1].set(xlabel="training time in minutes", xlim=(0, None))
+    figure.legend(lines.values(), lines, fontsize=8, loc="outside lower center", ncols=4)
+    save_figure(figure, path)
+
+
 def plot_curves(path, log: list[dict]) -> None:
-    """Every term of a run's log, and the validation GED, against the step."""
+    """Draw every term of a run's log, and the validation score, against the step."""
     skip = {"step", "steps", "lr", "seconds_per_step"}
     names = list(dict.fromkeys(k for entry in log for k in entry if k not in skip))
     if not names:  # nothing is logged yet

@@ -1,70 +1,113 @@
 """Samples for images of a user's own."""
 
-import io
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import metrics
-from analysis.pictures import (fullest_slice, paint_image, paint_label, paint_map, paint_outlines,
-                               save_grid)
+from analysis.pictures import (fullest_slice, label_picture, paint_image, paint_label, paint_map,
+                               paint_outlines, save_grid)
 from common import UserError
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
 from sources.files import (as_float_image, bounding_box, is_nifti, read_nifti, read_picture,
-                           standardised, write_atomically, write_nifti)
+                           standardised, write_atomically, write_nifti, write_npz, write_text)
 
 SHOWN = 64  # samples in the picture, at most
+OF_RUNS = ("config", "split", "metrics", "ood", "ambiguity")  # .json in a run's folder
 
 
 def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, temperature=1.0,
-                  class_scales=None) -> tuple[Path, Path]:
-    """Samples for a picture, a NIfTI file or a patient's folder of BraTS: (a picture of them, the
-    file with them).
+                  class_scales=None) -> tuple[Path, Path, dict]:
+    """Write samples for a picture, a NIfTI file or a BraTS patient's folder to the folder `out`.
 
-    A picture (8 or 16 bits, scaled to [0, 1], or floats as they are) or a NIfTI (for a model
-    trained on `folder` or `brats` every channel at mean 0 and standard deviation 1, as there; else
-    as it is) gives in the folder `out`
-        <name>_samples.png        image, prediction, all outlines, uncertainty and samples; of a
-                                  volume, its fullest slice
-        <name>.npz                for a picture: samples uint8 (n, H, W), prediction uint8 (H, W),
-                                  probabilities float32 (K, H, W), the samples' mean, and
-                                  uncertainty and entropy float32 (H, W)
-        <name>_samples.nii.gz     and so on, the same five for a NIfTI: with its shape and affine,
-                                  n or K as the fourth axis
-    data_name: the data set that the model was trained on. temperature, class_scales: SSN only, see
-    `scaled_samples`. Raises UserError where the file and the model do not fit.
+    Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
+    of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
+    standardised for a model trained on `folder` or `brats`, as in its training.
+        <name>_samples.png  image, prediction, outlines, maps, samples; of a volume, its fullest
+                            slice
+        <name>.json         how large each class is, see `volumes`
+        <name>.npz          for a picture: samples uint8 (n, H, W); prediction and mean uint8
+                            (H, W), label maps of `model.predict` and of the samples' mean
+                            probabilities; these probabilities, float32 (K, H, W); uncertainty and
+                            entropy, float32 (H, W)
+        <name>_mean.png     for a picture, its palette indices are the classes; <name>_entropy.png
+                            and <name>_probability_<k>.png have 16 bits, of which 65535 stands for
+                            log K nats and for 1
+        <name>_samples.nii.gz  and so on: the arrays for a NIfTI, with its shape and affine; n or K
+                            is the fourth axis
+    data_name: the data set that the model was trained on. temperature, class_scales: for SSN only,
+    see `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
     file, out, dims = Path(file), Path(out), model.config.dims
+    name = file.resolve().name if file.is_dir() else stem(file)
+    if name in OF_RUNS and (out / "config.json").exists():
+        raise UserError(f"{file}: its results would replace {name}.json of the run; write them to "
+                        "another folder with --out")
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
     size, box = image.shape[1:], bounding_box(inside)
     image = torch.from_numpy(image[(slice(None), *box)]).float()
     arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, seed, temperature,
                            class_scales)
 
-    name = file.resolve().name if file.is_dir() else stem(file)
     out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{name}_samples.png"
     plot_prediction(picture, image, arrays)
+    sizes = volumes(arrays["samples"], len(arrays["probabilities"]), source)
+    write_text(out / f"{name}.json", json.dumps(sizes, indent=2) + "\n")
     if source is None:
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        write_atomically(out / f"{name}.npz",
-                         lambda path: Path(path).write_bytes(content.getvalue()))
-        return picture, out / f"{name}.npz"
+        write_npz(out / f"{name}.npz", arrays)
+        top = np.log(len(arrays["probabilities"]))
+        pictures = {"mean": label_picture(arrays["mean"].numpy()),
+                    "entropy": grey_picture(arrays["entropy"] / top)}
+        pictures |= {f"probability_{k}": grey_picture(probability)
+                     for k, probability in enumerate(arrays["probabilities"])}
+        for kind, content in pictures.items():
+            write_atomically(out / f"{name}_{kind}.png", lambda path: content.save(path, "PNG"))
+        return picture, out / f"{name}.npz", sizes
     for kind, array in arrays.items():
         whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
         whole[:1] = kind == "probabilities"  # beyond the box all is background
         whole[(..., *box)] = array
         write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
-    return picture, out / f"{name}_samples.nii.gz"
+    return picture, out / f"{name}_samples.nii.gz", sizes
+
+
+def grey_picture(values) -> Image.Image:
+    """A map (H, W) of numbers in 0..1 as a grey picture of 16 bits."""
+    return Image.fromarray((65535 * values.clamp(0, 1)).round().numpy().astype(np.uint16))
+
+
+def volumes(samples, num_classes: int, source=None) -> dict:
+    """How large the foreground, and each of several classes, is in the samples (n, *S).
+
+    {"samples": n, "unit": "pixels" or "mm^3", "volume": {"foreground": {"mean", "q05", "q95"},
+    "class_1": ...}}, with quantiles at 5 % and 95 %; mm^3 by the affine of the nibabel image
+    `source`, if there is one.
+    """
+    unit, voxel = "pixels", 1.0
+    if source is not None:
+        length = {"meter": 1e3, "micron": 1e-3}.get(source.header.get_xyzt_units()[0], 1.0)
+        unit, voxel = "mm^3", length**3 * abs(np.linalg.det(source.affine[:3, :3]))
+    kinds = {"foreground": samples > 0}
+    if num_classes > 2:
+        kinds |= {f"class_{k}": samples == k for k in range(1, num_classes)}
+    sizes = {kind: voxel * inside.flatten(1).sum(1).numpy() for kind, inside in kinds.items()}
+    return {"samples": len(samples), "unit": unit,
+            "volume": {kind: dict(zip(("mean", "q05", "q95"), (
+                size.mean().item(), *np.quantile(size, (0.05, 0.95)).tolist())))
+                for kind, size in sizes.items()}}
 
 
 @torch.no_grad()
 def sample_arrays(model, image, inside, samples, seed, temperature, class_scales) -> dict:
-    """The arrays that `predict_image` writes, for image (C, *S). Where inside (*S) is false, which
-    training never saw, all is background."""
+    """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S).
+
+    Where inside (*S) is false, which training never saw, everything is background.
+    """
     device = next(model.parameters()).device
     batch, mask = image[None].to(device), inside.to(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -77,6 +120,7 @@ def sample_arrays(model, image, inside, samples, seed, temperature, class_scales
             moments.add(probs)
     return dict(samples=torch.cat(drawn), probabilities=moments.mean[0].cpu(),
                 prediction=(labels_of(model.predict(batch), 1)[0] * mask).cpu(),
+                mean=labels_of(moments.mean, 1)[0].cpu(),
                 uncertainty=metrics.uncertainty_map(moments)[0].cpu(),
                 entropy=metrics.entropy_map(moments)[0].cpu())
 
@@ -105,7 +149,7 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
 
 
 def plot_prediction(path, image, arrays: dict) -> None:
-    """<name>_samples.png of image (C, *S) and the arrays of `sample_arrays`."""
+    """Draw <name>_samples.png from image (C, *S) and the arrays of `sample_arrays`."""
     if image.dim() == 4:
         fullest = fullest_slice(arrays["samples"])
         image = image[:, fullest]
@@ -122,8 +166,10 @@ def plot_prediction(path, image, arrays: dict) -> None:
 
 
 def images_at(path: Path) -> list[Path]:
-    """`path` itself, if it is a file or a patient's folder of BraTS, or the images in the folder;
-    UserError if there is none, or two of one name."""
+    """The images in the folder `path`, or `path` itself if it is a file or a BraTS patient.
+
+    Raises UserError where there is no image, or where two share a name.
+    """
     if not path.is_dir() or all(any(path.glob(f"*_{kind}.nii*")) for kind in BRATS):
         return [path]
     kinds = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
@@ -138,13 +184,16 @@ def images_at(path: Path) -> list[Path]:
 
 
 def stem(file: Path) -> str:
-    """The file's name without .png, .nii.gz, ..."""
+    """The file's name without its ending, be it .png or .nii.gz."""
     return Path(file.name.removesuffix(".gz")).stem
 
 
 def read_image(file: Path, channels: int, dims: int, data_name: str):
-    """(float array (C, *S); where (*S) a model trained on `data_name` has something to say, which
-    for BraTS is not in the air; the nibabel image it came from, or None)."""
+    """Read an image as a model trained on the data set `data_name` takes it.
+
+    Returns a float array (C, *S); a bool array (*S), false in the air around a BraTS brain; and the
+    nibabel image that it came from, or None. Raises UserError where it does not fit the model.
+    """
     source = None
     if file.is_dir():
         image, inside, source = read_patient(file)

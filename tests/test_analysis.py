@@ -50,7 +50,7 @@ def test_ambiguity_finds_the_threshold(tmp_path):
     assert result["commoner"] == 5 / 9 and (tmp_path / "ambiguity.png").exists()
 
 
-def test_an_image_of_ones_own(run, tmp_path):
+def test_an_image_of_ones_own(run, tmp_path, capsys):
     picture = np.random.default_rng(0).integers(0, 256, (21, 30), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "größe 1.png")
     assert evaluate.main([str(run), "--image", str(tmp_path / "größe 1.png"), "--out",
@@ -60,6 +60,36 @@ def test_an_image_of_ones_own(run, tmp_path):
     assert arrays["probabilities"].shape == (4, 21, 30)
     np.testing.assert_allclose(arrays["probabilities"].sum(0), 1, rtol=1e-5)
     assert (tmp_path / "out" / "größe 1_samples.png").exists()
+    read = lambda kind: np.asarray(Image.open(tmp_path / "out" / f"größe 1_{kind}.png"))
+    for k in range(4):
+        assert read(f"probability_{k}").dtype == np.uint16
+        np.testing.assert_allclose(read(f"probability_{k}") / 65535, arrays["probabilities"][k],
+                                   atol=1e-5)
+    np.testing.assert_allclose(read("entropy") / 65535 * np.log(4), arrays["entropy"], atol=2e-5)
+    assert (read("mean") == arrays["probabilities"].argmax(0)).all()
+    sizes = json.loads((tmp_path / "out" / "größe 1.json").read_text())
+    assert (sizes["samples"], sizes["unit"]) == (5, "pixels")
+    assert list(sizes["volume"]) == ["foreground", "class_1", "class_2", "class_3"]
+    assert sizes["volume"]["class_2"]["mean"] == pytest.approx((arrays["samples"] == 2).sum() / 5)
+    assert f"class_3: {sizes['volume']['class_3']['mean']:.4g} pixels" in capsys.readouterr().out
+
+
+def test_volumes_by_hand():
+    nibabel = pytest.importorskip("nibabel")
+    samples = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+    for i in range(5):  # 0, 1, 2, 3, 4 voxels of class 1, and 2 of class 2
+        samples[i, 0, 0, :i], samples[i, 2, 0, :2] = 1, 2
+    turned = np.array([[0, 0.5, 0, 7], [-2, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1.0]])
+    source = nibabel.Nifti1Image(np.zeros((4, 4, 3), np.uint8), turned)
+    sizes = analysis.predict.volumes(samples, 3, source)
+    assert (sizes["samples"], sizes["unit"]) == (5, "mm^3")
+    want = {"foreground": [12, 6.6, 17.4], "class_1": [6, 0.6, 11.4], "class_2": [6, 6, 6]}
+    for kind, numbers in want.items():  # a voxel has 3 mm^3
+        assert list(sizes["volume"][kind].values()) == pytest.approx(numbers)
+    source.header.set_xyzt_units("meter")
+    assert analysis.predict.volumes(samples, 3, source)["volume"]["class_2"]["mean"] == (
+        pytest.approx(6e9))
+    assert list(analysis.predict.volumes(samples > 0, 2)["volume"]) == ["foreground"]
 
 
 @pytest.mark.parametrize("name, options", [("toy1d", {}), ("lesions3d", dict(n=6, size=32))])
@@ -300,7 +330,7 @@ def test_a_folder_of_pictures(run, tmp_path, capsys):
         Image.fromarray(np.full((side, side), 99, np.uint8)).save(folder / name)
     (folder / "notes.txt").write_text("no picture")
     assert evaluate.main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
     assert [Path(line.split()[0]).name for line in lines] == ["a_samples.png", "b_samples.png"]
     assert "a.npz" in lines[0] and "b.npz" in lines[1]
     assert np.load(tmp_path / "out" / "a.npz")["samples"].shape == (2, 33, 33)
@@ -333,12 +363,15 @@ def test_a_volume_comes_back_on_its_own_grid(volume_run, tmp_path, capsys):
         assert evaluate.main([str(volume_run), "--image", str(tmp_path / f"{name}.nii.gz"), "--out",
                               str(tmp_path / "out"), "--samples", "3", "--device", "cpu"]) == 0
         for kind, last in (("samples", (3,)), ("probabilities", (4,)), ("prediction", ()),
-                           ("uncertainty", ())):
+                           ("mean", ()), ("uncertainty", ()), ("entropy", ())):
             back = nibabel.load(tmp_path / "out" / f"{name}_{kind}.nii.gz")
             assert back.shape == array.shape[:3] + last
             np.testing.assert_allclose(back.affine, grid)
             samples[name, kind] = np.asarray(back.dataobj)
         assert (tmp_path / "out" / f"{name}_samples.png").exists()
+        sizes = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert sizes["unit"] == "mm^3" and sizes["volume"]["foreground"]["mean"] == pytest.approx(
+            6 * (samples[name, "samples"] > 0).sum() / 3)  # voxels of 1 x 2 x 3 mm
     for kind in ("samples", "probabilities", "prediction", "uncertainty"):
         there = np.moveaxis(samples["turned", kind][:, ::-1], 2, 0)
         np.testing.assert_array_equal(samples["right", kind], there)
@@ -366,7 +399,8 @@ def test_a_patient_of_brats(volume_run, tmp_path):
         nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)),
                      patient / f"Brats17_1_1_{kind}.nii.gz")
     model = models.load(volume_run / "best.pt")
-    _, written = analysis.predict.predict_image(model, "folder", patient, tmp_path / "out", samples=2)
+    _, written, _ = analysis.predict.predict_image(model, "folder", patient, tmp_path / "out",
+                                                   samples=2)
     back = np.asarray(nibabel.load(written).dataobj)
     assert back.shape == (14, 12, 10, 2) and not back[~brain].any() and back[brain].any()
     probs = np.asarray(nibabel.load(tmp_path / "out/Brats17_1_1_probabilities.nii.gz").dataobj)
@@ -395,7 +429,7 @@ def test_a_volume_of_one_slice_for_a_model_of_volumes(volume_run, tmp_path):
     array = np.random.default_rng(0).random((9, 8, 1, 4)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "x.nii")
     model = models.load(volume_run / "best.pt")
-    _, written = analysis.predict.predict_image(model, "folder", tmp_path / "x.nii", tmp_path,
+    _, written, _ = analysis.predict.predict_image(model, "folder", tmp_path / "x.nii", tmp_path,
                                              samples=2)
     assert nibabel.load(written).shape == (9, 8, 1, 2)
 
@@ -425,6 +459,9 @@ def test_names_of_results(run, tmp_path, capsys):
     picture.save(folder / "a.b.jpg")
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 2
     assert "share the name a.b" in capsys.readouterr().err
+    picture.save(tmp_path / "metrics.png")
+    assert evaluate.main([str(run), "--image", str(tmp_path / "metrics.png")]) == 2
+    assert "would replace metrics.json of the run" in capsys.readouterr().err
     (folder / "a.b.png").rename(folder / "scan")
     evaluate.main([str(run), "--image", str(folder / "scan"), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "scan.npz").exists()

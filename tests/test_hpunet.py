@@ -509,12 +509,6 @@ def test_a_tiny_ambiguous_batch_overfits():
 # ------------------------------------------------------------------------------------ pictures
 
 
-def test_deviation():
-    samples = torch.randint(2, (9, 4, 5), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(figures.deviation(samples, 2), samples.float().std(0, correction=0))
-    assert figures.deviation(torch.arange(4).view(4, 1), 4).item() == pytest.approx((3 / 8) ** 0.5)
-
-
 def test_pictures(tmp_path, monkeypatch):
     chosen = []
     model, (image, label) = small(in_channels=1), batch(size=(8, 16), channels=1)

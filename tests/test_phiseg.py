@@ -1,5 +1,6 @@
 """PHiSeg: its hierarchy against torch.distributions and float64 loops, its bound against integrals."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,8 +359,8 @@ def test_pictures(tmp_path, monkeypatch):
     assert coarse.shape == (16, 16, 3)
     assert torch.equal(coarse[::4, ::4].repeat_interleave(4, 0).repeat_interleave(4, 1), coarse)
     flat = torch.zeros(16, 16)
-    figures.plot_maps(tmp_path / "maps.png", [dict(
-        name="case", image=image[0], labels=label, samples=label.expand(4, -1, -1),
+    figures.plot_maps(tmp_path / "maps.png", [SimpleNamespace(
+        name="case", image=image[0], labels=label, samples=label.expand(4, -1, -1), weights=None,
         error=flat + 2, gamma=flat + 1, ncc=0.25)])
     rows, columns, notes = grids[1]
     assert columns[2:4] == ["E[CE(y, s)]", "gamma map"]

@@ -1,0 +1,266 @@
+"""report.html: the numbers, curves, pictures and cases of a judged run on one page.
+
+The page, whose frame is page.html, holds everything inline: it opens from disk in any browser and
+can be sent to somebody as one file.
+"""
+
+import base64
+import csv
+import io
+import json
+import re
+from datetime import timedelta
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+
+from analysis.compare import training_time
+from analysis.pictures import COLORS, label_picture, paint_image, paint_map
+from sources.files import write_text
+from sources.runs import read_config, read_log
+
+SIDE = 192  # pixels: larger cases are shrunk, so that the page stays at a few MB
+HEADLINE = {"ged": "↓", "hungarian_iou": "↑", "ncc": "↑", "dice": "↑"}
+ARROWS = {"↓": "↓ lower is better", "↑": "↑ higher is better"}
+
+# What each measure means, under headings, after an arrow to the better direction. How its name in
+# metrics.json goes on, with a number mostly, is a column, see `split_name`.
+MEASURES = {
+    "Samples against annotators, by the number of samples": {
+        "ged": "↓ Squared generalised energy distance of samples and annotations; 0 at best.",
+        "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
+        "ncc": "↑ Correlation between where samples vary and where annotators contradict them.",
+        "diversity": "Mean 1 - IoU of two samples; right when it is that of two annotations."},
+    "Sets of samples against annotators": {
+        "dice_max": "↑ Dice of the sample nearest to an annotator, averaged over annotators.",
+        "dice_nearest": "↑ Dice of the annotator nearest to a sample, averaged over samples.",
+        "dice_match": "↑ Dice when every annotator is matched with a sample of its own.",
+        "dice_soft": "↑ Dice of the samples' and the annotators' means above five thresholds.",
+        "volume_crps": "↓ CRPS of the foreground's volume, in pixels.",
+        "volume_crps_curvas": "↓ The same as the CURVAS challenge defines it."},
+    "Calibration of the samples' mean": {
+        "ece": "↓ Expected calibration error in 20 bins: of all pixels, of those where some "
+               "foreground is possible, and of those where it is uncertain.",
+        "adaptive_ece": "↓ The same in bins of equally many pixels.",
+        "brier": "↓ Brier score over all classes, from 0 to 2."},
+    "Failure detection: does a score of the image tell how wrong the prediction is?": {
+        "aurc": "↓ Area under the curve of risk, 1 - Dice, against the share of images kept.",
+        "e_aurc": "↓ What this area exceeds that of the ideal order by.",
+        "augrc": "↓ The area for the risk per image of the whole split, from 0 to 0.5."},
+    "Uncertainty": {
+        "entropy": "Of the samples' mean, in nats a pixel: the total uncertainty.",
+        "expected_entropy": "Of a single sample, in nats a pixel.",
+        "mutual_information": "The difference of both: how much the samples disagree.",
+        "disagreement": "1 - Dice of the samples and the prediction of their mean.",
+        **dict.fromkeys(("variance_patch", "entropy_patch", "mutual_information_patch"),
+                        "The mean of the map over its most uncertain window of 10 pixels a side.")},
+    "The single prediction against annotators": {
+        "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
+        "dice_present": "↑ The same over classes that the prediction or the annotation has.",
+        "dice_mean": "↑ Dice of the mean of the samples' probabilities.",
+        "ged_predict": "↓ GED of the prediction, as if it were the only sample.",
+        "dice_better": "Share of samples whose Dice is above the prediction's."},
+    "Likelihood and reconstruction": {
+        "log_likelihood": "↑ Log-probability of an annotation under the model, in nats.",
+        "iou_rec": "↑ IoU of an annotation and its reconstruction from the posterior's mean."},
+    "Spread of the samples' Dice": {
+        "dice_q": "Quantiles, in per cent, over the samples of a case."},
+    "Known probabilities": {
+        "mode_tv": "↓ Total variation between frequencies of a case's label maps and known ones.",
+        "mode_pooled_tv": "↓ The same after averaging over the cases.",
+        "mode_gap": "↓ The largest difference of one label map's frequency then."},
+    "By class": {
+        "dice_class": "↑ Dice over the cases that have the class.",
+        "hd95_class": "↓ 95 % Hausdorff distance in pixels over the cases that have the class."},
+    "Objects found in samples": {
+        "rand_error": "↓ Rand error: 1 - F-score over pairs of pixels of one object.",
+        "rand_error_components": "↓ The same for connected parts of the prediction.",
+        "ap": "↑ Average precision of the objects, over IoU thresholds from 0.5 to 0.95.",
+        "ap50": "↑ Average precision of the objects at an IoU of 0.5."}}
+# Pictures that may lie in the folder, with captions; True for plots, which turn dark with the page.
+PICTURES = {
+    "curves.png": (True, "Training: every term of the loss, and the validation score, by step."),
+    "ged.png": (True, "GED against the number of samples."),
+    "modes.png": (True, "Frequencies of label maps and of pixels' classes against known ones."),
+    "reliability.png": (True, "Annotators' mean against the samples' mean, by pixels."),
+    "risk_coverage.png": (True, "Mean error of the images kept, if the most uncertain ones go."),
+    "dice.png": (False, "Spread of the samples' Dice in each case, beside the prediction's."),
+    "overview.png": (False, "Annotators and samples of a few cases."),
+    "uncertainty.png": (False, "Where annotators differ and where samples do."),
+    "maps.png": (False, "Does the model vary where annotators contradict it (PHiSeg, Fig. 3)?"),
+    "instances.png": (False, "Objects clustered from samples (HPU-Net, Fig. 4)."),
+    "manipulation.png": (False, "One sample, changed by class and by temperature (SSN, Fig. 6)."),
+    "levels.png": (False, "Samples growing level by level (PHiSeg, Fig. 1)."),
+    "latents.png": (False, "Latent maps of every level (VAE U-Net, Fig. 11)."),
+    "scales.png": (False, "Samples if only some scales are drawn (HPU-Net, Fig. 3)."),
+    "extrapolation.png": (False, "Completions of hidden label maps (HPU-Net, Fig. 5).")}
+
+
+def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -> None:
+    """Write `out`/report.html from the files in `out` and in the run's `folder`.
+
+    judged: what was judged, in words. cases: pictures.Case of every case to page through; shown:
+    {its name in per_case.csv: its name in pictures}.
+    """
+    summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    with open(out / "per_case.csv", newline="", encoding="utf-8") as file:
+        scores = {row["name"]: row for row in csv.DictReader(file)}
+    about = ["{model} on {data}, seed {seed}".format(**read_config(folder)["settings"]), judged]
+    for steps, seconds in training_time(read_log(folder))[-1:]:
+        if abs(seconds) < 1e9:  # in a damaged log it may be anything
+            about.insert(1, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} h")
+    most = {split_name(n)[0]: n for n in sorted(sorted(summary), key=len)}  # 100 samples, not 16
+    headline = {most[base]: arrow for base, arrow in HEADLINE.items() if base in most}
+    full, options, articles = {short: name for name, short in shown.items()}, "", []
+    for case in cases:
+        name = full[case.name]
+        marks = [f"{spoken(n)} {float(scores[name][n]):.3f}" for n in headline]
+        options += f"<option>{escape(' · '.join([name, *marks[:1]]))}</option>"
+        articles.append(case_html(case, escape(name), ", ".join(marks)))
+    template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    write_text(out / "report.html", template.substitute(
+        title=escape(folder.resolve().name), about=escape(" · ".join(about)), options=options,
+        tiles="".join(f"<div><dt>{spoken(name)}</dt><dd>{value(summary[name])}</dd>"
+                      f"<dd class=better>{ARROWS[arrow]}</dd></div>"
+                      for name, arrow in headline.items()),
+        cases="".join(articles), numbers=numbers_html(summary),
+        pictures=pictures_html(out, folder)))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A measure's row and column in the tables: ged_16 -> ("ged", "16"), ece -> ("ece", "")."""
+    row, column = (re.fullmatch(r"((?:adaptive_)?ece|(?:e_)?aurc|augrc)_?(.*)", name)
+                   or re.fullmatch(r"(.*?)(?:(?:_|(?<=_q))(\d+(?:_\d+)?))?", name)).groups()
+    return row, column or ""
+
+
+def spoken(name: str) -> str:
+    """A measure's name for people: hungarian_iou_16 -> Hungarian IoU 16."""
+    words = re.sub(r"\b(ged|ncc|ap|hd|tv|ece|aurc|augrc|crps)(?=\d|\b)",
+                   lambda word: word[0].upper(),
+                   escape(name.replace("_", " ").replace("iou", "IoU")))
+    return words[0].upper() + words[1:]
+
+
+def value(result: dict) -> str:
+    """Mean and standard error with three decimals, or with one where they are large."""
+    digits = 3 if abs(result["mean"]) < 100 else 1
+    return f"{result['mean']:.{digits}f} <small>&plusmn; {result['stderr']:.{digits}f}</small>"
+
+
+def numbers_html(summary: dict) -> str:
+    """Every measure in metrics.json: a table for each heading, a row for each measure."""
+    cells, html = {}, ""
+    for name, result in summary.items():
+        base, column = split_name(name)
+        cells.setdefault(base, {})[column] = value(result)
+    further = dict.fromkeys(cells, "Explained by python evaluate.py --help.")
+    for heading, texts in [*MEASURES.items(), ("Further measures", further)]:
+        rows = {base: (text, cells.pop(base)) for base, text in texts.items() if base in cells}
+        columns = sorted(sorted({c for _, row in rows.values() for c in row}), key=len)
+        if rows:
+            html += (f"<h3>{heading}</h3><div class=scroll tabindex=0 role=region "
+                     f'aria-label="{heading}"><table>')
+        if any(columns):
+            heads = [column.lstrip("0").replace("_", " ") or "all" for column in columns]
+            html += ("<tr><td class=corner></td>"
+                     + "".join(f"<th scope=col>{head}</th>" for head in heads) + "</tr>")
+        for base, (text, row) in rows.items():
+            html += (f"<tr><th scope=row>{spoken(base)} <span class=better>"
+                     f"{ARROWS.get(text[0], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
+                     + "".join(f"<td>{row.get(c, '')}</td>" for c in columns) + "</tr>")
+        html += "</table></div>" if rows else ""
+    return html
+
+
+def case_html(case, name: str, marks: str) -> str:
+    """One case: outlines, the samples that JavaScript plays, maps, and every label map."""
+    height, width = case.image.shape[1:]
+    scale = min(1, SIDE / max(height, width))
+    size = [max(1, round(scale * side)) for side in (height, width)]
+    image = paint_image(F.interpolate(case.image[None].float(), size, mode="area")[0])
+    kind = "annotator" if case.weights is None else "mode"
+    step = size[1] / 420 * min(1.5, 8 / len(case.labels))  # lines of 1 to 8 px on a wide screen
+    lines, key, flat = "", "", []
+    for a, label in enumerate(shrink(case.labels, size)):
+        text = f"{kind} {a + 1}" + (f": {case.weights[a]:.2f}" if case.weights is not None else "")
+        color, stroke = COLORS[a % len(COLORS)], step * (len(case.labels) - a)
+        lines += f"<path d='{outline_path(label)}' stroke='{color}' stroke-width='{stroke:.3f}'/>"
+        key += f"<span class=key><span style='color: {color}'>&#9632;</span> {text}</span> "
+        flat.append((text, label_png(label)))
+    samples = [(f"sample {i}", label_png(sample))
+               for i, sample in enumerate(shrink(case.samples, size), 1)]
+    maps = [(text, picture_png(paint_map(F.interpolate(values[None, None], size, mode="area")[0, 0],
+                                         high)))
+            for text, values, high in (("annotators' mean, foreground", case.annotated.float(), 1),
+                                       ("samples' mean, foreground", case.foreground.float(), 1),
+                                       ("variance / maximum", case.variance.float(), None))]
+    flat += [("prediction", label_png(shrink(case.prediction[None], size)[0])), maps.pop()]
+    return f"""<article class="case" style="--image: url({picture_png(image)}); --ratio:
+{width / height:.4f}"><h3>{name}</h3><p class="soft">{marks}</p><div class="stage"><figure><div
+class="frame"><svg role="img" aria-label="Outlines of {len(flat) - 2} {kind}s"
+viewBox="0 0 {size[1]} {size[0]}">{lines}</svg></div><span class="text">{key}</span></figure>
+{framed("figure", *samples[0], ' class="film"')}
+<div>{"".join(framed("figure", *shown) for shown in maps)}</div></div>
+<div class="strip">{"".join(framed("figure", *shown) for shown in flat)}</div>
+<div class="strip">{"".join(framed("button", *shown) for shown in samples)}</div></article>
+"""
+
+
+def framed(tag: str, text: str, uri: str, more: str = "") -> str:
+    """A picture over the case's image, with its name below."""
+    return (f'<{tag}><span class="frame"><img src="{uri}" alt="{text}"{more}></span>'
+            f'<span class="text">{text}</span></{tag}>')
+
+
+def shrink(labels, size) -> np.ndarray:
+    """Label maps (n, H, W) of another size, (n, *size) uint8."""
+    return F.interpolate(labels[None].float(), size, mode="nearest-exact")[0].byte().numpy()
+
+
+def outline_path(label: np.ndarray) -> str:
+    """The borders between the classes of a label map (H, W) as an SVG path, a unit a pixel."""
+    path = ""
+    for maps, line in ((label, "M{0} {1}h{2}"), (label.T, "M{1} {0}v{2}")):
+        border = np.pad(maps[1:] != maps[:-1], ((0, 0), (1, 1))).astype(np.int8)
+        turns = np.diff(border, axis=1)  # 1 where a straight line begins, -1 where it ends
+        for (row, first), (_, last) in zip(np.argwhere(turns == 1), np.argwhere(turns == -1)):
+            path += line.format(first, row + 1, last - first)
+    return path
+
+
+def label_png(label: np.ndarray) -> str:
+    """A label map (H, W) in the classes' colours; the background is transparent."""
+    return data_uri(label_picture(label), transparency=bytes([0, *[166] * int(label.max())]))
+
+
+def picture_png(picture) -> str:
+    """RGB (H, W, 3) in 0..1 in 64 colours."""
+    array = (255 * picture).round().byte().numpy()
+    return data_uri(Image.fromarray(array).quantize(64, dither=Image.Dither.NONE))
+
+
+def pictures_html(out: Path, folder: Path) -> str:
+    """The pictures that lie in `out`, and the run's curves."""
+    html = ""
+    for name, (plot, caption) in PICTURES.items():
+        file = (folder if name == "curves.png" else out) / name
+        if file.exists():
+            with Image.open(file) as picture:
+                small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+            kind = ("plot" if plot else "mosaic") + (" wide" if small.width > 720 else "")
+            html += (f'<figure class="card {kind}"><img src="{data_uri(small)}" alt="{caption}" '
+                     f'width={small.width} height={small.height}><span class=text>{caption}</span>'
+                     "</figure>")
+    return html
+
+
+def data_uri(picture: Image.Image, **options) -> str:
+    """A PNG of the picture as a data URI."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True, **options)
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
