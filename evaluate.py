@@ -25,14 +25,15 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. Of the
 deterministic `predict`: dice, dice_present, ged_predict, and dice_class_<k> and hd95_class_<k> (in
-pixels) over the cases that have class k. Of the mean of the samples' probabilities: dice_mean.
-dice_better is the share of samples whose Dice beats the prediction's, dice_q05 to dice_q95 are
-quantiles of the samples' Dice. log_likelihood in nats; iou_rec, of reconstructions. Where the
-probabilities are known: mode_tv_<n>, the total variation between the modes drawn for a case and
-their probabilities (n true draws have some too); mode_pooled_tv_<n>, the same with both averaged
-over the cases first, and mode_gap_<n>, the worst mode's difference then. Of sets with instances:
-rand_error_<n>, ap_<n>, ap50_<n> of objects clustered from n samples (--cluster N ALPHA:
-rand_error_<n>_<alpha>, ...), and rand_error_components of the prediction's connected parts.
+pixels) over the cases that have class k, and dice_foreground, of all classes as one. Of the mean of
+the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats the
+prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_likelihood in nats;
+iou_rec, of reconstructions. Where the probabilities are known: mode_tv_<n>, the total variation
+between the modes drawn for a case and their probabilities (n true draws have some too);
+mode_pooled_tv_<n>, the same with both averaged over the cases first, and mode_gap_<n>, the worst
+mode's difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects
+clustered from n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), and rand_error_components
+of the prediction's connected parts.
 """
 
 import argparse

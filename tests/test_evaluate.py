@@ -302,6 +302,28 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
 # ----------------------------------------------------------------- classes, out of distribution
 
 
+def test_dice_of_the_whole_foreground():
+    """Classes 1 and 2 taken for one another: each by itself is wrong, together they are right."""
+    label = torch.zeros(1, 1, 2, 6, dtype=torch.uint8)
+    label[..., 0], label[..., 1], label[..., 2], label[..., 5] = 1, 2, 2, 255
+    split = Split(label[:, 0][:, None].float(), label, None, ["g"], 3, ["a"])
+
+    class Swaps(torch.nn.Module):
+        def predict(self, image):
+            found = torch.tensor([[2, 1, 1, 1, 0, 1]]).expand(1, 2, 6)
+            return torch.nn.functional.one_hot(found, 3).movedim(-1, 1).float()
+
+        def sample(self, image, n, generator=None):
+            return self.predict(image).expand(n, -1, -1, -1, -1)
+
+        def log_likelihood(self, image, label, n):
+            return torch.zeros(1)
+
+    values = evaluate.score(Swaps(), split, (1,))
+    assert values["dice"].item() == 0
+    assert values["dice_foreground"].item() == pytest.approx(6 / 7)  # 4 columns against 3
+
+
 class Reads(torch.nn.Module):
     """A model that reads the class of each pixel off the image; sample i finds i classes less."""
 
