@@ -41,8 +41,8 @@ code is followed)
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png
     python train.py --model vae_unet --data lidc --device cuda
-    python train.py --model vae_unet --data synapse --device cuda --lr 0.05 --model-args \
-        backbone=swin ce_weight=0.4 dice_weight=0.5 kl_weight=0.1     # the paper's Tables 2 and 3
+    python train.py --model vae_unet --data synapse --device cuda     # on Swin, loss by train.RECIPES
+    python evaluate.py runs/vae_unet-synapse-0 --per-volume           # the paper's Tables 2 and 3
 """
 
 import math

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -451,13 +452,23 @@ def settings(model, data, **given):
         | dict(model=model, data=data)
 
 
+def test_images_far_from_unit_scale_are_refused():
+    """Floats like 0..255 train, as does CT from -1000 to 1000; those like 0..10,000 do not."""
+    images = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = settings("prob_unet", "npz", model_args=dict(channels=(4, 6)))
+    for grown in (255 * images, 2000 * images - 1000):
+        train.first_model(given, SimpleNamespace(images=grown, num_classes=2))
+    with pytest.raises(UserError, match=r"npz: pixels of about 5\.\d+e\+03, from which no model"):
+        train.first_model(given, SimpleNamespace(images=1e4 * images, num_classes=2))
+
+
 @pytest.mark.parametrize("model, name", train.RECIPES)
 def test_what_a_paper_did_otherwise_is_the_default_there(model, name, monkeypatch):
     """Every entry builds and trains, --quick and options override it, other sets do not see it."""
     fields, training = train.RECIPES[model, name]
     assert name in data.DATASETS
     dims, channels = (3, 4) if name == "brats" else (2, 3)
-    split = SimpleNamespace(images=torch.empty(1, channels, *[8] * dims), num_classes=4)
+    split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4)
     monkeypatch.setattr(train, "build", lambda *given: models.build(*given, "meta"))
     built = train.first_model(settings(model, name), split)
     assert {key: getattr(built.config, key) for key in fields} == fields
