@@ -37,6 +37,10 @@ code is followed)
   7. The default backbone is the U-Net of the other methods; `backbone=swin` is the authors', with
      20.08 M parameters, depths 2, 2, 2, 1 and DropPath 0.2, but no pre-trained weights.
   8. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
+  9. Judging volumes (`evaluate.py --per-volume`), the code gives a class that the annotation or the
+     prediction lacks a Dice of 1 and a distance of 0. Here it counts only where it is annotated; if
+     it is missed there, its Dice is 0 and it has no distance. Distances are in voxels, in the code
+     too, although the paper says mm.
 
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png
