@@ -38,7 +38,7 @@ Differences from the paper
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda
     python train.py --model ssn --data lidc --model-args rank=0       # the diagonal model
-    python train.py --model ssn --data brats --device cuda            # Table 2; --model unet beside it
+    python train.py --model ssn --data brats --device cuda            # Table 2, with --model unet
     python evaluate.py runs/ssn-brats-0 --samples 20 --per-class
 """
 

@@ -50,7 +50,7 @@ QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 10
 OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
               "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
               "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}
-LARGEST = 1000  # root mean square of images above which a KL takes thousands of steps to recover
+LARGEST_RMS = 1000  # of images; above it, KLs take thousands of steps to come down
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
@@ -186,8 +186,8 @@ def first_model(settings, split) -> nn.Module:
     """The run's model for this data, its initial weights a function of the seed. UserError where
     the images' scale is far from what any model expects."""
     rms = float(torch.linalg.vector_norm(split.images)) / split.images.numel() ** 0.5
-    if rms > LARGEST:
-        raise UserError(f"{settings['data']}: pixels of about {rms:.3g}, from which no model learns: "
+    if rms > LARGEST_RMS:
+        raise UserError(f"{settings['data']}: pixels of about {rms:.3g} are too large to train on: "
                         "bring the images to about [0, 1], or to mean 0 and deviation 1, or store "
                         "them as uint8 or uint16")
     fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes,

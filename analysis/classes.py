@@ -63,9 +63,10 @@ def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
 def write_classes(path, rows: dict) -> None:
     """A CSV file: a line for each kind of prediction and class, and for the classes' mean.
 
-    predict is the deterministic prediction, samples all samples, sample_1 the first. A sample's Dice of a class is its mean over the cases that have the class; the line of the
-    samples holds mean and standard deviation of that over the samples. missed: cases of the class
-    in which nothing of it was predicted, so that they have no distance.
+    The mode predict is the deterministic prediction, sample_1 the first sample. A sample's Dice of
+    a class is its mean over the cases that have the class; the lines of the mode samples hold mean
+    and standard deviation of that over the samples. missed: cases of the class in which nothing of
+    it was predicted, so that they have no distance.
     """
     dice, distance = rows["class_dice"], rows["class_hd95"]  # (N, 1 + n, K - 1)
     with warnings.catch_warnings():  # of a class no case has, all is NaN: empty in the table

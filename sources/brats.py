@@ -14,8 +14,8 @@ BRATS = ("flair", "t1", "t1ce", "t2")
 
 
 def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
-    """Read a patient of BraTS: the channels (4, D, H, W), the brain (D, H, W) bool, where any of them
-    is not 0, and the nibabel image of the first channel. DataError if their grids differ."""
+    """Read a patient of BraTS: the channels (4, D, H, W), the brain (D, H, W) bool, which is where
+    any of them is not 0, and the nibabel image of the first. DataError if their grids differ."""
     files = {kind: _only(folder, kind) for kind in BRATS}
     volumes = {kind: read_nifti(file, 3) for kind, file in files.items()}
     if len({array.shape for array, _ in volumes.values()}) > 1:

@@ -347,7 +347,8 @@ def test_colours_are_drawn_row_by_row_and_spare_labels_and_other_channels():
 
 
 def test_only_street_scenes_change_their_colours():
-    assert [name for name, source in DATASETS.items() if source.augmentation.color] == ["cityscapes"]
+    coloured = [name for name, source in DATASETS.items() if source.augmentation.color]
+    assert coloured == ["cityscapes"]
 
 
 def test_augment_refuses_turning_a_line():
