@@ -13,8 +13,11 @@ What varies with the weights is epistemic uncertainty: what more data would sett
 annotators differ. M-Heads learn how they differ, which is aleatoric, but not how often: the best
 head takes nearly all of the loss, and all are drawn equally often. A deterministic U-Net holds
 aleatoric uncertainty pixel by pixel, in its probabilities. The Image2Image VAE, the paper's other
-baseline, is a configuration of prob_unet.py. With `norm=batch` the U-Net is the one that SSN stands
-on and is compared with (Monteiro et al. 2020, Table 1).
+baseline, is a configuration of prob_unet.py.
+
+SSN's own baselines (Monteiro et al. 2020) are the deterministic networks that it stands on: with
+`norm=batch` the U-Net of Table 1, with `backbone=deepmedic` the DeepMedic of Table 2, which is what
+`--model unet --data brats` trains.
 
 Differences from the paper
   1. The paper trains a model of 4, 8 and 16 outputs for as many samples. Here any number can be
@@ -24,20 +27,25 @@ Differences from the paper
   3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows, and in the
      decoder on the whole input of a block, skip connection included. `predict` uses no dropout.
   4. One 1-wide convolution follows the U-Net; the paper has "the appropriate number".
+  5. DeepMedic's cross-entropy is summed over a patch's voxels, as all losses here; the authors take
+     the mean, over the air around the brain as well. RMSprop does not see the difference, and the
+     weight decay in train.RECIPES makes up for it.
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
     python train.py --model unet --data lidc --lr 1e-3 --batch-size 12 --model-args norm=batch \
         "channels=(32,64,128,192,192,192,192)"                 # SSN's Table 1
+    python train.py --model unet --data brats --device cuda    # SSN's Table 2
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.det_unet import DetUNet
 from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, encode,
                     halve, init_orthogonal, pad_to_multiple, valid_label)
@@ -53,6 +61,8 @@ class UNetConfig:
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # a resolution level each
     convs: int = 3  # 3-wide convolutions a level
     norm: str = "none"  # or "batch": SSN's U-Net
+    backbone: str = "unet"  # or "deepmedic" (3D) instead of a U-Net: unet and ensemble
+    deepmedic: dict = field(default_factory=dict)  # fields of DeepMedicConfig other than default
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,14 @@ class MHeadsConfig(UNetConfig):
 
 
 def build_unet(c: UNetConfig) -> nn.Module:
-    """The U-Net all of them stand on, with features of width `out_channels`."""
+    """The U-Net all of them stand on, with features of width `out_channels`; or DeepMedic, which
+    returns logits."""
     check_choice("dims", c.dims, (1, 2, 3))
     check_choice("norm", c.norm, ("none", "batch"))
+    check_choice("backbone", c.backbone, ("unet", "deepmedic"))
+    if c.backbone == "deepmedic":
+        check_choice("dims", c.dims, (3,))
+        return DeepMedic(c.in_channels, DeepMedicConfig(**c.deepmedic), c.num_classes)
     if c.norm == "batch":
         return DetUNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs)
     return UNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs, norm="none")
@@ -96,7 +111,7 @@ class Mixture(nn.Module):
 
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((40_000 * i, 10 ** (-0.4 * i)) for i in range(1, 6)))  # to 1e-6
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2)
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, deepmedic=DeepMedic.QUICK)
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((400, 0.2),), batch_size=16, steps=500)
 
     def forward(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
@@ -122,7 +137,7 @@ class Mixture(nn.Module):
 
 
 class DeterministicUNet(Mixture):
-    """One U-Net, one output. Default: 2D, 11.77 M parameters."""
+    """One U-Net (or DeepMedic), one output. Default: 2D, 11.77 M parameters."""
 
     Config = UNetConfig
     count = 1
@@ -131,20 +146,31 @@ class DeterministicUNet(Mixture):
         super().__init__()
         self.config = c = config
         self.unet = build_unet(c)
+        if c.backbone == "deepmedic":
+            return
         self.head = CONV[c.dims](self.unet.out_channels, c.num_classes, 1)
         if c.norm == "none":
             init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int = 1) -> Tensor:
         """Logits of the one output there is, (1, B, K, *S)."""
+        if self.config.backbone == "deepmedic":
+            return torch.stack(self.unet.stitch(image, lambda logits: [logits]))
         return self.head(self.unet(image)).unsqueeze(0)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Cross-entropy in nats, summed over pixels, averaged over the batch; and its terms.
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
+        DeepMedic trains on one patch of every volume, at random.
         """
-        loss = cross_entropy(self.outputs(image)[0], valid_label(label, mask)).mean()
+        label = valid_label(label, mask)
+        if self.config.backbone == "deepmedic":
+            image, label = self.unet.random_patches(image, label)
+            logits = self.unet(image)
+        else:
+            logits = self.outputs(image)[0]
+        loss = cross_entropy(logits, label).mean()
         return loss, {"cross_entropy": loss.detach()}
 
 
@@ -188,6 +214,7 @@ class MHeads(Mixture):
         if config.heads < 2 or not 0 <= config.epsilon < 1:
             raise ValueError(f"heads={config.heads}, epsilon={config.epsilon}: heads is at least "
                              "2, epsilon at least 0 and below 1")
+        check_choice("backbone", config.backbone, ("unet",))
         self.config, self.count, c = config, config.heads, config
         self.unet = build_unet(c)
         self.heads = CONV[c.dims](self.unet.out_channels, c.heads * c.num_classes, 1)
@@ -227,6 +254,7 @@ class DropoutUNet(DeterministicUNet):
             raise ValueError(f"p={c.p}, dropout_blocks={c.dropout_blocks}, norm={c.norm!r}: p is "
                              f"between 0 and 1, dropout_blocks 1 to {len(c.channels) - 1}, as the "
                              "image is never dropped, and norm 'none'")
+        check_choice("backbone", c.backbone, ("unet",))
         super().__init__(c)
 
     def outer(self, image: Tensor) -> list[Tensor]:

@@ -295,7 +295,8 @@ DATASETS: dict[str, Source] = {
         "and train-labels.tif (snemi3d.grand-challenge.org)", (".npz",), ("train-input.tif",)),
     "cityscapes": Source(
         read_cityscapes, "street scenes; five classes flip, or each car has a random class",
-        Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8, elastic=3),
+        Augmentation(flip=(-1,), rotation=20, shear=0.05, scale=0.2, translation=8, elastic=3,
+                     color=0.2),
         "a folder with leftImg8bit/ and gtFine/ (leftImg8bit_trainvaltest and gtFine_trainvaltest "
         "of cityscapes-dataset.com)", marks=("leftImg8bit",)),
     "synapse": Source(

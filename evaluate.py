@@ -4,6 +4,7 @@
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples find ambiguous cases?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... blurred and foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
+    python evaluate.py runs/vae_unet-synapse-0 --per-volume      # slices judged as volumes
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, tests, curves
     torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # the cases shared by 4 processes
 
@@ -11,7 +12,8 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling cases (bootstrap)
     per_case.csv     every measure of every case
     report.html      numbers, curves, pictures, and cases to page through, in one file
-    per_class.csv    Dice and 95% Hausdorff distance of every class (VAE U-Net's Table 2)
+    per_class.csv    Dice and 95% Hausdorff distance of every class
+    per_volume.csv   the same with --per-volume: VAE U-Net's Tables 2 and 3
     samples.png      image, every annotator, prediction and 16 samples; overview.png: in short
     uncertainty.png  annotators' and samples' mean, PHiSeg's gamma map, variance over samples
     maps.png         does the model vary where annotators contradict it? (PHiSeg's Fig. 3)
@@ -24,14 +26,15 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
 
 Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. Of the
 deterministic `predict`: dice, dice_present, ged_predict, and dice_class_<k> and hd95_class_<k> (in
-pixels) over the cases that have class k. Of the mean of the samples' probabilities: dice_mean.
-dice_better is the share of samples whose Dice beats the prediction's, dice_q05 to dice_q95 are
-quantiles of the samples' Dice. log_likelihood in nats; iou_rec, of reconstructions. Where the
-probabilities are known: mode_tv_<n>, the total variation between the modes drawn for a case and
-their probabilities (n true draws have some too); mode_pooled_tv_<n>, the same with both averaged
-over the cases first, and mode_gap_<n>, the worst mode's difference then. Of sets with instances:
-rand_error_<n>, ap_<n>, ap50_<n> of objects clustered from n samples (--cluster N ALPHA:
-rand_error_<n>_<alpha>, ...), and rand_error_components of the prediction's connected parts.
+pixels) over the cases that have class k, and dice_foreground, of all classes as one. Of the mean of
+the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats the
+prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_likelihood in nats;
+iou_rec, of reconstructions. Where the probabilities are known: mode_tv_<n>, the total variation
+between the modes drawn for a case and their probabilities (n true draws have some too);
+mode_pooled_tv_<n>, the same with both averaged over the cases first, and mode_gap_<n>, the worst
+mode's difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects
+clustered from n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), and rand_error_components
+of the prediction's connected parts.
 """
 
 import argparse
@@ -54,7 +57,7 @@ import metrics
 import models
 from analysis.ambiguity import ambiguity
 from analysis.calibration import mode_rows, plot_modes, pooled, total_variation
-from analysis.classes import class_rows, write_classes
+from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
 from analysis.instances import (find_instances, instance_scores, instances_to_show, plot_instances,
                                 rand_errors)
@@ -299,6 +302,9 @@ def parse(argv=None) -> argparse.Namespace:
                    help="can samples tell on which cases annotators disagree?")
     p.add_argument("--per-class", action="store_true",
                    help="every class by itself, too (default: in 2D, of 3 to 20 classes)")
+    p.add_argument("--per-volume", action="store_true",
+                   help="slices (of synapse): Dice and Hausdorff distance of the volume that the "
+                   "slices of a group make, for predict and --samples N samples (10)")
     p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
                    help="sets with instances: cluster N samples (16) within Hamming distance ALPHA "
                    "(N); choose on --split val: fewer broken objects with a larger one")
@@ -356,6 +362,24 @@ def predict_images(args, device) -> None:
                       for kind, size in sizes["volume"].items()))
 
 
+def judge_volumes(args, device) -> None:
+    """--per-volume: every class of whole volumes, at the size that annotators drew them in."""
+    folder = Path(args.run)
+    settings = read_config(folder)["settings"]
+    name, path, options = settings["data"], args.path or settings["path"], settings["data_args"]
+    split = data.load(name, args.split, path, **options)
+    if split.images.dim() != 4 or split.instances is not None:
+        raise UserError(f"--per-volume is for slices whose groups are volumes; {name} has none")
+    labels = split.all_maps().labels
+    if name == "synapse":  # its slices were resampled
+        labels = data.load(name, args.split, path, **options | dict(size=0)).labels
+    model = models.load(folder / f"{args.weights}.pt", device)
+    n = 10 if len(args.samples) > 1 else args.samples[0]
+    rows = volume_rows(model, split.to(device), labels, n)
+    write_classes(folder / "per_volume.csv", rows)
+    say(f"{folder / 'per_volume.csv'}: {len(rows['class_dice'])} volumes, {n} samples of each")
+
+
 def warn_of_foreign(args, device) -> None:
     """--ood: can samples tell corrupted and foreign images?"""
     folder = Path(args.run)
@@ -377,7 +401,8 @@ def main(argv=None) -> int:
         check(args)
         device, _, world = start_processes(args.device)
         args.ood = args.ood or args.ood_data
-        if world > 1 and (args.image or args.compare or args.ambiguous or args.ood):
+        if world > 1 and (args.image or args.compare or args.ambiguous or args.ood
+                          or args.per_volume):
             raise UserError("torchrun shares the judging of a split alone; start this with python")
         if args.image:
             predict_images(args, device)
@@ -389,6 +414,8 @@ def main(argv=None) -> int:
             print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
         elif args.ood:
             warn_of_foreign(args, device)
+        elif args.per_volume:
+            judge_volumes(args, device)
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
                    samples=tuple(args.samples), path=args.path, classes=args.per_class,

@@ -19,7 +19,8 @@ change together from sample to sample (analysis/instances.py). One that is also 
 around a hidden region extrapolates them into it (`--data-args hide=50`).
 
 Differences from the paper
-  1. kappa is a field: it belongs to the data. Where `constraint` never falls below 0 it is too low.
+  1. kappa belongs to the data: 0.05 is LIDC's, train.RECIPES has the paper's others. Where the term
+     `constraint` never falls below 0 it is too low, and train.py says so.
   2. The moving average is that of the whole constraint, and begins at the first batch; in the code
      it is that of the reconstruction. They differ only where pixels are ignored.
   3. The posterior stops at its last latents; the authors' goes up one level more, without use.

@@ -25,9 +25,12 @@ Differences from the paper
      round a brain). Beyond the paper, the networks' covariance starts small: otherwise whole
      backgrounds flip in many samples, which Eq. 7 hardly minds (one good sample in M is enough for
      it) and which takes long to unlearn (`shapes`, 300 steps: GED .37 against .23).
-  4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels and come back by repetition, so
-     that stitched and whole-volume maps agree exactly. One optimiser serves all: Adam at 1e-3;
-     BraTS had RMSprop. A case gives one patch a step; the authors take 20 of each volume read.
+  4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels, where the authors take every third
+     or fifth one. Beyond the volume the image is reflected, theirs repeats its border. BraTS is
+     trained by the authors' recipe (train.RECIPES): as theirs, a batch is 10 patches of 10 volumes.
+     They read 50 volumes at a time and use each of them in 20 batches, because reading is slow;
+     here all volumes are in memory, and each of them gives one patch in turn. Augmentation mirrors
+     and turns in the axial plane as theirs, but deforms neither the volume nor the histogram.
   5. Temperature: T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
   6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, as slower
      averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
@@ -35,6 +38,8 @@ Differences from the paper
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda
     python train.py --model ssn --data lidc --model-args rank=0       # the diagonal model
+    python train.py --model ssn --data brats --device cuda            # Table 2, with --model unet
+    python evaluate.py runs/ssn-brats-0 --samples 20 --per-class
 """
 
 import math
@@ -75,9 +80,7 @@ class SSN(nn.Module):
 
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10,
-                        deepmedic=dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32, 16),
-                                       patch=18))
+    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, deepmedic=DeepMedic.QUICK)
     QUICK_TRAINING = dict(lr=5e-3, lr_drops=((300, 0.4), (480, 0.08)), batch_size=8, steps=600)
 
     def __init__(self, config: SSNConfig = SSNConfig(), backbone: nn.Module | None = None):

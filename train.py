@@ -55,6 +55,7 @@ QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 10
 OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
               "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
               "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}
+LARGEST_RMS = 1000  # of images; above it, KLs take thousands of steps to come down
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
@@ -159,10 +160,46 @@ def learning_rate(step: int, training: dict) -> float:
 # ----------------------------------------------------------- model, optimiser, checkpoint
 
 
+SIX_SCALES = (32, 64, 128, 256, 512, 1024)
+NINE_SCALES = (32, 64, 128, 256, 256, 256, 256, 256, 256)
+CITYSCAPES = dict(batch_size=16, lr_drops=tuple((60_000 * i, 10 ** (-i / 3)) for i in (1, 2, 3)))
+BRATS = dict(optimizer="rmsprop", lr=1e-3, momentum=0.6, alpha=0.9, weight_decay=1e-4,
+             batch_size=10, steps=120_000,
+             lr_drops=tuple((1000 * k, 0.5**i) for i, k in enumerate((44, 64, 80, 90, 98, 105), 1)))
+# What a paper did otherwise on another data set than that of a model's defaults, most often LIDC:
+# {(model, data set): (fields of the config, settings of TRAINING)}. Options override it.
+RECIPES = {
+    ("ssn", "brats"): ({}, BRATS),
+    # weight decay: the authors' loss is a mean over the 30^3 voxels of a patch, ours a sum
+    ("unet", "brats"): (dict(backbone="deepmedic"), BRATS | dict(weight_decay=1e-4 * 30**3)),
+    ("hpunet", "em"): (dict(channels=NINE_SCALES, kappa=1.2), dict(
+        batch_size=24, steps=450_000,
+        lr_drops=tuple((75_000 * i, 10 ** (-0.6 * i)) for i in range(1, 6)))),
+    ("hpunet", "cells"): (dict(kappa=1.2), {}),  # the same task
+    ("hpunet", "cityscapes"): (dict(channels=NINE_SCALES, blocks=2, kappa=0.77), dict(  # task=cars
+        batch_size=128, steps=100_000, lr=2e-4, lr_drops=((70_000, 0.5),))),
+    ("vae_unet", "synapse"): (dict(backbone="swin", ce_weight=0.4, dice_weight=0.5, kl_weight=0.1),
+                              dict(lr=0.05, steps=14_000)),
+    ("image2image_vae", "cityscapes"): (dict(channels=SIX_SCALES, beta=1.0), CITYSCAPES),
+} | {(model, "cityscapes"): (dict(channels=SIX_SCALES), CITYSCAPES)
+     for model in ("prob_unet", "unet", "dropout_unet", "ensemble", "m_heads")}
+
+
+def of_paper(settings) -> tuple[dict, dict]:
+    """The entry of RECIPES for the run's model and data set."""
+    return RECIPES.get((settings["model"], settings["data"]), ({}, {}))
+
+
 def first_model(settings, split) -> nn.Module:
-    """The run's model for this data, its initial weights a function of the seed."""
+    """The run's model for this data, its initial weights a function of the seed. UserError where
+    the images' scale is far from what any model expects."""
+    rms = float(torch.linalg.vector_norm(split.images)) / split.images.numel() ** 0.5
+    if rms > LARGEST_RMS:
+        raise UserError(f"{settings['data']}: pixels of about {rms:.3g} are too large to train on: "
+                        "bring the images to about [0, 1], or to mean 0 and deviation 1, or store "
+                        "them as uint8 or uint16")
     fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes,
-                  dims=split.images.dim() - 2)
+                  dims=split.images.dim() - 2) | of_paper(settings)[0]
     if settings["quick"] and settings["model"] in MODELS:
         fields |= MODELS[settings["model"]].QUICK_CONFIG
     torch.manual_seed(settings["seed"])
@@ -170,8 +207,9 @@ def first_model(settings, split) -> nn.Module:
 
 
 def recipe(model, settings) -> dict:
-    """How this run trains: the paper's settings, --quick's, then those given."""
-    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else {})
+    """How this run trains: the paper's settings or --quick's, then those given."""
+    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"]
+                                 else of_paper(settings)[1])
     training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
     if settings["lr_drops"]:
         training |= dict(lr_drops=lr_drops(settings["lr_drops"]), poly_power=0)

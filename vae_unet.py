@@ -35,14 +35,21 @@ code is followed)
      (3,560), without 2,022. Eq. 6 lets z_i depend on z_<i; in the code they are independent.
   6. The nets predict log sigma, and it is bounded (common.bounded_log_std).
   7. The default backbone is the U-Net of the other methods; `backbone=swin` is the authors', with
-     20.08 M parameters, depths 2, 2, 2, 1 and DropPath 0.2, but no pre-trained weights.
+     20.08 M parameters, depths 2, 2, 2, 1 and DropPath 0.2, but no pre-trained weights. From random
+     weights, the latents of short runs collapse unless the KL weighs little: on `organs` of 48 px,
+     500 steps with weights 1, 0 and 0.3 in nats a pixel give samples of diversity .02 and a GED of
+     .27, with 0.1 a diversity of .24 (annotators: .28) and a GED of .62.
   8. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
+  9. Judging volumes (`evaluate.py --per-volume`), the code gives a class that the annotation or the
+     prediction lacks a Dice of 1 and a distance of 0. Here it counts only where it is annotated; if
+     it is missed there, its Dice is 0 and it has no distance. Distances are in voxels, in the code
+     too, although the paper says mm.
 
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png
     python train.py --model vae_unet --data lidc --device cuda
-    python train.py --model vae_unet --data synapse --device cuda --lr 0.05 --model-args \
-        backbone=swin ce_weight=0.4 dice_weight=0.5 kl_weight=0.1     # the paper's Tables 2 and 3
+    python train.py --model vae_unet --data synapse --device cuda     # on Swin, see train.RECIPES
+    python evaluate.py runs/vae_unet-synapse-0 --per-volume           # the paper's Tables 2 and 3
 """
 
 import math

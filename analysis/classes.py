@@ -1,27 +1,54 @@
-"""Every class by itself: Dice and 95% Hausdorff distance (VAE U-Net's Table 2)."""
+"""Every class by itself: Dice and 95% Hausdorff distance, of images or of whole volumes that were
+segmented slice by slice (VAE U-Net's Tables 2 and 3)."""
 
 import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import metrics
 from common import IGNORE
+from models import labels_of, sample_batches
+from sources.base import Split
 from sources.files import write_text
 
-SAMPLES = 8  # that are judged by themselves, at most
+SAMPLES = 8  # of a case that are judged by themselves
 
 
-def class_rows(batch, prediction, samples) -> dict:
+@torch.no_grad()
+def volume_rows(model, split, labels, n) -> dict:
+    """`class_rows` of volumes, (V, 1 + n, K - 1) arrays: the slices of a group are one volume.
+
+    split: slices (N, C, H, W), those of a group in the volume's order; labels (N, A, H', W'), the
+    annotations at the size at which they are judged, to which the predictions are resized.
+    """
+    rows = []
+    for group in dict.fromkeys(split.groups):
+        slices = [i for i, other in enumerate(split.groups) if other == group]
+        part, maps = split.subset(slices), []
+        for batch, chunks in sample_batches(model, part, n):
+            prediction = labels_of(model.predict(batch.images), 1)
+            maps.append(torch.cat([prediction[None], *(labels_of(x, 2) for x in chunks)]))
+        label = labels[slices].to(maps[0].device).transpose(0, 1)  # (A, D, H', W')
+        maps = F.interpolate(torch.cat(maps, 1), label.shape[2:], mode="nearest-exact")
+        weights = None if part.weights is None else part.weights.mean(0, keepdim=True)
+        volume = Split(part.images[:1], label[None], weights, [group], split.num_classes, [group])
+        rows.append(class_rows(volume, maps[:1], maps[1:, None], n))
+    return {name: np.concatenate([row[name].cpu().numpy() for row in rows]) for name in rows[0]}
+
+
+def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
     """class_dice and class_hd95 (pixels) of every foreground class, (B, 1 + n, K - 1).
 
-    First of the label map `prediction` (B, *S), then of samples (n, B, *S), each by itself. The
-    reference is each case's likeliest annotator, the first of equals. NaN where the reference lacks
-    the class; for the distance also where the prediction does.
+    First of the label map `prediction` (B, *S), then of `most` samples (n, B, *S), each by itself.
+    The reference is each case's likeliest annotator, the first of equals. NaN where the reference
+    lacks the class; for the distance also where the prediction does. (The code of VAE U-Net's paper
+    gives a class that is missing in either a Dice of 1 and a distance of 0.)
     """
     likeliest = batch.probabilities.argmax(1)
     label = batch.labels[torch.arange(len(batch), device=likeliest.device), likeliest]  # (B, *S)
-    maps = torch.cat([prediction[None], samples[:SAMPLES]])
+    maps = torch.cat([prediction[None], samples[:most]])
     distance = torch.stack([metrics.hausdorff95(m, label, batch.num_classes) for m in maps], 1)
     dice = torch.full_like(distance, np.nan)
     for k in range(1, batch.num_classes):
@@ -34,11 +61,12 @@ def class_rows(batch, prediction, samples) -> dict:
 
 
 def write_classes(path, rows: dict) -> None:
-    """per_class.csv: a line for each kind of prediction and class, and for their mean.
+    """A CSV file: a line for each kind of prediction and class, and for the classes' mean.
 
-    A sample's Dice of a class is its mean over the cases that have the class; the line of the
-    samples holds mean and standard deviation of that over the samples. missed: cases of the class
-    in which nothing of it was predicted, so that they have no distance.
+    The mode predict is the deterministic prediction, sample_1 the first sample. A sample's Dice of
+    a class is its mean over the cases that have the class; the lines of the mode samples hold mean
+    and standard deviation of that over the samples. missed: cases of the class in which nothing of
+    it was predicted, so that they have no distance.
     """
     dice, distance = rows["class_dice"], rows["class_hd95"]  # (N, 1 + n, K - 1)
     with warnings.catch_warnings():  # of a class no case has, all is NaN: empty in the table
@@ -48,7 +76,9 @@ def write_classes(path, rows: dict) -> None:
     cases = (~np.isnan(dice[:, 0])).sum(0)
     missed = (np.isnan(distance) & ~np.isnan(dice)).sum(0)  # (1 + n, K - 1)
     lines = ["mode,class,dice,dice_deviation,hd95,hd95_deviation,cases,missed"]
-    for mode, which in (("predict", slice(0, 1)), ("samples", slice(1, None))):
+    modes = {"predict": slice(0, 1), "samples": slice(1, None)}
+    modes |= {f"sample_{i}": slice(i, i + 1) for i in range(1, dice.shape[1])}
+    for mode, which in modes.items():
         for k in range(len(cases) + 1):
             last = k == len(cases)
             cells = [mode, "mean" if last else str(k + 1)]

@@ -47,6 +47,10 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     out["dice"] = metrics.dice(prediction, labels, classes, weights)
     out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
     out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
+    if classes > 2:  # as in SSN's Table 2, whose whole tumour is any of three classes
+        marked = [torch.where(maps == IGNORE, maps, (maps > 0).byte())
+                  for maps in (prediction, labels)]
+        out["dice_foreground"] = metrics.dice(*marked, 2, weights)
     dices = metrics.sample_dice(hard[: max(samples)], labels, classes, weights)  # (n, B)
     out["dice_better"] = (dices > out["dice"]).double().mean(0)
     for percent in (5, 25, 50, 75, 95):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import IGNORE, batch_norm, center_crop, dropout, reflect_index, reflect_pad, uniform
+from common import IGNORE, center_crop, dropout, reflect_index, reflect_pad, uniform
 
 TILE = 60  # voxels a side computed at once at test time; bounds memory and changes nothing else
 
@@ -32,12 +32,16 @@ class DeepMedicConfig:
 class DeepMedic(nn.Module):
     """Volume (B, C, D, H, W), sides o + 2 * margin -> features (B, out_channels, *o).
 
-    o must be a multiple of every scale.
+    o must be a multiple of every scale. With `num_classes` given, the last layer returns the logits
+    of so many classes instead of features: the deterministic network.
     """
 
-    def __init__(self, in_channels: int, config: DeepMedicConfig = DeepMedicConfig()):
+    QUICK = dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32, 16), patch=18)  # a small one
+
+    def __init__(self, in_channels: int, config: DeepMedicConfig = DeepMedicConfig(),
+                 num_classes: int | None = None):
         super().__init__()
-        self.config = c = config
+        self.config, self.num_classes, c = config, num_classes, config
         self.multiple = math.lcm(*c.scales)
         self.margin = len(c.pathway) * max(c.scales)
         if c.patch < 1 or c.patch % self.multiple:
@@ -45,13 +49,13 @@ class DeepMedic(nn.Module):
                              "is, of every scale")
         self.pathways, self.join = nn.ModuleList(), nn.Sequential()
         for _ in c.scales:
-            first = nn.Conv3d(in_channels, c.pathway[0], 3)
+            first = nn.Conv3d(in_channels, c.pathway[0], 3, bias=False)
             others = [Layer(a, b, 3) for a, b in zip(c.pathway, c.pathway[1:])]
             self.pathways.append(nn.Sequential(first, *others))
-        widths = (len(c.scales) * c.pathway[-1], *c.hidden)
-        for before, after in zip(widths, c.hidden):
+        widths = [len(c.scales) * c.pathway[-1], *c.hidden[:-1], num_classes or c.hidden[-1]]
+        for before, after in zip(widths, widths[1:]):
             self.join.append(Layer(before, after, 1, c.dropout if len(self.join) else 0.0))
-        self.out_channels = c.hidden[-1]
+        self.out_channels = widths[-1]
 
     def forward(self, volume: Tensor) -> Tensor:
         c = self.config
@@ -61,7 +65,8 @@ class DeepMedic(nn.Module):
             view = center_crop(volume, [side + 2 * scale * len(c.pathway) for side in size])
             view = pathway(F.avg_pool3d(view, scale) if scale > 1 else view)
             views.append(F.interpolate(view, scale_factor=scale) if scale > 1 else view)
-        return F.relu(self.join(torch.cat(views, 1)))
+        x = self.join(torch.cat(views, 1))
+        return F.relu(x) if self.num_classes is None else x
 
     def stitch(self, volume: Tensor, head, tile: int = TILE) -> list[Tensor]:
         """`head` (features -> list of maps) of a whole volume (B, C, *S), computed tile by tile.
@@ -83,32 +88,32 @@ class DeepMedic(nn.Module):
         return [m[(..., *map(slice, size))] for m in whole]
 
     def random_patches(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, labels) of one training patch a case, around its `random_voxel`.
+        """(images, labels) of one training patch a case, centred on its `random_voxel`.
 
         Labels (B, patch, patch, patch), images wider by the margin that the network loses. Beyond
         the volume the image is reflected and the label 255.
         """
         side, patches = self.config.patch, []
-        missing = [p for size in label.shape[:0:-1] for p in (0, max(side - size, 0))]
-        label = F.pad(label, missing, value=IGNORE)
         inner = torch.arange(side, device=label.device)
         outer = torch.arange(-self.margin, side + self.margin, device=label.device)
         for x, y, random in zip(image, label, uniform((len(label), 2), image)):
-            corner = [(center - side // 2).clamp(0, size - side)
-                      for center, size in zip(random_voxel(y, random), y.shape)]
-            patches.append((cut(x, corner, outer), cut(y, corner, inner)))
+            center = random_voxel(y, random)
+            corner = [position - side // 2 for position in center]
+            padded = F.pad(y, [side // 2] * 6, value=IGNORE)  # moves the corner to the centre
+            patches.append((cut(x, corner, outer), cut(padded, center, inner)))
         images, labels = zip(*patches)
         return torch.stack(images), torch.stack(labels)
 
 
 def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:
-    """Position of a voxel of label (D, H, W): half of the time of a lesion, else not ignored.
+    """Position of a voxel of label (D, H, W): half of the time of a lesion, else of the background.
 
-    random (2,) in [0, 1): which of the two, and which voxel. Nothing waits for the device.
+    random (2,) in [0, 1): which of the two, and which voxel. Ignored voxels (the air around a
+    brain) are never drawn. Nothing waits for the device.
     """
-    valid = label != IGNORE
-    lesion = valid & (label > 0)
-    wanted = torch.where((random[0] < 0.5) & lesion.any(), lesion, valid).flatten()
+    lesion, background = (label > 0) & (label != IGNORE), label == 0
+    marked = torch.where(background.any(), random[0] < 0.5, True) & lesion.any()
+    wanted = torch.where(marked, lesion, background).flatten()
     number = wanted.cumsum(0)  # 1 at the first wanted voxel, 2 from the second on, ...
     target = (random[1] * number[-1]).long() + 1
     index = torch.searchsorted(number, target.minimum(number[-1]))
@@ -129,8 +134,8 @@ class Layer(nn.Module):
 
     def __init__(self, before: int, after: int, kernel: int, p: float = 0.0):
         super().__init__()
-        self.norm, self.activation = batch_norm(3, before), nn.PReLU(before)
-        self.conv = nn.Conv3d(before, after, kernel)
+        self.norm, self.activation = nn.BatchNorm3d(before), nn.PReLU()
+        self.conv = nn.Conv3d(before, after, kernel, bias=False)
         self.p, self.shortcut = p, before == after
 
     def forward(self, x):

@@ -14,8 +14,8 @@ BRATS = ("flair", "t1", "t1ce", "t2")
 
 
 def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
-    """A patient of BraTS: channels (4, D, H, W); the brain (D, H, W) bool, where any of them is not
-    0; and the nibabel image of the first channel."""
+    """Read a patient of BraTS: the channels (4, D, H, W), the brain (D, H, W) bool, which is where
+    any of them is not 0, and the nibabel image of the first. DataError if their grids differ."""
     files = {kind: _only(folder, kind) for kind in BRATS}
     volumes = {kind: read_nifti(file, 3) for kind, file in files.items()}
     if len({array.shape for array, _ in volumes.values()}) > 1:
@@ -32,7 +32,7 @@ def read_patient(folder: Path) -> tuple[np.ndarray, np.ndarray, object]:
 
 
 def _only(folder: Path, kind: str) -> Path:
-    """The patient's file of that kind."""
+    """The file of this kind in a patient's folder; DataError unless there is exactly one."""
     files = list(folder.glob(f"*_{kind}.nii*"))
     if len(files) != 1:
         raise DataError(f"{folder}: {len(files)} files *_{kind}.nii.gz; give one")
@@ -40,13 +40,15 @@ def _only(folder: Path, kind: str) -> Path:
 
 
 def read_brats(path: Path, wanted: Sequence[str]) -> Listing:
-    """BraTS: a folder a patient with *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz (SSN, Sec. 5.3).
+    """List the patients of BraTS (SSN, Sec. 5.3), each in a folder of its own with the files
+    *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz.
 
-    Four channels in that order, each brought to mean 0 and deviation 1 inside the brain, where any
-    of them is not 0. Air is 0, and 255 in the labels, as SSN masks it out. Labels 0, 1, 2, 4 become
-    0 to 3. Volumes are cut to the brain (about 80 MB a patient) and filled up with air to the
-    largest. 60 / 10 / 30 % of the patients are train, val and test; `split_file` takes published
-    lists.
+    An image has the four channels in that order, each brought to mean 0 and deviation 1 inside the
+    brain, which is where any channel is not 0. (SSN's authors also corrected the bias field and
+    matched the histograms.) Air is 0 in the image and 255 in the labels, as SSN masks it out.
+    Labels 0, 1, 2 and 4 become 0 to 3. Volumes are cut to the brain, which takes about 80 MB a
+    patient, and filled up with air to the largest. 60, 10 and 30 % of the patients are train, val
+    and test; `split_file` takes published lists.
     """
     def read(folder: Path):
         image, brain, source = read_patient(folder)

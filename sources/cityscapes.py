@@ -1,4 +1,4 @@
-"""Cityscapes as published."""
+"""Cityscapes: street scenes, in the folders and files in which they are published."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,12 +21,12 @@ VALIDATION = ("darmstadt", "monchengladbach", "ulm")
 
 def read_cityscapes(path: Path, wanted: Sequence[str], *,
                     task: Literal["modes", "cars"] = "modes", factor: int = 0) -> Listing:
-    """Cityscapes as published: leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
+    """List the scenes of Cityscapes in leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
 
     Test is the published val; validation is Darmstadt, Moenchengladbach and Ulm of train, as in
-    both papers. Void classes are 255. Images are `factor` times smaller (0: as in the paper).
-      task=modes  the Probabilistic U-Net's: 19 classes by train id, five of which flip to the
-                  classes 19 to 23, as `FLIPS` says; factor 4. IoU is scored on these ten.
+    both papers. Void classes are 255. Images are shrunk by `factor` (0: as much as in the paper).
+      task=modes  the Probabilistic U-Net's: 19 classes by train id, of which five flip to the
+                  classes 19 to 23, as `synthetic.FLIPS` says; factor 4. IoU is scored on these ten.
       task=cars   HPU-Net's (App. C, D.3): the 18 other classes in their order, then five labels,
                   one of which every car has at random; factor 2. IoU is scored on these five. Cars
                   that were outlined as one group are ignored.

@@ -1,4 +1,5 @@
-"""The geometry of augmentation: one affine map and one smooth shift a row, in one resampling."""
+"""Augmentation: for every row one affine map and one smooth shift, in one resampling, and a change
+of colour."""
 
 import itertools
 import math
@@ -27,6 +28,9 @@ class Augmentation:
     translation: float = 0.0  # pixels, uniform in +-translation, along every axis
     elastic: float = 0.0  # pixels, standard deviation of the control points' shifts
     elastic_spacing: float = 24.0  # pixels between control points of the cubic B-spline
+    # Of RGB pictures in 0..1. Brightness changes by up to +-color and the hue by up to +-color
+    # radians; contrast and saturation are multiplied by log-uniform factors as `scale` is.
+    color: float = 0.0
 
     @property
     def resamples(self) -> bool:
@@ -40,6 +44,7 @@ class Warp(NamedTuple):
     matrix: Tensor  # (B, d, d)
     start: Tensor  # (B, d) corner of the output window
     knots: Tensor | None  # (B, d, *k) control points of the shift, in pixels
+    color: Tensor | None = None  # (B, 4) brightness, contrast, saturation, hue: see `recolor`
 
 
 def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size: Sequence[int],
@@ -90,14 +95,19 @@ def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size
         # A cubic spline over m intervals has m + 3 control points.
         counts = [max(round(want / augmentation.elastic_spacing), 1) + 3 for want in size]
         knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator)
-    return Warp(matrix, start, knots)
+    color = None
+    if augmentation.color:
+        shift, factor = augmentation.color, math.log1p(augmentation.color)
+        color = torch.stack([uniform(shift), uniform(factor).exp(), uniform(factor).exp(),
+                             uniform(shift)], 1)
+    return Warp(matrix, start, knots, color)
 
 
 def apply_warp(images: Tensor, labels: Tensor, warp: Warp, size, resamples: bool):
     """Images (B, C, *S) and label maps (B, *S) through the warp, in a window of `size`.
 
     Images are interpolated linearly and reflected past their border; labels take the nearest
-    pixel, and 255 past it.
+    pixel, and 255 past it. Where the warp has colours, the first three channels are an RGB picture.
     """
     shape, (count, channels) = images.shape[2:], images.shape[:2]
 
@@ -127,4 +137,21 @@ def apply_warp(images: Tensor, labels: Tensor, warp: Warp, size, resamples: bool
     else:
         flat = flat[:, None].expand(-1, channels, -1)
         images = images.flatten(2).gather(2, flat).view(count, channels, *size)
+    if warp.color is not None:
+        images = torch.cat([recolor(images[:, :3], warp.color), images[:, 3:]], 1)
     return images, labels
+
+
+def recolor(picture: Tensor, color: Tensor) -> Tensor:
+    """RGB (B, 3, H, W) with new colours; color (B, 4): brightness (0 changes nothing), contrast
+    about middle grey (1), saturation (1) and hue in radians (0; 2 pi / 3 makes red green).
+
+    A colour is its grey value and what it differs from grey by; saturation scales the latter and
+    hue turns it about the grey axis.
+    """
+    brightness, contrast, saturation, hue = color.T[:, :, None, None, None]  # (B, 1, 1, 1) each
+    grey = picture.mean(1, keepdim=True)
+    chroma = picture - grey
+    across = (chroma.roll(1, 1) - chroma.roll(-1, 1)) / math.sqrt(3)  # chroma turned by 90 degrees
+    chroma = saturation * (hue.cos() * chroma + hue.sin() * across)
+    return contrast * (grey - 0.5 + chroma) + 0.5 + brightness

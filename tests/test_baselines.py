@@ -98,6 +98,42 @@ def test_batch_norm_is_ssns_unet(Model):
     assert model.predict(torch.zeros(1, 1, 64, 64, device="meta")).shape == (1, 2, 64, 64)
 
 
+DEEPMEDIC = dict(dims=3, backbone="deepmedic", **helpers.DEEPMEDIC)
+
+
+def test_deterministic_deepmedic_is_ssns_table_2():
+    """The network under SSN without its ReLU and heads: the last layer returns the logits."""
+    with torch.device("meta"):
+        net = DeterministicUNet(UNetConfig(4, 4, dims=3, backbone="deepmedic")).unet
+    join = [(m.conv.in_channels, m.conv.out_channels, m.p, m.shortcut) for m in net.join]
+    assert join == [(150, 250, 0, False), (250, 250, 0.5, True), (250, 4, 0.5, False)]
+    torch.manual_seed(0)
+    model = DeterministicUNet(UNetConfig(**DEEPMEDIC)).eval()
+    image = helpers.seeded(2, 1, 7, 12, 9)
+    logits = model.sample(image, 3)
+    assert logits.shape == (3, 2, 2, 7, 12, 9) and torch.equal(logits[0], logits[2])
+    assert (logits < 0).any()
+    torch.testing.assert_close(logits[0].softmax(1), model.predict(image))
+    # a patch's logits are those of the volume there: no border shows
+    label = torch.full((2, 7, 12, 9), 255)
+    label[:, 3, 6, 3] = 1  # the centre of every patch, whose corner is a multiple of the scale 3
+    expected = -logits[0, :, :, 3, 6, 3].log_softmax(1)[:, 1].mean()
+    torch.testing.assert_close(model(image, label)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_ensemble_of_deepmedics_and_what_cannot_stand_on_one():
+    ensemble = EnsembleUNet(EnsembleUNet.Config(members=2, **DEEPMEDIC))
+    image, label = case(7, 8, 9)
+    loss, terms = ensemble(image, label)
+    loss.backward()
+    assert torch.isfinite(loss) and ensemble.sample(image, 2).shape == (2, 2, 2, 7, 8, 9)
+    for Model in (MHeads, DropoutUNet):
+        with pytest.raises(ValueError, match="backbone='deepmedic': choose one of 'unet'"):
+            Model(Model.Config(**DEEPMEDIC))
+    with pytest.raises(ValueError, match="dims=2: choose one of 3"):
+        DeterministicUNet(UNetConfig(backbone="deepmedic"))
+
+
 # -------------------------------------------------------------------------------------- losses
 
 

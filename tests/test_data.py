@@ -14,7 +14,7 @@ from data import DATASETS, Augmentation
 from data_files import SYNTHETIC, refused
 from sources.base import Split
 from sources.files import DataError
-from sources.warp import Warp, apply_warp, draw_warp
+from sources.warp import Warp, apply_warp, draw_warp, recolor
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +310,45 @@ def test_elastic_is_smooth_and_as_strong_as_asked():
     fine = shifts(elastic=1, elastic_spacing=8)
     assert weak.diff(dim=-1).abs().max() < 0.25
     assert fine.diff(dim=-1).std() > 1.5 * weak.diff(dim=-1).std()
+
+
+def test_colours_by_hand():
+    """Brightness adds, contrast scales about 0.5, saturation about grey; a third of a turn of the
+    hue makes red green, green blue and blue red."""
+    picture = torch.rand(2, 3, 2, 2, generator=generator())
+    grey = picture.mean(1, keepdim=True)
+    third = 2 * math.pi / 3
+    for color, expected in (([0, 1, 1, 0], picture), ([0.3, 1, 1, 0], picture + 0.3),
+                            ([0, 2, 1, 0], 2 * picture - 0.5),
+                            ([0, 1, 0, 0], grey.expand(2, 3, 2, 2)),
+                            ([0, 1, 3, 0], 3 * picture - 2 * grey),
+                            ([0, 1, 1, third], picture[:, [2, 0, 1]]),
+                            ([0.1, 2, 1, -third], 2 * picture[:, [1, 2, 0]] - 0.4)):
+        result = recolor(picture, torch.tensor([color, [0.0, 1, 1, 0]]))
+        torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(result[1], picture[1])
+
+
+def test_colours_are_drawn_row_by_row_and_spare_labels_and_other_channels():
+    images, labels = torch.rand(300, 5, 4, 4, generator=generator()), torch.ones(300, 4, 4).long()
+    jitter = Augmentation(color=0.25)
+    new, kept = augment(images, labels, jitter, generator())
+    assert torch.equal(kept, labels) and torch.equal(new[:, 3:], images[:, 3:])
+    color = draw_warp(jitter, 300, (4, 4), (4, 4), generator()).color
+    torch.testing.assert_close(new[:, :3], recolor(images[:, :3], color))
+    for values, low, high in zip(color.T, (-0.25, 0.8, 0.8, -0.25), (0.25, 1.25, 1.25, 0.25)):
+        width = high - low
+        assert low <= values.min() < low + 0.05 * width < high - 0.05 * width < values.max() <= high
+    assert torch.corrcoef(color.T).fill_diagonal_(0).abs().max() < 4 / 300**0.5
+    # what is drawn last changes nothing that is drawn before
+    for a, b in zip(*(draw_warp(Augmentation(rotation=9, elastic=2, color=c), 3, (9, 9), (9, 9),
+                                generator())[:3] for c in (0.0, 0.25))):
+        assert torch.equal(a, b)
+
+
+def test_only_street_scenes_change_their_colours():
+    coloured = [name for name, source in DATASETS.items() if source.augmentation.color]
+    assert coloured == ["cityscapes"]
 
 
 def test_augment_refuses_turning_a_line():

@@ -16,7 +16,7 @@ import models
 from sources import runs
 from analysis import scores
 from analysis.calibration import mode_rows, pixel_curve, pooled, total_variation
-from analysis.classes import class_rows, write_classes
+from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
 from common import UserError
 from helpers import undraw
@@ -311,6 +311,107 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
 # ----------------------------------------------------------------- classes, out of distribution
 
 
+def test_dice_of_the_whole_foreground():
+    """Classes 1 and 2 taken for one another: each by itself is wrong, together they are right."""
+    label = torch.zeros(1, 1, 2, 6, dtype=torch.uint8)
+    label[..., 0], label[..., 1], label[..., 2], label[..., 5] = 1, 2, 2, 255
+    split = Split(label[:, 0][:, None].float(), label, None, ["g"], 3, ["a"])
+
+    class Swaps(torch.nn.Module):
+        def predict(self, image):
+            found = torch.tensor([[2, 1, 1, 1, 0, 1]]).expand(1, 2, 6)
+            return torch.nn.functional.one_hot(found, 3).movedim(-1, 1).float()
+
+        def sample(self, image, n, generator=None):
+            return self.predict(image).expand(n, -1, -1, -1, -1)
+
+        def log_likelihood(self, image, label, n):
+            return torch.zeros(1)
+
+    values = evaluate.score(Swaps(), split, (1,))
+    assert values["dice"].item() == 0
+    assert values["dice_foreground"].item() == pytest.approx(6 / 7)  # 4 columns against 3
+
+
+class Reads(torch.nn.Module):
+    """A model that reads the class of each pixel off the image; sample i finds i classes less."""
+
+    def predict(self, image):
+        return torch.nn.functional.one_hot(image[:, 0].long(), 4).movedim(-1, 1).float()
+
+    def sample(self, image, n, generator=None):
+        return torch.stack([self.predict(image * (image > i)) for i in range(n)])
+
+
+def test_volumes_are_stacked_from_slices_and_judged_at_native_size():
+    """Two volumes of 40 and 3 slices, mixed, on which the network works at half of their size."""
+    rng = np.random.default_rng(0)
+    groups = ["b"] * 20 + ["a"] * 2 + ["b"] * 20 + ["a"]
+    labels = torch.from_numpy(rng.integers(0, 4, (43, 1, 6, 8)).astype(np.uint8))
+    coarse = labels[:, :, 1::2, 1::2]  # where the middle of each coarse pixel lies
+    split = Split(coarse.float(), coarse, None, groups, 4, [f"{i}" for i in range(43)])
+    found = volume_rows(Reads(), split, labels, 3)
+    assert found["class_dice"].shape == found["class_hd95"].shape == (2, 4, 3)
+    for v, group in enumerate("ba"):
+        rows = [i for i, other in enumerate(groups) if other == group]
+        truth = labels[rows, 0].numpy()
+        predicted = coarse[rows, 0].numpy().repeat(2, 1).repeat(2, 2)
+        for i in range(4):  # predict and three samples
+            for k in (1, 2, 3):
+                a = (predicted == k) & (predicted > i - 1)
+                b = truth == k
+                dice = 2 * (a & b).sum() / (a.sum() + b.sum())
+                assert found["class_dice"][v, i, k - 1] == pytest.approx(dice, rel=1e-6)
+                distance = metrics.hausdorff95(torch.from_numpy(a)[None].byte(),
+                                               torch.from_numpy(b)[None].byte())
+                assert found["class_hd95"][v, i, k - 1] == pytest.approx(float(distance),
+                                                                         nan_ok=True)
+    assert np.isnan(found["class_hd95"][:, 3, :2]).all()  # classes that sample 2 does not find
+
+
+class MissesLeft(torch.nn.Module):
+    """Reads the class of each pixel off the image, but not in the first two columns of six."""
+
+    def predict(self, image):
+        assert image.shape[2:] == (6, 6)
+        classes = image[:, 0].round().long()
+        classes[..., :2] = 0
+        return torch.nn.functional.one_hot(classes, 9).movedim(-1, 1).float()
+
+    def sample(self, image, n, generator=None):
+        return self.predict(image).expand(n, -1, -1, -1, -1)
+
+
+def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
+    """Slices of 12 x 12 pixels, which the run has resampled to 6 x 6; slice z is of class z + 1.
+
+    All 144 pixels of a class and the 96 found are surface. 12 pixels each lie 4, 3, 2 and 1 pixels
+    from the nearest one found, the others on it: 95 % of the distances are below 3.05.
+    """
+    (tmp_path / "train_npz").mkdir()
+    for case, z in np.ndindex(5, 3):
+        label = np.full((12, 12), z + 1.0)
+        np.savez(tmp_path / f"train_npz/case{case:04d}_slice{z:03d}.npz", label=label,
+                 image=label.astype(np.float32))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = dict(model="vae_unet", data="synapse", path=str(tmp_path), data_args=dict(size=6))
+    (folder / "config.json").write_text(json.dumps({"settings": settings}))
+    monkeypatch.setattr(evaluate.models, "load", lambda *_: MissesLeft())
+    assert evaluate.main([str(folder), "--per-volume", "--split", "val", "--samples", "2",
+                          "--device", "cpu"]) == 0
+    assert "1 volumes, 2 samples of each" in capsys.readouterr().out
+    rows = {(row["mode"], row["class"]): row
+            for row in csv.DictReader((folder / "per_volume.csv").open())}
+    for mode, k in ("predict", "1"), ("sample_2", "3"), ("samples", "2"):
+        assert rows[mode, k]["cases"] == "1" and float(rows[mode, k]["dice"]) == 0.8
+        assert float(rows[mode, k]["hd95"]) == pytest.approx(3.05)
+    settings = dict(model="ssn", data="lesions3d", path=None)
+    (folder / "config.json").write_text(json.dumps({"settings": settings}))
+    assert evaluate.main([str(folder), "--per-volume", "--device", "cpu"]) == 2
+    assert "lesions3d has none" in capsys.readouterr().err
+
+
 def test_every_class_by_itself(tmp_path):
     """Two cases, three classes: the likelier of two annotators counts; one case has class 2."""
     labels = torch.zeros(2, 2, 6, 6, dtype=torch.uint8)
@@ -333,7 +434,8 @@ def test_every_class_by_itself(tmp_path):
     write_classes(tmp_path / "per_class.csv", values)
     rows = {(row["mode"], row["class"]): row
             for row in csv.DictReader((tmp_path / "per_class.csv").open())}
-    assert len(rows) == 6
+    assert len(rows) == 12  # predict, samples, and each of two samples
+    assert rows["sample_1", "1"]["dice"] == "0.8" and rows["sample_2", "1"]["dice"] == "1"
     first, second, mean = (rows["samples", k] for k in ("1", "2", "mean"))
     assert (float(first["dice"]), first["cases"]) == (pytest.approx(0.9), "2")
     assert float(first["dice_deviation"]) == pytest.approx(0.1)

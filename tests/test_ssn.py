@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import nn
 
 import helpers
-from backbones.deepmedic import DeepMedic, Layer, random_voxel
+from backbones.deepmedic import DeepMedic, DeepMedicConfig, Layer, random_voxel
 from ssn import SSN, SSNConfig, train_toy
 
 NARROW = helpers.LEVELS
@@ -168,17 +169,20 @@ def test_deepmedic_is_the_papers():
                                                              True]
     join = [(m.conv.in_channels, m.conv.out_channels, m.p, m.shortcut) for m in net.join]
     assert join == [(150, 250, 0, False), (250, 250, 0.5, True), (250, 50, 0.5, False)]
+    convs = 27 * (30 * 4 + 30 * 30 + 40 * 30 + 3 * 40 * 40 + 50 * 40 + 50 * 50)
+    norms = 2 * (2 * 30 + 4 * 40 + 50) + 7  # without biases, and with one slope a PReLU
+    join = 250 * 150 + 250 * 250 + 50 * 250 + 2 * (150 + 250 + 250) + 3
+    assert helpers.count_parameters(net) == 3 * (convs + norms) + join
 
 
 def test_a_layer_by_hand():
     torch.manual_seed(0)
     layer = Layer(2, 2, 3).double().eval()
-    layer.activation.weight.data = torch.tensor([0.5, -1.0]).double()
+    layer.activation.weight.data.fill_(-0.5)
     x = helpers.seeded(1, 2, 5, 4, 3, dtype=torch.float64)
-    normed = x / math.sqrt(1 + 1e-3)
-    slopes = torch.tensor([0.5, -1.0]).double().view(1, 2, 1, 1, 1)
-    active = torch.where(normed > 0, normed, slopes * normed)
-    expected = nn.functional.conv3d(active, layer.conv.weight, layer.conv.bias)
+    normed = x / math.sqrt(1 + 1e-5)
+    active = torch.where(normed > 0, normed, -0.5 * normed)
+    expected = nn.functional.conv3d(active, layer.conv.weight)
     torch.testing.assert_close(layer(x), expected + x[..., 1:-1, 1:-1, 1:-1])
 
 
@@ -222,14 +226,31 @@ def test_random_patches_are_windows_of_the_volume():
         assert torch.equal(inner[m], y[m].float()) and not m.all()
 
 
-def test_patches_beyond_a_small_volume_are_ignored():
-    net = SSN(SSNConfig(**SMALL_3D)).backbone
-    _, y = net.random_patches(torch.zeros(1, 1, 4, 8, 8), torch.zeros(1, 4, 8, 8).long())
-    assert (y[:, 4:] == 255).all() and (y[:, :4] == 0).all()
+@pytest.mark.parametrize("side", [6, 9])
+def test_a_patch_is_centred_on_its_voxel_and_ignored_beyond_the_volume(side):
+    """The only lesion voxel is drawn half of the time, and lies in a corner."""
+    net = DeepMedic(1, DeepMedicConfig(**SMALL_3D["deepmedic"] | dict(patch=side)))
+    label = torch.zeros(1, 4, 8, 7).long()
+    label[0, 0, 7, 1] = 1
+    torch.manual_seed(0)
+    half, found = side // 2, 0
+    for _ in range(20):
+        x, y = net.random_patches(label[:, None].float(), label)
+        if y[0, half, half, half] == 1:
+            found += 1
+            expected = torch.full((side, side, side), 255)
+            inside = torch.zeros(4, 8, 7).long()
+            inside[0, 7, 1] = 1
+            for i, j, k in itertools.product(range(side), repeat=3):
+                z, v, w = i - half, j - half + 7, k - half + 1
+                if 0 <= z < 4 and 0 <= v < 8 and 0 <= w < 7:
+                    expected[i, j, k] = inside[z, v, w]
+            assert torch.equal(y[0], expected)
+            assert x[0, 0, half + net.margin, half + net.margin, half + net.margin] == 1
+    assert 3 < found < 17
 
 
-def test_half_of_the_patches_stand_on_a_lesion_the_others_in_the_brain():
-    """Of 40 voxels that count 4 are of a lesion: 1/2 + 1/2 * 1/10 of the centres lie there."""
+def test_half_of_the_patches_stand_on_a_lesion_the_others_in_healthy_brain():
     label = torch.full((5, 6, 7), 255)
     label[1:3, 1:5, 1:6] = 0
     label[2, 2:4, 2:4] = 3
@@ -237,12 +258,12 @@ def test_half_of_the_patches_stand_on_a_lesion_the_others_in_the_brain():
     centers = torch.tensor([[int(i) for i in random_voxel(label, u)] for u in drawn])
     found = label[tuple(centers.T)]
     assert (found != 255).all()
-    expected = 0.5 + 0.5 * 4 / 40
-    error = (expected * (1 - expected) / 4000) ** 0.5
-    assert abs((found == 3).float().mean() - expected) < 4 * error
+    assert abs((found == 3).float().mean() - 0.5) < 4 * 0.5 / 4000**0.5
     assert len(torch.unique(centers, dim=0)) == 40  # each of them, the corners too
-    label[label == 3] = 0  # no lesion: anywhere in the brain
-    assert all(label[tuple(random_voxel(label, u))] == 0 for u in drawn[:100])
+    only = label.masked_fill(label == 3, 0)  # no lesion
+    assert all(only[tuple(random_voxel(only, u))] == 0 for u in drawn[:100])
+    only = label.masked_fill(label == 0, 255)  # nothing but a lesion
+    assert all(only[tuple(random_voxel(only, u))] == 3 for u in drawn[:100])
     label[:] = 255  # nothing at all: no error
     random_voxel(label, drawn[0])
 

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ from PIL import Image
 import common
 import data
 import evaluate
+import models
 from sources import runs
 import train
 from common import UserError
@@ -455,6 +458,75 @@ def test_optimizers_have_the_options_that_are_theirs(name, kind, options):
     optimizer = train.make_optimizer(torch.nn.Linear(2, 1), training)
     assert type(optimizer) is kind
     assert {key: optimizer.defaults[key] for key in given} == given
+
+
+def settings(model, data, **given):
+    return {key: default for key, (_, default) in runs.SETTINGS.items()} | given \
+        | dict(model=model, data=data)
+
+
+def test_images_far_from_unit_scale_are_refused():
+    """Floats like 0..255 train, as does CT from -1000 to 1000; those like 0..10,000 do not."""
+    images = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = settings("prob_unet", "npz", model_args=dict(channels=(4, 6)))
+    for grown in (255 * images, 2000 * images - 1000):
+        train.first_model(given, SimpleNamespace(images=grown, num_classes=2))
+    with pytest.raises(UserError, match=r"npz: pixels of about 5\.\d+e\+03 are too large"):
+        train.first_model(given, SimpleNamespace(images=1e4 * images, num_classes=2))
+
+
+@pytest.mark.parametrize("model, name", train.RECIPES)
+def test_what_a_paper_did_otherwise_is_the_default_there(model, name, monkeypatch):
+    """Every entry builds and trains, --quick and options override it, other sets do not see it."""
+    fields, training = train.RECIPES[model, name]
+    assert name in data.DATASETS
+    dims, channels = (3, 4) if name == "brats" else (2, 3)
+    split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4)
+    monkeypatch.setattr(train, "build", lambda *given: models.build(*given, "meta"))
+    built = train.first_model(settings(model, name), split)
+    assert {key: getattr(built.config, key) for key in fields} == fields
+    default = train.recipe(built, settings(model, "lidc"))
+    assert default == built.TRAINING
+    recipe = train.recipe(built, settings(model, name))
+    assert recipe == default | training
+    assert all(first < recipe["steps"] for first, _ in recipe.get("lr_drops", ()))
+    quick = train.recipe(built, settings(model, name, quick=True))
+    assert quick == built.TRAINING | built.QUICK_TRAINING
+    own = train.recipe(built, settings(model, name, lr=0.5, steps=7, batch_size=3,
+                                       lr_drops=["5:0.1"]))
+    assert (own["lr"], own["steps"], own["batch_size"], own["lr_drops"]) == (0.5, 7, 3, [(5, 0.1)])
+    if "kappa" in fields:
+        small = train.first_model(settings(model, name, quick=True), split)
+        given = train.first_model(settings(model, name, model_args=dict(kappa=3.0)), split)
+        assert small.config.kappa == 0.35 and given.config.kappa == 3.0
+
+
+def test_brats_is_trained_as_published():
+    recipe = train.recipe(SSN, settings("ssn", "brats"))
+    optimizer = train.make_optimizer(torch.nn.Linear(2, 1), recipe)
+    assert type(optimizer) is torch.optim.RMSprop
+    assert {key: optimizer.defaults[key] for key in ("lr", "momentum", "alpha", "weight_decay")} \
+        == dict(lr=1e-3, momentum=0.6, alpha=0.9, weight_decay=1e-4)
+    rates = [train.learning_rate(1000 * k, recipe) for k in range(121)]
+    halvings = [k for k in range(1, 121) if rates[k] == rates[k - 1] / 2]
+    assert halvings == [44, 64, 80, 90, 98, 105] and len(set(rates)) == 7
+    assert (recipe["batch_size"], recipe["steps"]) == (10, 120_000)
+
+
+def test_a_sum_with_more_weight_decay_trains_as_a_mean():
+    """What RECIPES does for `unet` on BraTS: RMSprop divides the gradient by its own size."""
+    results = []
+    for scale in (1, 30**3):
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(3, 1).double(), torch.randn(20, 3).double()
+        training = train.BRATS | dict(weight_decay=0.1 * scale)
+        optimizer = train.make_optimizer(model, training)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (scale * (model(x) - x[:, :1] - 2).square().mean()).backward()
+            optimizer.step()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kappa, said", [("1e-9", True), ("1e9", False)])
