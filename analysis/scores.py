@@ -27,27 +27,29 @@ def draw(model, batch, chunks, samples) -> Drawn:
     at a time."""
     moments, hard, ncc = metrics.Moments(), [], {}
     for logits in chunks:
-        hard.append(labels_of(logits, 2))
         for sample in logits:
+            hard.append(labels_of(sample, 1))
             moments.add(sample.softmax(1))
             if moments.count in samples:
                 ncc[f"ncc_{moments.count}"] = metrics.ncc(moments, batch.labels, batch.weights)
     prediction = labels_of(model.predict(batch.images), 1)
-    return Drawn(batch, prediction, torch.cat(hard), moments, ncc)
+    return Drawn(batch, prediction, torch.stack(hard), moments, ncc)
 
 
 def measure(model, drawn, samples, likelihood_samples) -> dict:
-    """The measures of a batch of cases, {name: (B,)}."""
-    batch, weights, (classes, empty) = drawn.batch, drawn.batch.weights, scoring(drawn.batch)
+    """The measures of a batch of cases, {name: (B,)}, and what `uncertainty.calibration` needs of
+    them, {"reliability": (B, ...)}."""
+    batch, (classes, empty) = drawn.batch, scoring(drawn.batch)
     mean = labels_of(drawn.moments.mean, 1)
-    labels, hard, prediction, mean = (
-        only_scored(batch, maps) for maps in (batch.labels, drawn.hard, drawn.prediction, mean))
-    out = metrics.sample_scores(hard, labels, classes, weights, empty, samples) | drawn.ncc
-    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
-    out["dice"] = metrics.dice(prediction, labels, classes, weights)
-    out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
-    out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
-    dices = metrics.sample_dice(hard[: max(samples)], labels, classes, weights)  # (n, B)
+    maps = torch.cat([drawn.hard, drawn.prediction[None], mean[None]])
+    pairs = metrics.Pairs(only_scored(batch, maps), only_scored(batch, batch.labels), classes,
+                          batch.weights, empty)
+    out, n = pairs.sample_scores(samples) | drawn.ncc, len(drawn.hard)
+    out["ged_predict"] = pairs.ged([n])
+    dices = pairs.sample_dice()  # (n + 2, B)
+    out["dice"], out["dice_mean"] = dices[n], dices[n + 1]
+    out["dice_present"] = pairs.dice_present(n)
+    dices = dices[: max(samples)]
     out["dice_better"] = (dices > out["dice"]).double().mean(0)
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
