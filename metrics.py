@@ -232,10 +232,10 @@ def mode_frequencies(samples, modes, num_classes=2):
 # ---- maps of uncertainty: of probs (n, B, K, *S), probabilities and not logits, or of Moments ----
 
 class Moments:
-    """Sums over samples that are added one at a time, so that no more than one is in memory.
+    """Means over samples that are added one at a time, so that no more than one is in memory.
 
-    From them follow the samples' mean, mean logarithm, variance and mean entropy. Changes from the
-    first sample are added up, so that the variance is exactly 0 where all samples are equal.
+    What is added up are changes from the first sample: where all samples are equal, the variance is
+    exactly 0 and the means are exactly the sample's own.
     """
 
     def __init__(self, probs=()):
@@ -246,36 +246,45 @@ class Moments:
     def add(self, probs):
         """One more sample's probabilities (B, K, *S), kept in float32 at least: 1e-8 needs it."""
         probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+        log = (probs + 1e-8).log_()
+        values = probs, log, -(probs * log).sum(1)
         if self.count == 0:
-            self.first = probs.clone()
-            self.changes, self.squares, self.logs, self.products = (
-                torch.zeros_like(probs) for _ in range(4))
-        change, log = probs - self.first, (probs + 1e-8).log_()
+            self.first = probs.clone(), *values[1:]
+            self.changes = [torch.zeros_like(value) for value in values]
+            self.squares = torch.zeros_like(probs)
         self.count += 1
-        self.changes += change
-        self.squares.addcmul_(change, change)
-        self.logs += log
-        self.products.addcmul_(probs, log)
+        for value, first, total in zip(values, self.first, self.changes):
+            total += value - first
+        self.squares += (probs - self.first[0]).square_()
 
     @classmethod
     def of(cls, probs):
         """`probs` (n, B, K, *S), or Moments, as Moments."""
         return probs if isinstance(probs, cls) else cls(probs)
 
+    def _mean(self, i):
+        return self.first[i] + self.changes[i] / self.count
+
     @property
     def mean(self):
         """Mean probabilities, (B, K, *S)."""
-        return self.first + self.changes / self.count
+        return self._mean(0)
 
     @property
     def mean_log(self):
         """Mean of log(probability + 1e-8), (B, K, *S)."""
-        return self.logs / self.count
+        return self._mean(1)
+
+    @property
+    def mean_entropy(self):
+        """Mean of the samples' entropies, (B, *S) nats."""
+        return self._mean(2)
 
     @property
     def variance(self):
         """Variance over the samples, added over the classes, (B, *S)."""
-        return (self.squares - self.changes.square() / self.count).sum(1).clamp(min=0) / self.count
+        rest = self.squares - self.changes[0].square() / self.count
+        return rest.sum(1).clamp(min=0) / self.count
 
 
 def gamma_map(probs):
@@ -358,8 +367,7 @@ def expected_entropy_map(probs):
     and says by its probabilities how ambiguous it thinks the pixel is (Kendall and Gal 2017). Of a
     model with latents or of SSN it is what a drawn segmentation still leaves open at the pixel.
     """
-    moments = Moments.of(probs)
-    return -(moments.products.sum(1) / moments.count)
+    return Moments.of(probs).mean_entropy
 
 
 def mutual_information_map(probs):
@@ -371,7 +379,8 @@ def mutual_information_map(probs):
     annotators do, so it is aleatoric too, the part that the latent or the logits' noise explains.
     """
     moments = Moments.of(probs)
-    return (entropy_map(moments) - expected_entropy_map(moments)).clamp(min=0)
+    disagreement = entropy_map(moments) - moments.mean_entropy
+    return disagreement.masked_fill(disagreement < 1e-6, 0)  # less is rounding
 
 
 # ---- one prediction and its references ----------------------------------------------------------
