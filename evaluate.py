@@ -61,6 +61,8 @@ from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_o
                                plot_samples, plot_uncertainty, short_names, spread)
 from analysis.predict import images_at, predict_image
 from analysis.scores import draw, geds, measure
+from analysis.uncertainty import (calibration, failure_detection, plot_reliability,
+                                  plot_risk_coverage)
 from common import Progress, UserError, key_values, pick_device, say, start_processes
 from models import MODELS, labels_of, sample_batches
 from sources.files import write_text
@@ -123,6 +125,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         for name, k in itertools.product(("dice", "hd95"), range(1, whole.num_classes)):
             values[f"{name}_class_{k}"] = found[f"class_{name}"][:, 0, k - 1]
     summary = {name: metrics.bootstrap(v) for name, v in values.items() if not np.isnan(v).all()}
+    summary |= calibration(found["reliability"]) | failure_detection(values)
     if whole.exact:
         summary |= pooled(found, n)
     write_text(out / "metrics.json",
@@ -189,7 +192,8 @@ def gather(rows: list[dict]) -> dict:
 
 @torch.no_grad()
 def score(model, split, samples=(16,), full=True) -> dict:
-    """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`.
+    """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`; and
+    "reliability", from which `calibration` is computed.
 
     full=False: only what `validation_score` needs. Under torchrun the processes share the cases,
     and all get everything, the same as one would.
@@ -252,6 +256,8 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     plot_maps(out / "maps.png", [vars(case) for case in found["shown"]])
     plot_dice(out / "dice.png", values)
     plot_ged(out / "ged.png", [(out.name, summary)])
+    plot_reliability(out / "reliability.png", found["reliability"])
+    plot_risk_coverage(out / "risk_coverage.png", values)
     if some.exact:
         plot_modes(out / "modes.png", found)
     if "class_dice" in found:

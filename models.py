@@ -120,12 +120,12 @@ def sample_chunks(model, image, n, num_classes, generator, **options):
 def labels_of(scores, axis: int):
     """The class of the highest score, of equals the first, uint8.
 
-    (On a CPU, torch.max is 10 times slower along an axis of few classes, and argmax 300 times.)
+    (Along an axis of few classes, torch.max is 4 times slower on a CPU, and argmax 100 times.)
     """
     best, *others = scores.unbind(axis)
     label = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
     for k, score in enumerate(others, 1):
-        label.masked_fill_(score > best, k)
+        label = torch.maximum(label, (score > best).byte() * k)
         best = torch.maximum(best, score)
     return label
 

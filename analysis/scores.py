@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import metrics
+from analysis.uncertainty import pixel_measures, score_measures, set_measures
 from common import IGNORE
 from models import labels_of
 from sources.base import Split
@@ -41,18 +42,24 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     them, {"reliability": (B, ...)}."""
     batch, (classes, empty) = drawn.batch, scoring(drawn.batch)
     mean = labels_of(drawn.moments.mean, 1)
+    labels = only_scored(batch, batch.labels)
     maps = torch.cat([drawn.hard, drawn.prediction[None], mean[None]])
-    pairs = metrics.Pairs(only_scored(batch, maps), only_scored(batch, batch.labels), classes,
-                          batch.weights, empty)
+    pairs = metrics.Pairs(only_scored(batch, maps), labels, classes, batch.weights, empty)
     out, n = pairs.sample_scores(samples) | drawn.ncc, len(drawn.hard)
     out["ged_predict"] = pairs.ged([n])
     dices = pairs.sample_dice()  # (n + 2, B)
     out["dice"], out["dice_mean"] = dices[n], dices[n + 1]
     out["dice_present"] = pairs.dice_present(n)
-    dices = dices[: max(samples)]
+    most = max(samples)
+    out["disagreement"] = 1 - pairs.dice[:, :, n + 1, :most].mean((0, 2))
+    dices = dices[:most]
     out["dice_better"] = (dices > out["dice"]).double().mean(0)
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
+    out |= set_measures(pairs, most, samples)
+    probs = scored_probabilities(batch, drawn.moments.mean)
+    out |= pixel_measures(probs, labels, pairs.weights)
+    out |= score_measures(drawn.moments, batch.labels)
     return out | likelihoods(model, batch, likelihood_samples)
 
 
@@ -81,6 +88,14 @@ def only_scored(split, maps):
     table[list(split.scored)] = torch.arange(1, 1 + len(split.scored), device=maps.device).byte()
     table[IGNORE] = IGNORE
     return table[maps.long()]
+
+
+def scored_probabilities(split, probs):
+    """Probabilities (B, K, *S) of the classes of `only_scored`."""
+    if not split.scored:
+        return probs
+    scored = probs[:, list(split.scored)]
+    return torch.cat([1 - scored.sum(1, keepdim=True), scored], 1)
 
 
 def likelihoods(model, batch, n) -> dict:
