@@ -326,18 +326,18 @@ def error_map(probs, labels, weights=None):
 
 def _annotator_errors(moments, labels):
     """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
-    labels = labels.flatten(2).long()  # (B, A, P)
-    valid = labels != IGNORE
-    return -moments.mean_log.flatten(2).gather(1, labels * valid), valid
+    labels = labels.flatten(2)  # (B, A, P)
+    valid = (labels != IGNORE).to(moments.first[0])  # as 0 and 1: products with bool are slow
+    return -moments.mean_log.flatten(2).gather(1, (labels.byte() % IGNORE).long()), valid
 
 
 def _standardised(x, valid):
     """x (B, A, P) with mean 0 and norm 1 over valid pixels; 0 elsewhere, and if x is constant."""
-    # Products are five times faster than masked_fill on a CPU.
-    mean = (x * valid).sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
-    rest = (x - mean) * valid
-    norm, whole = (y.norm(dim=-1, keepdim=True) for y in (rest, x * valid))
-    constant = norm <= 1e-6 * whole  # what is left is rounding
+    x = x * valid
+    mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    rest = (x - mean).mul_(valid)
+    norm = rest.norm(dim=-1, keepdim=True)
+    constant = norm <= 1e-6 * x.norm(dim=-1, keepdim=True)  # what is left is rounding
     return rest / norm.masked_fill(constant, math.inf)
 
 
