@@ -363,9 +363,9 @@ def entropy_map(probs):
 def expected_entropy_map(probs):
     """Mean entropy of the samples, E[-sum_k s_k log s_k], (B, *S) nats.
 
-    Of an ensemble and of dropout it is called the aleatoric part: each member has its own weights
-    and says by its probabilities how ambiguous it thinks the pixel is (Kendall and Gal 2017). Of a
-    model with latents or of SSN it is what a drawn segmentation still leaves open at the pixel.
+    Of an ensemble and of dropout it is called the aleatoric part (Depeweg et al. 2018): each member
+    says by its probabilities how ambiguous it thinks the pixel is. Of SSN and of models with
+    latents it is only the part that a single sample still leaves open.
     """
     return Moments.of(probs).mean_entropy
 
@@ -374,9 +374,9 @@ def mutual_information_map(probs):
     """Entropy of the mean less mean entropy, (B, *S) nats: how much the samples disagree.
 
     Of an ensemble and of dropout it is called the epistemic part, as samples differ by the weights
-    they were drawn with, which more data would settle. Of SSN, the Probabilistic U-Net, PHiSeg,
-    HPU-Net, VAE U-Net and the heads of M-heads it is NOT epistemic: there, samples differ because
-    annotators do, so it is aleatoric too, the part that the latent or the logits' noise explains.
+    that made them, which more data would settle. Of SSN, of M-heads and of all models with latents
+    it is NOT epistemic: there samples differ because annotators do. It is aleatoric too, namely the
+    part that the logits' noise, the head or the latent explains.
     """
     moments = Moments.of(probs)
     disagreement = entropy_map(moments) - moments.mean_entropy

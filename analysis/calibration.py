@@ -12,9 +12,9 @@ def mode_rows(batch, samples) -> dict:
     """What the following functions need of every case, {name: (B, ...)}; samples (n, B, *S).
 
     mode_frequency and mode_probability (B, M) are the share of samples nearest to each mode (Kohl
-    et al. 2018, App. C) and its known probability. pixel_bins (B, BINS, 3) sorts the pixels' classes
-    by their known probability, without background and without the probabilities 0 and 1: the sum of
-    the probabilities, that of the share of samples, and how many there are.
+    et al. 2018, App. C) and its known probability. pixel_bins (B, BINS, 3) sorts the pixels'
+    foreground classes by their known probability, 0 and 1 left out: the sum of the probabilities,
+    that of the share of samples, and how many there are.
     """
     known, _ = annotators_mean(batch.labels, batch.num_classes, batch.probabilities)
     known = known[:, 1:].flatten(1)
@@ -32,7 +32,8 @@ def total_variation(rows: dict) -> np.ndarray:
 
 
 def pooled(rows: dict, n: int) -> dict:
-    """mode_pooled_tv_<n> and mode_gap_<n> with standard errors by resampling cases."""
+    """The entries mode_pooled_tv_<n> and mode_gap_<n> of metrics.json, with standard errors by
+    resampling cases."""
     excess = rows["mode_frequency"] - rows["mode_probability"]
     cases, rng = len(excess), np.random.default_rng(0)
     again = abs(excess[rng.integers(cases, size=(200, cases))].mean(1))  # (200, M)
@@ -43,15 +44,16 @@ def pooled(rows: dict, n: int) -> dict:
 
 
 def pixel_curve(rows: dict) -> np.ndarray:
-    """Mean known probability of a pixel's class and mean share of samples, (BINS, 2); NaN where a
-    bin is empty."""
+    """In every bin, the mean known probability of a pixel's class and the mean share of samples,
+    (BINS, 2); NaN where a bin is empty."""
     bins = rows["pixel_bins"].sum(0)
     with np.errstate(invalid="ignore"):
         return bins[:, :2] / bins[:, 2:]
 
 
 def plot_modes(path, rows: dict) -> None:
-    """Frequencies against known probabilities: of modes, over all cases; and of pixels' classes."""
+    """Draw frequencies against known probabilities, of modes over all cases and of pixels' classes.
+    """
     known, frequency = rows["mode_probability"].mean(0), rows["mode_frequency"].mean(0)
     figure, axes = new_plot(1, 2, size=(6, 3))
     modewise, pixelwise = axes[0]

@@ -1,4 +1,4 @@
-"""The measures of a batch of cases, from samples that are gone through once."""
+"""All measures of a batch of cases, from samples that are drawn and gone through once."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from sources.base import Split
 
 @dataclass
 class Drawn:
-    """A batch, what the model predicts of it, and what is kept of its samples."""
+    """A batch, what the model predicts for it, and what is kept of its samples."""
 
     batch: Split
     prediction: Tensor  # (B, *S) uint8, the label map of `predict`
@@ -24,8 +24,8 @@ class Drawn:
 
 
 def draw(model, batch, chunks, samples) -> Drawn:
-    """Go through a batch's samples once: chunks of logits (m, B, K, *S), one sample's probabilities
-    at a time."""
+    """Go once through a batch's samples, chunks of logits (m, B, K, *S), and keep their label maps
+    and moments. Only one sample's probabilities are in memory at a time."""
     moments, hard, ncc = metrics.Moments(), [], {}
     for logits in chunks:
         for sample in logits:
@@ -64,7 +64,7 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
 
 
 def geds(batch, hard, samples) -> dict:
-    """ged_<n> of a batch of cases, {name: (B,)}, from samples (n, B, *S)."""
+    """GED of a batch of cases from samples (n, B, *S), {"ged_<n>": (B,)}."""
     (classes, empty), labels = scoring(batch), only_scored(batch, batch.labels)
     hard = only_scored(batch, hard)
     return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
@@ -72,8 +72,8 @@ def geds(batch, hard, samples) -> dict:
 
 
 def scoring(split) -> tuple[int, float]:
-    """How many classes the maps of `only_scored` have, and the IoU of a class absent in both maps.
-    """
+    """The number of classes in the maps of `only_scored`, and the IoU of a class that is absent in
+    both maps."""
     classes = 1 + len(split.scored) if split.scored else split.num_classes
     # where the papers average over a few of many classes, absent ones are left out
     return classes, float("nan") if split.scored or split.instances is not None else 1.0
@@ -99,10 +99,10 @@ def scored_probabilities(split, probs):
 
 
 def likelihoods(model, batch, n) -> dict:
-    """What needs the annotators' maps one by one: log_likelihood with n samples, and iou_rec of
-    models with latents.
+    """The measures that need the annotators' maps one by one: log_likelihood with n samples and, of
+    models with latents, iou_rec.
 
-    The expectation over a case's label maps; over two drawn from it where there are more than 8.
+    Both are expectations over a case's label maps. Where there are more than 8, two are drawn.
     """
     weights = batch.probabilities  # (B, A)
     annotators = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)

@@ -9,20 +9,22 @@ foreground class at every pixel that an annotator labelled:
                    Few annotators make both too high, as pixels are chosen by q too.
     brier          mean over pixels of sum_k E_y (p_k - y_k)^2, all classes (Brier 1950): 0 to 2
 CURVAS and torchmetrics' multiclass ECE bin the confidence of the likeliest class, background
-included, in 5 and 15 bins: do not compare with these. Halve brier for the Brier score of two classes.
+included, in 5 and 15 bins: do not compare with these. Samples too few for a smooth p raise ece, so
+compare it for the same number of samples. Halve brier for the Brier score of two classes.
 
-Failure detection: does the score of an image tell how wrong the mean prediction is (1 - dice_mean)?
-    aurc           area under risk against coverage, without the images of higher score (Geifman and
-                   El-Yaniv 2017); e_aurc: less the area of the ideal order (Geifman et al. 2019)
-    augrc          the same with risk per image of the whole split (Traub et al. 2024), 0 to 0.5
-The scores are variance_patch, entropy_patch, mutual_information_patch: the highest mean of the map
-over a window of 10 pixels, one of the ways by which ValUES (Kahl et al. 2024) keeps an image's score
-from growing with the object; and disagreement: 1 - Dice of samples and mean prediction, as the
-pairwise Dice of Zenk et al. (2025). Compare aurc only on the same images, where risks are alike.
+Failure detection: does an image's score tell how wrong the mean prediction is (1 - dice_mean)?
+    aurc           mean risk of the images that are kept, as more and more of higher score are;
+                   e_aurc: less that of the ideal order (Geifman et al. 2019)
+    augrc          the same with the risk divided by all images, not by those kept (Traub et al.
+                   2024): 0 to 0.5
+The scores are variance, entropy and mutual_information, each the highest mean of its map over a
+window of 10 pixels (in per_case.csv: ..._patch), as ValUES (Kahl et al. 2024) does lest the score
+grow with the object; and disagreement, 1 - Dice of samples and mean prediction, like the pairwise
+Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare e_aurc.
 
 Sets, for the first n samples: they all grow with n, compare them for the same n alone.
-    dice_max       mean over annotators of the best sample's Dice: D_max of CIMD (Rahman et al. 2023)
-                   and P2SAM, also called MDM; D-Persona's code calls it Dice_max_reverse
+    dice_max       mean over annotators of the best sample's Dice: D_max (maximum Dice matching) of
+                   CIMD (Rahman et al. 2023) and P2SAM; Dice_max_reverse in D-Persona's code
     dice_nearest   mean over samples of the nearest annotator's Dice; D-Persona's Dice_max in code
     dice_match     every annotator has a sample of its own: D-Persona's Dice_match (Wu et al. 2024)
     dice_soft      Dice of p and q above 0.1, 0.3, 0.5, 0.7 and 0.9, mean: D-Persona's Dice_soft
@@ -127,7 +129,7 @@ def sums_by(row, values, rows):
 
 
 def _crps_of_normal(mean, std, x):
-    """CRPS of N(mean, std) at x (Gneiting and Raftery 2007, Eq. 21); of std 0, |x - mean|."""
+    """CRPS of N(mean, std) at x (Gneiting and Raftery 2007, Sec. 4.2); of std 0, |x - mean|."""
     z = (x - mean) / std.clamp(min=1e-12)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     crps = std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
@@ -226,12 +228,14 @@ def failure_detection(values) -> dict:
 # ---- pictures -----------------------------------------------------------------------------------
 
 def plot_reliability(path, reliability) -> None:
-    """The annotators' mean against p in BINS equally wide bins, and how many pixels each holds."""
+    """Draw the annotators' mean against p in BINS equally wide bins, and how many pixels they hold.
+    """
     sums = reliability.sum(0).reshape(3, BINS, -1, 3).sum(2)  # (regions, BINS, 3)
     figure, axes = new_plot(1, 2, size=(6.4, 3.2))
     curve, counts = axes[0]
     curve.plot([0, 1], [0, 1], color=COLORS[7])
-    for (p, q, pixels), region, color in zip(sums.transpose(0, 2, 1), REGIONS, LINES[4:]):
+    colors = COLORS[5], COLORS[6], COLORS[2]
+    for (p, q, pixels), region, color in zip(sums.transpose(0, 2, 1), REGIONS, colors):
         some = pixels > 0
         label = region.strip("_") or "all pixels"
         error = abs(p - q).sum() / max(pixels.sum(), 1)
@@ -245,7 +249,7 @@ def plot_reliability(path, reliability) -> None:
 
 
 def plot_risk_coverage(path, values) -> None:
-    """1 - Dice of the images that are kept, for every score, and for the ideal order."""
+    """Draw 1 - Dice of the images that are kept, by every score and in the ideal order."""
     there = ~np.isnan(values["dice_mean"])
     risks = 1 - values["dice_mean"][there]
     figure, axes = new_plot(size=(5, 3.4))
