@@ -246,6 +246,20 @@ def test_transport_on_a_line_is_sorting(n, A):
     assert time.perf_counter() - start < 1
 
 
+def test_transport_to_weights_is_the_best_of_all_permutations():
+    """Annotators of 3, 2, 1 and 0 sixths, each repeated as often; three cases at once, and one that
+    has no annotator."""
+    rng, counts = np.random.default_rng(22), np.array([[3, 2, 1, 0], [0, 0, 6, 0], [1, 2, 1, 2]])
+    value = rng.random((4, 4, 6)).round(1)  # with ties
+    want = [max(value[b][np.repeat(range(4), counts[b])[list(p)], range(6)].mean()
+                for p in itertools.permutations(range(6))) for b in range(3)]
+    weights = np.concatenate([counts / 6, np.full((1, 4), NAN)])
+    close(metrics.transport(value, weights), [*want, NAN])
+    halves = metrics.transport(value[:3, :, :4], counts / 6)  # 4 samples: some go to two annotators
+    twice = metrics.transport(value[:3, :, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]], counts / 6)
+    close(halves, twice, 1e-9)
+
+
 def test_sample_scores_are_the_single_functions():
     samples = random_maps(20, 5, 3, 6, 5, num_classes=3)
     labels = random_maps(21, 3, 4, 6, 5, num_classes=3)
