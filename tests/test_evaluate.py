@@ -152,7 +152,7 @@ def test_report_writes_csv_and_json_that_agree(run, capsys):
     counts = [sum(row[f"dice_class_{k}"] != "nan" for row in rows) for k in (1, 2, 3)]
     assert counts == [summary.get(f"dice_class_{k}", {"n": 0})["n"] for k in (1, 2, 3)]
     assert max(counts) > 0 and (folder / "per_class.csv").exists()
-    assert {"ece_band", "aurc_disagreement", "dice_match_4", "entropy"} <= summary.keys()
+    assert {"ece_band", "aurc_disagreement", "dice_max_4", "entropy"} <= summary.keys()
     for picture in ("reliability.png", "risk_coverage.png"):
         assert (folder / picture).stat().st_size > 0
 
