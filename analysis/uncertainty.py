@@ -20,9 +20,10 @@ Failure detection: does an image's score tell how wrong the mean prediction is (
 The scores are variance, entropy and mutual_information, each the highest mean of its map over a
 window of 10 pixels (in per_case.csv: ..._patch), as ValUES (Kahl et al. 2024) does lest the score
 grow with the object; and disagreement, 1 - Dice of samples and mean prediction, like the pairwise
-Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare e_aurc.
+Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare e_aurc,
+and all of them on the same images only.
 
-Sets, for the first n samples: they all grow with n, compare them for the same n alone.
+Sets, some for the first n samples. dice_max and dice_match grow with n: compare them for one n.
     dice_max       mean over annotators of the best sample's Dice: D_max (maximum Dice matching) of
                    CIMD (Rahman et al. 2023) and P2SAM; Dice_max_reverse in D-Persona's code
     dice_nearest   mean over samples of the nearest annotator's Dice; D-Persona's Dice_max in code
