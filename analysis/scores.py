@@ -46,7 +46,7 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     maps = torch.cat([drawn.hard, drawn.prediction[None], mean[None]])
     pairs = metrics.Pairs(only_scored(batch, maps), labels, classes, batch.weights, empty)
     out, n = pairs.sample_scores(samples) | drawn.ncc, len(drawn.hard)
-    out["ged_predict"] = pairs.ged([n])
+    out["ged_predict"] = pairs.ged(slice(n, n + 1))
     dices = pairs.sample_dice()  # (n + 2, B)
     out["dice"], out["dice_mean"] = dices[n], dices[n + 1]
     out["dice_present"] = pairs.dice_present(n)
