@@ -32,18 +32,19 @@ from torch import Tensor
 import metrics
 from analysis.pictures import paint_image, paint_label, save_grid, spread
 from common import IGNORE, UserError, key_values
-from sources.base import (SPLITS, Split, centred, check_known, random_classes, read_files, relabel,
-                          seeded_generator)
+from sources.base import (SPLITS, Split, assign, centred, check_known, collect, locate,
+                          random_classes, relabel, seeded_generator)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
-from sources.files import DataError, size_text
+from sources.files import DataError, error_line, size_text
 from sources.lidc import HDF5, read_lidc
 from sources.lidc_archive import LIDC_WINDOW, build_lidc
-from sources.own import read_folder, read_npz
+from sources.own import read_npz
 from sources.synapse import read_synapse
 from sources.synthetic import (make_cells, make_lesions3d, make_modes, make_organs, make_shapes,
                                make_toy1d)
+from sources.templates import MARKS, read_folder
 from sources.warp import Augmentation, Warp, apply_warp, draw_warp
 
 
@@ -65,12 +66,31 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     path = options.pop("path", path)  # positional-only, so that no option can take its place
     _check_options(name, source, options)
     percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
-    if source.layout:
-        whole, rows = read_files(name, source, path, wanted, split_file, options)
-    elif path is None:
+    if not source.layout:
+        if path is not None:
+            raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
         whole, rows = source.read(**options)
     else:
-        raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
+        try:
+            place = locate(name, path, source)
+            # A split file may move any case to any split.
+            needed = SPLITS if split_file or "all" in wanted else wanted
+            listing = source.read(place, needed, **options)
+        except OSError as error:  # such as a folder that may not be opened
+            raise DataError(f"{path or name}: not a readable data set: {error_line(error)}"
+                            ) from error
+        if not listing.cases:
+            raise DataError(f"{place}: holds no cases; it should be {source.layout}")
+        splits = assign(place, listing, wanted, split_file)
+        rows, order = splits, list(range(len(listing.cases)))
+        if "all" not in wanted:  # read split after split, so that `subset` can give views
+            rows, order = {}, []
+            for one in SPLITS:
+                if one in wanted or not listing.apart:
+                    rows[one] = range(len(order), len(order) + len(splits[one]))
+                    order += splits[one]
+        whole = collect(place, listing, order)
+        whole.parts = {one: [listing.cases[i].name for i in splits[one]] for one in SPLITS}
     splits = [whole if one == "all" else whole.subset(rows[one]) for one in wanted]
     if percent:
         splits = [hide(one, percent) for one in splits]
@@ -278,17 +298,17 @@ DATASETS: dict[str, Source] = {
     "lidc": Source(
         read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", _FULL,
         "a pickle {key: {image, masks, series_uid}} (linked from github.com/stefanknegt/"
-        "Probabilistic-Unet-Pytorch), PNGs in {train,val,test}/{images,gt}/<patient>/ "
-        "(gs://hpunet-data/lidc_crops), an .npz (python data.py build-lidc) or HDF5",
-        (".pickle", ".pkl", ".npz", *HDF5), tuple(f"{part}/images" for part in SPLITS)),
+        "Probabilistic-Unet-Pytorch), a folder of PNGs (HPU-Net's gs://hpunet-data/lidc_crops, "
+        "Kaggle's LIDC-IDRI-slices), an .npz (python data.py build-lidc) or HDF5",
+        (".pickle", ".pkl", ".npz", *HDF5), MARKS),
     "npz": Source(
         read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D", _MILD,
         "an .npz of images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
         "(N, A, D, H, W)", (".npz",)),
     "folder": Source(
-        read_folder, "your own: pictures or NIfTI volumes, a folder for each annotator", _MILD,
-        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png; also .tif, .jpg (images), "
-        ".nii.gz", marks=("images",)),
+        read_folder, "your own: pictures, NIfTI volumes or .npy in a folder of any layout", _MILD,
+        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png (also .tif, .npy, .nii.gz), or "
+        "of any layout with --data-args image= label=, two path templates", marks=("*",)),
     "em": Source(
         read_em, "sections of electron microscopy, each cell one of 15 classes at random", _FULL,
         "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with train-input.tif "

@@ -1,7 +1,7 @@
 """What every data set becomes, a `Split`, and how the cases found in files become one.
 
 A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
-it. `read_files` reads only the cases asked for, after the splits are known and checked.
+it. `collect` reads only the cases asked for, after `assign` has checked the splits.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common import IGNORE, Progress
-from sources.files import DataError, as_float_image, error_line, readable, size_text
+from sources.files import DataError, as_float_image, readable, size_text
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
@@ -138,30 +138,6 @@ class Listing:
     pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
 
 
-def read_files(name: str, source, path, wanted: Sequence[str], split_file, options: dict):
-    """What the splits `wanted` need of a set in files, as a Split; {split: its indices there}."""
-    try:
-        place = locate(name, path, source)
-        # A split file may move any case to any split.
-        needed = SPLITS if split_file or "all" in wanted else wanted
-        listing = source.read(place, needed, **options)
-    except OSError as error:  # such as a folder that may not be opened
-        raise DataError(f"{path or name}: not a readable data set: {error_line(error)}") from error
-    if not listing.cases:
-        raise DataError(f"{place}: holds no cases; it should be {source.layout}")
-    splits = assign(place, listing, wanted, split_file)
-    rows, order = splits, list(range(len(listing.cases)))
-    if "all" not in wanted:  # read split after split, so that `subset` can give views
-        rows, order = {}, []
-        for split in SPLITS:
-            if split in wanted or not listing.apart:
-                rows[split] = range(len(order), len(order) + len(splits[split]))
-                order += splits[split]
-    whole = collect(place, listing, order)
-    whole.parts = {split: [listing.cases[i].name for i in splits[split]] for split in SPLITS}
-    return whole, rows
-
-
 def locate(name: str, path, source) -> Path:
     """The file, or the folder in a known layout, that `path`, or datasets/<name>, points to."""
     place = Path("datasets", name) if path is None else Path(str(path))
@@ -242,15 +218,39 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
 
 
 def collect(place, listing: Listing, rows: list[int]) -> Split:
-    """Reads, checks and stacks the cases at `rows`; a missing label map is 255 and has weight 0.
+    """Reads the cases at `rows` on several threads, checks them and stacks them."""
+    if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
+        raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
+    cases, images, maps, largest = [listing.cases[i] for i in rows], [], [], 0.0
+    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
+        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
+            images.append(image)
+            maps.append(drawn)
+            if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
+                raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
+                                f"{size_text(image.shape)} (channels first), the first is "
+                                f"{size_text(images[0].shape)}; all must have as many")
+            largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
+            if time.monotonic() - progress.start > SLOW:
+                progress.update(len(images), "cases read")
+    if time.monotonic() - progress.start > SLOW:
+        progress.say(f"{place}: {len(cases)} cases read")
+    if largest > LARGE and not progress.quiet:
+        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
+              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
+              file=sys.stderr)
+    whole = _stack(listing, cases, images, maps)
+    return whole if whole.instances is not None else _weigh(place, listing, rows, whole)
+
+
+def _stack(listing: Listing, cases: list[Case], images: list, maps: list) -> Split:
+    """One Split of images (C, *S) and {annotator: label map (*S)}; a missing map is 255.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
     by reflection, labels with 255, which no loss and no metric uses.
     """
-    if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
-        raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
-    cases = [listing.cases[i] for i in rows]
-    images, maps = _read_cases(place, listing, cases)
     size, annotators = np.max([image.shape[1:] for image in images], 0), 1 + max(chain(*maps, [0]))
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
@@ -265,9 +265,13 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
                   [case.name for case in cases], scored=listing.scored)
     if listing.fixed is not None:
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
-        return replace(whole, labels=_fixed_maps(whole))
+        whole.labels = _fixed_maps(whole)
+    return whole
 
-    highest = int(labels[labels != IGNORE].max(initial=0))
+
+def _weigh(place, listing: Listing, rows: list[int], whole: Split) -> Split:
+    """Sets the number of classes and the annotators' weights, 0 where a label map is missing."""
+    highest = max(int(maps[maps != IGNORE].max(initial=0)) for maps in whole.labels.numpy())
     if not highest:
         raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
@@ -287,32 +291,6 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         table, weights = (part.expand(len(whole), *part.shape) for part in listing.flips)
         return replace(whole, flips=table, weights=weights.float(), exact=True)
     return whole if uniform else replace(whole, weights=torch.from_numpy(weights / total).float())
-
-
-def _read_cases(place, listing: Listing, cases: list[Case]) -> tuple[list, list]:
-    """The images (C, *S) and the {annotator: label map} of all cases, on several threads."""
-    images, maps, largest = [], [], 0.0
-    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
-        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
-            images.append(image)
-            maps.append(drawn)
-            if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
-                raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
-                                f"{size_text(image.shape)} (channels first), the first is "
-                                f"{size_text(images[0].shape)}; all must have as many")
-            largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
-            slow = time.monotonic() - progress.start > SLOW
-            if slow:
-                progress.update(len(images), "cases read")
-    if slow:
-        progress.say(f"{place}: {len(cases)} cases read")
-    if largest > LARGE and not progress.quiet:
-        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
-              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
-              file=sys.stderr)
-    return images, maps
 
 
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:

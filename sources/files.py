@@ -15,7 +15,8 @@ from PIL import Image, ImageSequence
 
 from common import UserError
 
-FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")  # as folders hold
+# What `read_array` reads, by its name.
+ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
 EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
 
 # `_open_picture` refuses what Pillow would only warn of.
@@ -160,8 +161,40 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
 
 def is_nifti(file: Path) -> bool:
-    """By the file's name."""
-    return file.name.lower().endswith(FOLDER[-2:])
+    """Whether the file's name ends as a NIfTI file's does."""
+    return file.name.lower().endswith(ENDINGS[-2:])
+
+
+def read_array(file: Path, label: bool = False, dims: int | None = None):
+    """An image (C, *S) or a label map (*S) from a file of any kind in `ENDINGS`; and the nibabel
+    image it came from, or None. Channels of a NIfTI image are brought to mean 0 and deviation 1; an
+    .npy is as it was stored, perhaps without the channel axis. dims: see `read_nifti`."""
+    if is_nifti(file):
+        array, source = read_nifti(file, dims)
+        if label:
+            return (array[0] if len(array) == 1 else array), source
+        return standardised(array, np.ones(array.shape[1:], bool)), source
+    if file.suffix.lower() == ".npy":
+        return np.array(_open_npy(file)), None
+    return (read_label if label else read_picture)(file), None
+
+
+def _open_npy(file: Path) -> np.ndarray:
+    """The array in an .npy, not read yet; its claimed size cannot exceed the file's."""
+    with readable(file, ".npy of a plain array"), open(file, "rb") as raw:
+        np.lib.format.read_magic(raw)  # refuses what NumPy would take for a zip or a pickle
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def count_slices(file: Path) -> int:
+    """D of the volume (C, D, H, W) or (D, H, W) in a NIfTI file or an .npy."""
+    if is_nifti(file):
+        nibabel = optional_package("nibabel", file)
+        with readable(file, "NIfTI file"):
+            return _turned(nibabel.load(file))[1][2]
+    if file.suffix.lower() != ".npy" or _open_npy(file).ndim < 3:
+        raise DataError(f"{file}: not a volume; slices=axial cuts NIfTI files and .npy arrays")
+    return _open_npy(file).shape[-3]
 
 
 def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:

@@ -327,11 +327,14 @@ def test_png_tree_keeps_its_split_and_reads_only_what_is_asked(tmp_path, foregro
     np.testing.assert_array_equal(train.labels[0, 2], mask > 0)
     assert len(data.load("lidc", "all", path=root)) == 12
 
-    (root / "train/gt/train-0/z-0.5_c0_l1.png").unlink()  # that annotator, not the last, is missing
+    (root / "train/gt/train-0/z-0.5_c0_l1.png").unlink()  # in LIDC this annotator drew nothing
     broken = root / "val/images/val-0/z-0.5_c0.png"
     broken.write_bytes(b"no picture")
     train = data.load("lidc", "train", path=root)
+    assert train.weights is None and not train.labels[0, 1].any() and train.labels[0, 2].any()
+    train = data.load("folder", "train", path=root, absent="missing", num_classes=2)
     np.testing.assert_allclose(train.weights[0], [1 / 3, 0, 1 / 3, 1 / 3])
+    assert (train.labels[0, 1] == 255).all()
     refused(broken, "PNG", call=lambda: data.load("lidc", "val", path=root))
     for file in (root / "test/images").glob("*/*.png"):
         file.unlink()
@@ -708,7 +711,7 @@ BAD_FOLDERS = {
     "colour label": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
         (8, 7, 3), np.uint8)), ["case 1.png", "RGB", "palette"]),
     "sizes": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
-        (7, 8), np.uint8)), ["'case 1'", "mask 1", "7 x 8", "8 x 7"]),
+        (7, 8), np.uint8)), ["ben/case 1.png is 7 x 8", "images/case 1.png 8 x 7"]),
     "fractions": (lambda root: ((root / "labels/ben/case 1.png").unlink(), save_picture(
         root / "labels/ben/case 1.tif", np.full((8, 7), 0.5, np.float32))), ["'case 1'", "0.5"]),
     "class 300": (lambda root: save_picture(root / "labels/ben/case 1.png", np.full(

@@ -1,0 +1,310 @@
+"""Folders of pictures, NIfTI volumes and .npy arrays, found by path templates or by a table.
+
+    image = "{group}/{nodule}/images/{name}.png"
+    label = "{group}/{nodule}/mask-{annotator}/{name}.png"
+
+A field in braces stands for text within one file's or folder's name. The image's fields, joined,
+are the case's name; the label's template repeats them, so that every label finds its image. Some
+fields have a meaning:
+
+    {group}      the patient or scene, through which no split cuts; without it, the case itself
+    {split}      train, val or test (training, validation and testing are the same)
+    {annotator}  of labels: who drew the label map
+    {class}      of labels: each class has a binary file of its own; where they overlap, the last wins
+
+A template that ends in a field takes files of every ending that can be read (`files.ENDINGS`).
+"""
+
+import csv as tables
+import glob
+import os
+import re
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from common import say
+from sources.base import SPLITS, Case, Listing, check_known, split_groups
+from sources.files import (ENDINGS, DataError, count_slices, read_array, readable, same_grid,
+                           size_text)
+
+
+class Layout(NamedTuple):
+    """A known tree of files, and what its masks mean (see `read_folder`)."""
+
+    image: str
+    label: str
+    masks: str = "classes"
+    absent: str = "missing"
+
+
+# In LIDC every annotator saw every scan: who has no mask of a nodule drew nothing.
+PRESETS = {
+    "folders": Layout("images/{name}", "labels/{annotator}/{name}"),
+    "hpunet": Layout("{split}/images/{group}/{name}.png",
+                     "{split}/gt/{group}/{name}_l{annotator}.png", "binary", "nothing"),
+    "kaggle-lidc": Layout("{group}/{nodule}/images/{name}.png",
+                          "{group}/{nodule}/mask-{annotator}/{name}.png", "binary", "nothing"),
+    "qubiq": Layout("{name}/image.nii.gz", "{name}/task{class}_seg{annotator}.nii.gz"),
+    "curvas": Layout("{name}/image.nii.gz", "{name}/annotation_{annotator}.nii.gz")}
+MARKS = tuple(re.sub(r"{\w+}", "*", layout.image) for layout in PRESETS.values())
+# Annotator, class and split are as short as they can be, other fields as long.
+FORMS = {"annotator": "[^/]+?", "class": "[^/]+?",
+         "split": "(?i:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)"}
+
+
+class Template:
+    """A path with fields in braces, as a pattern for `glob` and as a regular expression."""
+
+    def __init__(self, text: str):
+        parts = re.split(r"{([a-zA-Z_]\w*)}", text)  # text, field, text, field, ..., text
+        self.text, self.fields = text, list(dict.fromkeys(parts[1::2]))
+        self.any_ending = text.endswith("}")
+        if not (self.fields and (self.any_ending or text.lower().endswith(ENDINGS))
+                and not re.search(r"[{}\0]", "".join(parts[::2]))
+                and not text.startswith("/") and ".." not in text.split("/")):
+            raise DataError(f"template {text[:99]!r}: give a path below the folder with fields in "
+                            f"braces, such as images/{{name}}.png; it ends in a field or in one of "
+                            f"{', '.join(ENDINGS)}")
+        pattern = "".join(re.escape(part) if i % 2 == 0 else f"(?P={part})"
+                          if part in parts[1:i:2] else f"(?P<{part}>{FORMS.get(part, '[^/]+')})"
+                          for i, part in enumerate(parts))
+        endings = f"(?i:{'|'.join(map(re.escape, ENDINGS))})" if self.any_ending else ""
+        self.pattern = re.compile(pattern + endings)
+        self.glob = "".join("*" if i % 2 else glob.escape(part) for i, part in enumerate(parts))
+
+    def find(self, root: Path) -> dict[tuple[str, ...], Path]:
+        """{values of `fields`: file} of all files of this form, in alphabetical order."""
+        found: dict[tuple[str, ...], Path] = {}
+        for name in sorted(glob.glob(self.glob, root_dir=root)):
+            file = root / name
+            if match := self.pattern.fullmatch(name):
+                other = found.setdefault(match.groups(), file)
+                if other is not file:
+                    raise DataError(f"{file}: {other.name} beside it has the same name; rename one")
+            elif self.any_ending and not file.is_dir():
+                raise DataError(f"{file}: not one of {', '.join(ENDINGS)}; convert or remove it")
+        return found
+
+    def fill(self, values: dict[str, str]) -> str:
+        """The path of a file with these values of the fields."""
+        return re.sub(r"{(\w+)}", lambda field: values.get(field[1], field[0]), self.text)
+
+    def explain(self, root: Path) -> str:
+        """Why nothing was found: the first path that was tried, and what is there."""
+        here, globs = root, self.glob.split("/")
+        for depth in range(1, len(globs)):
+            below = sorted(glob.glob("/".join(globs[:depth]) + "/", root_dir=root))
+            if not below:
+                break
+            here = root / below[0]
+        part = self.text.split("/")[len(here.relative_to(root).parts)]
+        return f"{root}: {self.text} matches nothing: tried {here / part}, and {holds(here)}"
+
+
+def holds(folder: Path) -> str:
+    """What a folder holds, for a message."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
+
+
+class Row(NamedTuple):
+    """A case that was found: its files, and what its path or the table says of it."""
+
+    name: str
+    group: str
+    split: str
+    image: Path
+    labels: dict[str, dict[str, Path]]  # {annotator: {class: file}}; the class may be ""
+
+
+def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout: str = "",
+                image: str = "", label: str = "", csv: str = "", num_classes: int = 0,
+                masks: Literal["auto", "classes", "binary"] = "auto",
+                absent: Literal["auto", "missing", "nothing"] = "auto",
+                empty: Literal["nothing", "missing"] = "nothing",
+                slices: Literal["none", "axial"] = "none") -> Listing:
+    """Anyone's own images, in a folder of any layout.
+
+    layout       one of `PRESETS`; without it, the first that the folder looks like
+    image label  two path templates, as this file's docstring describes them, for any other tree
+    csv          a table in the folder instead: columns image, label or label_<annotator>, and
+                 optionally name, group and split; files are relative to the folder
+    masks        classes: values are classes, 255 ignored; binary: whatever is not 0 is class 1
+    absent       what it means that an annotator has no file of a case that others labelled: the
+                 label map is missing (255), or the annotator saw the image and drew nothing
+    empty        what a mask without foreground means, likewise
+    slices       axial: every slice of a volume is a case, and the volume its group
+
+    What is "auto" is as the layout has it, else classes and missing. Annotators are numbered in the
+    order of their names, 2 before 10. Where no path and no table tells the group, groups.csv may:
+    lines NAME,GROUP. Channels of NIfTI volumes are brought to mean 0 and standard deviation 1; one
+    of a single slice is 2D. Raises DataError in one line that names the path that was tried.
+    """
+    if csv:
+        chosen, rows = Layout("", ""), _rows_of_table(path, path / csv)
+    else:
+        chosen = _choose(path, layout, image, label)
+        rows = _rows_of_templates(path, Template(chosen.image), Template(chosen.label))
+    if (path / "groups.csv").exists() and all(row.group == row.name for row in rows):
+        groups = _read_groups(path / "groups.csv", {row.name for row in rows})
+        rows = [row._replace(group=groups[row.name]) for row in rows]
+    masks = chosen.masks if masks == "auto" else masks
+    absent = chosen.absent if absent == "auto" else absent
+
+    annotators, classes = (
+        {name: number for number, name in enumerate(sorted(names, key=_natural))} for names in
+        ({a for row in rows for a in row.labels},
+         {c for row in rows for files in row.labels.values() for c in files}))
+    cases, splits = [], {split: [] for split in SPLITS}
+    for row in rows:
+        labels = {annotators[a]: sorted((1 + classes[c], file) for c, file in files.items())
+                  for a, files in row.labels.items()}
+        read = partial(read_case, row.image, labels, slices=slices, empty=empty,
+                       paint=masks == "binary" or any(classes),
+                       drew=range(len(annotators) if absent == "nothing" else 0))
+        here = [Case(row.name, row.group, read)]
+        if slices == "axial":
+            volume = Volume(read, count_slices(row.image))
+            here = [Case(f"{row.name}/z{z:04d}", row.group, partial(volume.slice, z))
+                    for z in range(volume.left)]
+        for split in SPLITS:
+            if row.split.lower()[:3] == split[:3]:
+                splits[split] += range(len(cases), len(cases) + len(here))
+        cases += here
+    if not any(row.split for row in rows):
+        return Listing(cases, split_groups([case.group for case in cases], val), num_classes)
+    tried = chosen.image.replace("{split}", "\0").replace("{", "{{").replace("}", "}}")
+    return Listing(cases, splits, num_classes, apart=num_classes > 0,
+                   if_empty=f"nothing is at {tried}".replace("\0", "{split}")
+                   if tried else "the table has no such row")
+
+
+def _choose(root: Path, name: str, image: str, label: str) -> Layout:
+    """The layout asked for, or the one that the folder looks like."""
+    if image or label:
+        if not (image and label):
+            raise DataError(f"{root}: give two templates, image= and label=")
+        return Layout(image, label)
+    if name:
+        return PRESETS[check_known("layout", name, PRESETS)]
+    like = [name for name, layout in PRESETS.items() if Template(layout.image).find(root)]
+    if not like:
+        raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
+                        f"{holds(root)}; give the templates image= and label=, or csv=")
+    name = next((name for name in like if Template(PRESETS[name].label).find(root)), like[0])
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{root}: read as {name}: image={PRESETS[name].image} label={PRESETS[name].label}")
+    return PRESETS[name]
+
+
+def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row]:
+    own = {"annotator", "class"}
+    if own & set(image.fields) or set(label.fields) - own != set(image.fields):
+        raise DataError(f"{root}: image={image.text} label={label.text}: both need the same fields, "
+                        "and the label may have {annotator} and {class} besides")
+    images, labels = image.find(root), label.find(root)
+    for template, found in ((image, images), (label, labels)):
+        if not found:
+            raise DataError(template.explain(root))
+    drawn: dict[tuple[str, ...], dict[str, dict[str, Path]]] = {}
+    for values, file in labels.items():
+        fields = dict(zip(label.fields, values))
+        key = tuple(fields[field] for field in image.fields)
+        if key not in images:
+            tried = root / image.fill(fields)
+            raise DataError(f"{file}: there is no image {tried} for it: {holds(tried.parent)}")
+        files = drawn.setdefault(key, {}).setdefault(fields.get("annotator", ""), {})
+        files[fields.get("class", "")] = file
+    rows = []
+    for values, file in images.items():
+        fields, name = dict(zip(image.fields, values)), "/".join(values)
+        rows.append(Row(name, fields.get("group", name), fields.get("split", ""), file,
+                        drawn.get(values, {})))
+    return rows
+
+
+def _rows_of_table(root: Path, file: Path) -> list[Row]:
+    with readable(file, "table (CSV)"), open(file, newline="", encoding="utf-8-sig") as lines:
+        table = tables.DictReader(lines)
+        columns, lines = table.fieldnames or [], list(table)
+    labels = [column for column in columns if re.fullmatch("label(_.+)?", column)]
+    if "image" not in columns or not labels:
+        raise DataError(f"{file}: has the columns {', '.join(columns[:20]) or '(none)'}; image, and "
+                        "label or label_<annotator>, are needed")
+    rows = []
+    for line in lines:
+        if not line["image"] or (line.get("split") or "train").lower()[:3] not in (
+                "tra", "val", "tes"):
+            raise DataError(f"{file}: row {len(rows) + 1}: give an image, and as its split train, "
+                            f"val or test, not {line.get('split')!r}")
+        image, ends = line["image"], "|".join(map(re.escape, ENDINGS))
+        name = line.get("name") or re.sub(f"(?i:{ends})$", "", image)
+        rows.append(Row(name, line.get("group") or name, line.get("split") or "", root / image,
+                        {column[6:]: {"": root / line[column]} for column in labels
+                         if line[column]}))
+    return rows
+
+
+def _read_groups(file: Path, names: set[str]) -> dict[str, str]:
+    """{name: group}, from the table `file`."""
+    with readable(file, "table of name,group"):
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        table = dict(tables.reader(filter(None, lines)))
+    table.pop("name", None)  # the heading
+    if odd := sorted(table.keys() ^ names):
+        fault = "does not list" if odd[0] in names else "there is no image of"
+        raise DataError(f"{file}: {fault} {odd[0]!r}; list every image once")
+    return table
+
+
+def _natural(name: str) -> str:
+    """A key that sorts numbers in names by their value."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
+
+
+def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, paint: bool, empty: str,
+              drew: Sequence[int], slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """A case of a folder, as `Case.read` gives it.
+
+    labels: {annotator: [(class, file)]}. paint: whether what is not 0 in a file is its class. drew:
+    annotators who drew nothing where they have no file. slices: see `read_folder`.
+    """
+    dims = 3 if slices == "axial" else None
+    array, grid = read_array(image, dims=dims)
+    maps: dict[int, np.ndarray] = {}
+    for annotator, files in labels.items():
+        for value, file in files:
+            mask, other = read_array(file, label=True, dims=dims)
+            if mask.shape != array.shape[-mask.ndim:]:
+                raise DataError(f"{file} is {size_text(mask.shape)} and {image} "
+                                f"{size_text(array.shape[-mask.ndim:])}; they must be of one size")
+            if grid and other:
+                same_grid(grid, other, file)
+            maps[annotator] = (np.where(mask != 0, value, maps.get(annotator, 0)) if paint
+                               else mask)
+    if empty == "missing":
+        maps = {annotator: mask for annotator, mask in maps.items() if mask.any()}
+    for mask in [*maps.values()][:1]:
+        array = array[None] if array.ndim == mask.ndim else array  # an .npy without channels
+        maps = {annotator: np.zeros_like(mask) for annotator in drew} | maps
+    return array, maps
+
+
+class Volume:
+    """A volume that is read once for all its slices, and freed with the last of them."""
+
+    def __init__(self, read, left: int):
+        self.read, self.left, self.kept, self.lock = read, left, None, threading.Lock()
+
+    def slice(self, z: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Slice z, as `Case.read` gives it."""
+        with self.lock:
+            self.kept = array, maps = self.kept or self.read()
+            self.left -= 1
+            self.kept = self.kept if self.left else None
+        return array[:, z], {annotator: mask[z] for annotator, mask in maps.items()}
