@@ -7,6 +7,7 @@
 
     python data.py                                # lists the data sets
     python data.py show --data shapes             # a table, and a PNG with all label maps
+    python data.py export --data lidc --path lidc.pickle lidc.npz      # or a folder of PNGs
     python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
 
 sources/README.md describes every file layout. A `Split` is moved to the device whole, and batches
@@ -30,13 +31,14 @@ import torch
 from torch import Tensor
 
 import metrics
-from analysis.pictures import paint_image, paint_label, save_grid, spread
+from analysis.pictures import fullest_slice, paint_image, paint_label, save_grid
 from common import IGNORE, UserError, key_values
 from sources.base import (SPLITS, Split, assign, centred, check_known, collect, locate,
                           random_classes, relabel, seeded_generator)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
+from sources.export import LAYOUTS, export
 from sources.files import DataError, error_line, size_text
 from sources.lidc import HDF5, read_lidc
 from sources.lidc_archive import LIDC_WINDOW, build_lidc
@@ -334,8 +336,8 @@ DATASETS: dict[str, Source] = {
 
 
 def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
-    """A table of the data set, and a PNG (`out`, or <name>.png) of cases of `split` with their
-    label maps. Raises DataError as `load` does."""
+    """A table of the data set, and a PNG (`out`, or <name>.png) of the cases of `split` whose label
+    maps differ most. Raises DataError as `load` does."""
     options, out = options or {}, Path(out or f"{name}.png")
     wanted = ["all"] if split == "all" else list(SPLITS)
     try:
@@ -343,49 +345,72 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     except DataError:  # perhaps only another split is missing
         wanted = [split]
         splits = load(name, wanted, path, **options)
-    _plot_cases(splits[wanted.index(split)], out)
-    columns = [_summary(one) for one in splits]
-    lines = [f"{'':12}" + "".join(f"{which:>18}" for which in wanted)]
-    lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
+    distances = [_distances(one) for one in splits]
+    columns = [_summary(*pair) for pair in zip(splits, distances)]
+    lines = [f"{'':13}" + "".join(f"{which:>19}" for which in wanted)]
+    lines += [f"{row:13}" + "".join(f"{column.get(row, ''):>19}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
+    if any(row.startswith("annotator ") for row in columns[0]):
+        lines.append("annotator a: pixels marked / mean 1 - IoU with another annotator / how often "
+                     "one of the two marks nothing")
+    shown = splits[wanted.index(split)], distances[wanted.index(split)]
+    _plot_cases(*shown, out)
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
 
 
-def _summary(split: Split) -> dict[str, str]:
-    """The table's rows of one split: means over cases, of annotators drawn by probability.
+def _distances(split: Split) -> Tensor:
+    """(N, A, A): 1 - IoU of every two label maps of a case, the mean over foreground classes."""
+    maps = (split.subset([i]).all_maps().labels[0] for i in range(len(split)))
+    return torch.stack([1 - metrics.pairwise_iou(m, m, split.num_classes).float() for m in maps])
 
-    diversity: E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4).
-    """
+
+def _diversity(split: Split, distances: Tensor) -> Tensor:
+    """(N,): E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4)."""
     weights = split.probabilities
-    shares, empty, diversity = torch.zeros(256), 0.0, 0.0
+    return torch.einsum("na,nab,nb->n", weights, distances, weights)
+
+
+def _summary(split: Split, distances: Tensor) -> dict[str, str]:
+    """The table's rows of one split: means over cases, of annotators drawn by probability."""
+    weights, present, count = split.probabilities, split.present, split.labels.shape[1]
+    counts = torch.zeros(len(split), weights.shape[1], 256)
     for i in range(len(split)):
-        labels = split.subset([i]).all_maps().labels[0]  # (A, *S)
-        counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)]).float()
-        iou = metrics.pairwise_iou(labels, labels, split.num_classes).float()  # (A, A)
-        shares += weights[i] @ counts / counts[0].sum() / len(split)
-        empty += float(weights[i] @ (counts[:, 1:IGNORE].sum(1) == 0).float()) / len(split)
-        diversity += float(1 - weights[i] @ iou @ weights[i]) / len(split)
+        for a, label in enumerate(split.subset([i]).all_maps().labels[0]):
+            counts[i, a] = torch.bincount(label.flatten(), minlength=256) / label.numel()
+    area = counts[:, :, 1:IGNORE].sum(2)  # (N, A) share of the pixels
+    shares = torch.einsum("na,nak->k", weights, counts) / len(split)
+    empty = float((weights * (area == 0)).sum() / len(split))
     rows = {"cases": f"{len(split)}", "groups": f"{len(set(split.groups))}",
             "channels": f"{split.images.shape[1]}", "size": size_text(split.images.shape[2:]),
             "intensity": f"{split.images.min():.3g} to {split.images.max():.3g}",
             "annotators": f"{weights.shape[1]}",
-            "missing": f"{1 - split.present.float().mean():.1%}",
-            "empty masks": f"{empty:.1%}", "diversity": f"{diversity:.3f}"}
+            "missing": f"{1 - present.float().mean():.1%}", "empty masks": f"{empty:.1%}",
+            "diversity": f"{_diversity(split, distances).mean():.3f}"}
     rows |= {f"class {k}": f"{shares[k]:.2%}" for k in range(split.num_classes)}
     if shares[IGNORE]:
         rows["ignored"] = f"{shares[IGNORE]:.2%}"
+    if split.exact or split.instances is not None or count == 1:
+        return rows  # these label maps are nobody's
+    both = present[:, :, None] & present[:, None] & ~torch.eye(count, dtype=torch.bool)
+    one_sided = split.marked[:, :, None] != split.marked[:, None]
+    for a in range(count):
+        pairs, cases = both[:, a], present[:, a]
+        rows[f"annotator {a}"] = (f"{area[cases, a].mean():.2%} "
+                                  f"{distances[:, a][pairs].mean():.3f} "
+                                  f"{one_sided[:, a][pairs].float().mean():.1%}")
     return rows
 
 
-def _plot_cases(split: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
-    """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
-    it, each with its annotator's number and probability."""
+def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps: int = 7) -> None:
+    """A row a case, the most diverse first (of a volume, its fullest slice): the image, and its
+    likeliest label maps over it, each with its annotator's number and probability."""
     pictures, notes = {}, {}
-    for i in spread(len(split), cases):
-        case, name = split.subset([i]).all_maps(), split.names[i][-36:]
+    diversity = _diversity(split, distances).sort(descending=True, stable=True)
+    for score, i in zip(*(values[:cases].tolist() for values in diversity)):
+        case, name = split.subset([i]).all_maps(), f"{split.names[i][-36:]}\n{score:.2f}"
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
-            fullest = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
+            fullest = fullest_slice(labels)
             image, labels = image[:, fullest], labels[:, fullest]
         elif image.dim() == 2:  # a line, shown as a band
             image, labels = image[:, None].repeat(1, 5, 1), labels[:, None].repeat(1, 5, 1)
@@ -403,14 +428,19 @@ def main(argv=None) -> int:
     sets = "\n".join(f"  {name:12}{source.doc}" for name, source in DATASETS.items())
     parser = argparse.ArgumentParser(
         prog="python data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Lists, shows and builds data sets.\n\n{sets}")
+        description=f"Lists, shows, builds and exports data sets.\n\n{sets}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     look = commands.add_parser("show", help="a table, and a PNG of cases and their label maps")
-    look.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
-    look.add_argument("--path", help="its file or folder (default datasets/<data>)")
-    look.add_argument("--data-args", nargs="+", metavar="K=V", default=[], help="its options")
+    copy = commands.add_parser("export", help="any set as .npz, a folder of PNGs or LIDC's pickle")
+    for command in (look, copy):
+        command.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
+        command.add_argument("--path", help="its file or folder (default datasets/<data>)")
+        command.add_argument("--data-args", nargs="+", metavar="K=V", default=[],
+                             help="its options")
     look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
     look.add_argument("--out", help="the PNG (default <data>.png)")
+    copy.add_argument("out", metavar="OUT", help="NAME.npz, NAME.pickle, or a new folder")
+    copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__.partition("`read`")[0])
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
@@ -427,9 +457,13 @@ def main(argv=None) -> int:
     try:
         if command == "build-lidc":
             build_lidc(**args)
-        elif command == "show":
+        elif command:
+            name, path, out = (args[key] for key in ("data", "path", "out"))
             options = key_values("--data-args", args["data_args"])
-            print(show(args["data"], args["path"], args["split"], args["out"], options))
+            if command == "show":
+                print(show(name, path, args["split"], out, options))
+            else:
+                print(export(load(name, "all", path, **options), out, args["layout"] or ""))
         else:
             parser.print_help()
         return 0

@@ -453,36 +453,62 @@ def write_layout(layout, table, root):
             file["images"] = np.stack([record["image"] for record in table.values()])
             file["lidc_masks"], file["uids"] = masks.transpose(0, 2, 3, 1), groups
         return "lidc", root / "a.hdf5"
-    first = int(layout[-1]) if layout.startswith("tree") else 0
+    image, label = TREES[layout]
+    table = [["name", "group", "image", *[f"label_{a}" for a in range(masks.shape[1])]]]
     for key, group, drawn in zip(keys, groups, masks):
-        if layout == "folder":
-            save_picture(root / "images" / f"{key}.png", pictures[key])
-        else:
-            save_picture(root / "train/images" / group / f"{key}.png", pictures[key])
-        for annotator, mask in enumerate(drawn):
-            file = f"train/gt/{group}/{key}_l{annotator + first}.png"
-            if layout == "folder":
-                file = f"labels/annotator {annotator}/{key}.png"
-            save_picture(root / file, mask)
-    if layout == "folder":
+        fields = dict(key=key, group=group)
+        files = [image.format(**fields), *[label.format(a=a, b=a + 1, **fields)
+                                           for a in range(len(drawn))]]
+        table.append([key, group, *files])
+        for file, array in zip(files, [pictures[key], *drawn]):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            if file.endswith(".npy"):
+                np.save(root / file, array)
+            elif file.endswith(".nii.gz"):
+                nibabel = pytest.importorskip("nibabel")
+                nibabel.save(nibabel.Nifti1Image(array.T[..., None], LPS), root / file)
+            else:
+                scale = 255 if layout in ("kaggle", "tree1") and array is not pictures[key] else 1
+                save_picture(root / file, array * np.uint8(scale))
+    if "{group}" not in image:
         (root / "groups.csv").write_text("name,group\n" + "".join(
             f"{key},{group}\n" for key, group in zip(keys, groups)))
-    return ("folder" if layout == "folder" else "lidc"), root
+    if layout == "csv":
+        (root / "cases.csv").write_text("\n".join(map(",".join, table)))
+    return ("lidc" if "{group}" in image else "folder"), root
 
 
-@pytest.mark.parametrize("layout", ["npz", "folder", "tree0", "tree1", "hdf5"])
+TREES = {  # image and label of a case, its fields filled in; annotators from 0 (a) or from 1 (b)
+    "folders": ("images/{key}.png", "labels/annotator {a}/{key}.png"),
+    "npy": ("images/{key}.npy", "labels/{a}/{key}.npy"),
+    "csv": ("scans/{key}-x.png", "drawn/{a}-{key}.png"),
+    "tree0": ("train/images/{group}/{key}.png", "train/gt/{group}/{key}_l{a}.png"),
+    "tree1": ("train/images/{group}/{key}.png", "train/gt/{group}/{key}_l{b}.png"),
+    "kaggle": ("{group}/nodule-1/images/{key}.png", "{group}/nodule-1/mask-{a}/{key}.png"),
+    "qubiq": ("{key}/image.nii.gz", "{key}/task01_seg{b:02}.nii.gz"),
+    "curvas": ("{key}/image.nii.gz", "{key}/annotation_{b}.nii.gz")}
+
+
+@pytest.mark.parametrize("layout", ["npz", "hdf5", *TREES])
 def test_every_layout_gives_the_same_tensors(tmp_path, layout):
     table = grey_records()
     want = data.load("lidc", "all", path=write(tmp_path / "a.pickle", table))
     root = tmp_path / "Küche mit [Leerzeichen]"
     root.mkdir()
     name, path = write_layout(layout, table, root)
-    got = data.load(name, "all", path=path)
+    options = {"csv": "cases.csv"} if layout == "csv" else {}
+    got = data.load(name, "all", path=path, **options)
     if layout == "hdf5":
         got.names = want.names  # it holds none
     rows = [[n.split("/")[-1] for n in got.names].index(name) for name in want.names]
     assert sorted(rows) == list(range(len(want)))
-    assert torch.equal(got.images[rows], want.images)
+    if layout in ("qubiq", "curvas"):  # NIfTI images have mean 0 and standard deviation 1
+        grey = (want.images.numpy() * np.float32(255)).round()
+        grey -= grey.mean((1, 2, 3), np.float64, keepdims=True)
+        grey /= grey.std((1, 2, 3), np.float64, keepdims=True)
+        np.testing.assert_allclose(got.images[rows], grey, rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(got.images[rows], want.images)
     assert torch.equal(got.labels[rows], want.labels) and got.num_classes == want.num_classes == 2
     assert [got.groups[i] for i in rows] == want.groups and got.weights is None
 
