@@ -347,10 +347,10 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
         splits = load(name, wanted, path, **options)
     distances = [_distances(one) for one in splits]
     columns = [_summary(*pair) for pair in zip(splits, distances)]
-    lines = [f"{'':13}" + "".join(f"{which:>19}" for which in wanted)]
-    lines += [f"{row:13}" + "".join(f"{column.get(row, ''):>19}" for column in columns)
+    lines = [f"{'':13}" + "".join(f"{which:>24}" for which in wanted)]
+    lines += [f"{row:13}" + "".join(f"{column.get(row, ''):>24}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
-    if any(row.startswith("annotator ") for row in columns[0]):
+    if any(row.startswith("annotator ") for column in columns for row in column):
         lines.append("annotator a: pixels marked / mean 1 - IoU with another annotator / how often "
                      "one of the two marks nothing")
     shown = splits[wanted.index(split)], distances[wanted.index(split)]
@@ -393,11 +393,10 @@ def _summary(split: Split, distances: Tensor) -> dict[str, str]:
         return rows  # these label maps are nobody's
     both = present[:, :, None] & present[:, None] & ~torch.eye(count, dtype=torch.bool)
     one_sided = split.marked[:, :, None] != split.marked[:, None]
-    for a in range(count):
-        pairs, cases = both[:, a], present[:, a]
-        rows[f"annotator {a}"] = (f"{area[cases, a].mean():.2%} "
-                                  f"{distances[:, a][pairs].mean():.3f} "
-                                  f"{one_sided[:, a][pairs].float().mean():.1%}")
+    for a in both.any(2).any(0).nonzero().flatten().tolist():
+        rows[f"annotator {a}"] = (f"{area[present[:, a], a].mean():.2%} / "
+                                  f"{distances[:, a][both[:, a]].mean():.3f} / "
+                                  f"{one_sided[:, a][both[:, a]].float().mean():.1%}")
     return rows
 
 

@@ -195,7 +195,7 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
                                 "of a group (patient, scene) must be in one")
     for split in wanted:
         if split != "all" and not splits[split]:
-            why = why.format(split=split, groups=len({case.group for case in cases}))
+            why = why.replace("{split}", split).replace("{groups}", str(len(set(home))))
             raise DataError(f"{place}: no case is left for {split!r}: {why}")
     return splits
 

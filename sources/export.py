@@ -22,16 +22,17 @@ def export(whole: Split, out, layout: str = "") -> str:
     """Writes all cases of a set to `out`, and its splits beside them; returns how to read them.
 
     layout  npz     the arrays that `own.read_npz` describes
-            png     images/NAME.png, labels/ANNOTATOR/NAME.png and groups.csv. Grey images in [0, 1]
-                    that 8 bits do not hold exactly are rounded to 16; what no PNG holds (volumes,
-                    other channels or values) becomes an .npy
+            png     images/NAME.png, labels/ANNOTATOR/NAME.png and groups.csv; what a PNG does not
+                    hold exactly (volumes, most floats) becomes an .npy
             pickle  LIDC's {key: {image, masks, series_uid}}: one channel, 2D, two classes
             ""      what the ending of `out` says; without an ending, png
     All appears whole or not at all. Raises DataError if `out` is there or cannot hold the set.
     """
     out, whole = Path(out), whole.all_maps()
-    layout = check_known("layout", layout or {".npz": "npz", ".pickle": "pickle", ".pkl": "pickle",
-                                              "": "png"}.get(out.suffix, out.suffix), LAYOUTS)
+    said = {".npz": "npz", ".pickle": "pickle", ".pkl": "pickle", "": "png"}
+    layout = check_known("layout", layout or said.get(out.suffix, out.suffix), LAYOUTS)
+    if layout != "png" and said.get(out.suffix) != layout:
+        out = Path(f"{out}.{layout}")
     splits = out / "split.json" if layout == "png" else out.with_suffix(".split.json")
     for path in (out, splits):
         if os.path.lexists(path):
@@ -96,8 +97,6 @@ def _write_folder(root: Path, whole: Split) -> list[str]:
     for i, name in enumerate(names):
         image = whole.images[i].numpy()
         flat, small = image.ndim == 3, _small(image, 16 if len(image) == 1 else 8)
-        if flat and len(image) == 1 and image.min() >= 0 and image.max() <= 1:
-            small = small if small.dtype.kind == "u" else np.rint(image * 65535).astype(np.uint16)
         picture = flat and len(image) in (1, 3) and small.dtype.kind == "u"
         if picture:
             small = small[0] if len(small) == 1 else small.transpose(1, 2, 0)

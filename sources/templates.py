@@ -34,12 +34,12 @@ from sources.files import (ENDINGS, DataError, count_slices, read_array, readabl
 
 
 class Layout(NamedTuple):
-    """A known tree of files, and what its masks mean (see `read_folder`)."""
+    """A known tree of files, and what its masks mean: see `read_folder`."""
 
     image: str
     label: str
     masks: str = "classes"
-    absent: str = "missing"
+    empty: str = "stored"
 
 
 # In LIDC every annotator saw every scan: who has no mask of a nodule drew nothing.
@@ -125,8 +125,7 @@ class Row(NamedTuple):
 def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout: str = "",
                 image: str = "", label: str = "", csv: str = "", num_classes: int = 0,
                 masks: Literal["auto", "classes", "binary"] = "auto",
-                absent: Literal["auto", "missing", "nothing"] = "auto",
-                empty: Literal["nothing", "missing"] = "nothing",
+                empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
                 slices: Literal["none", "axial"] = "none") -> Listing:
     """Anyone's own images, in a folder of any layout.
 
@@ -135,18 +134,18 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
     csv          a table in the folder instead: columns image, label or label_<annotator>, and
                  optionally name, group and split; files are relative to the folder
     masks        classes: values are classes, 255 ignored; binary: whatever is not 0 is class 1
-    absent       what it means that an annotator has no file of a case that others labelled: the
-                 label map is missing (255), or the annotator saw the image and drew nothing
-    empty        what a mask without foreground means, likewise
+    empty        what an empty mask of one annotator means, and no file at all. stored: who has an
+                 empty mask drew nothing, who has no file is missing (255); nothing: both drew
+                 nothing; missing: both are missing
     slices       axial: every slice of a volume is a case, and the volume its group
 
-    What is "auto" is as the layout has it, else classes and missing. Annotators are numbered in the
+    What is "auto" is as the layout has it, else classes and stored. Annotators are numbered in the
     order of their names, 2 before 10. Where no path and no table tells the group, groups.csv may:
     lines NAME,GROUP. Channels of NIfTI volumes are brought to mean 0 and standard deviation 1; one
     of a single slice is 2D. Raises DataError in one line that names the path that was tried.
     """
     if csv:
-        chosen, rows = Layout("", ""), _rows_of_table(path, path / csv)
+        chosen, rows = Layout(f"a row of {csv}", ""), _rows_of_table(path, path / csv)
     else:
         chosen = _choose(path, layout, image, label)
         rows = _rows_of_templates(path, Template(chosen.image), Template(chosen.label))
@@ -154,7 +153,7 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
         groups = _read_groups(path / "groups.csv", {row.name for row in rows})
         rows = [row._replace(group=groups[row.name]) for row in rows]
     masks = chosen.masks if masks == "auto" else masks
-    absent = chosen.absent if absent == "auto" else absent
+    empty = chosen.empty if empty == "auto" else empty
 
     annotators, classes = (
         {name: number for number, name in enumerate(sorted(names, key=_natural))} for names in
@@ -164,9 +163,8 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
     for row in rows:
         labels = {annotators[a]: sorted((1 + classes[c], file) for c, file in files.items())
                   for a, files in row.labels.items()}
-        read = partial(read_case, row.image, labels, slices=slices, empty=empty,
-                       paint=masks == "binary" or any(classes),
-                       drew=range(len(annotators) if absent == "nothing" else 0))
+        read = partial(read_case, row.image, labels, annotators=range(len(annotators)), empty=empty,
+                       paint=masks == "binary" or any(classes), slices=slices)
         here = [Case(row.name, row.group, read)]
         if slices == "axial":
             volume = Volume(read, count_slices(row.image))
@@ -178,10 +176,8 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
         cases += here
     if not any(row.split for row in rows):
         return Listing(cases, split_groups([case.group for case in cases], val), num_classes)
-    tried = chosen.image.replace("{split}", "\0").replace("{", "{{").replace("}", "}}")
     return Listing(cases, splits, num_classes, apart=num_classes > 0,
-                   if_empty=f"nothing is at {tried}".replace("\0", "{split}")
-                   if tried else "the table has no such row")
+                   if_empty=f"nothing is at {chosen.image}")
 
 
 def _choose(root: Path, name: str, image: str, label: str) -> Layout:
@@ -267,13 +263,10 @@ def _natural(name: str) -> str:
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
-def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, paint: bool, empty: str,
-              drew: Sequence[int], slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """A case of a folder, as `Case.read` gives it.
-
-    labels: {annotator: [(class, file)]}. paint: whether what is not 0 in a file is its class. drew:
-    annotators who drew nothing where they have no file. slices: see `read_folder`.
-    """
+def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotators: Sequence[int],
+              paint: bool, empty: str, slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """A case of a folder, as `Case.read` gives it, from {annotator: [(class, file)]}. paint: whether
+    what is not 0 in a file is its class. empty, slices: see `read_folder`."""
     dims = 3 if slices == "axial" else None
     array, grid = read_array(image, dims=dims)
     maps: dict[int, np.ndarray] = {}
@@ -291,7 +284,8 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, paint: 
         maps = {annotator: mask for annotator, mask in maps.items() if mask.any()}
     for mask in [*maps.values()][:1]:
         array = array[None] if array.ndim == mask.ndim else array  # an .npy without channels
-        maps = {annotator: np.zeros_like(mask) for annotator in drew} | maps
+        if empty == "nothing":
+            maps = {annotator: np.zeros_like(mask) for annotator in annotators} | maps
     return array, maps
 
 
