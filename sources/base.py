@@ -56,12 +56,14 @@ class Split:
     @property
     def present(self) -> Tensor:
         """(N, A) bool: whether the annotator labelled the case, that is, is not 255 everywhere."""
-        return (self.labels != IGNORE).flatten(2).any(2)
+        parts = self.labels.split(64)  # so that few cases at a time take more memory
+        return torch.cat([(labels != IGNORE).flatten(2).any(2) for labels in parts])
 
     @property
     def marked(self) -> Tensor:
         """(N, A) bool: whether the annotator marked any foreground."""
-        return ((self.labels > 0) & (self.labels != IGNORE)).flatten(2).any(2)
+        parts = self.labels.split(64)
+        return torch.cat([((part > 0) & (part != IGNORE)).flatten(2).any(2) for part in parts])
 
     @property
     def probabilities(self) -> Tensor:
@@ -232,7 +234,8 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
                 raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
                                 f"{size_text(images[0].shape)}; all must have as many")
-            largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
+            if image.dtype.kind == "f":
+                largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
             if time.monotonic() - progress.start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - progress.start > SLOW:
@@ -256,7 +259,7 @@ def _stack(listing: Listing, cases: list[Case], images: list, maps: list) -> Spl
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
     labels = np.full((len(cases), annotators, *size), empty, kind)
     for i in range(len(cases)):
-        stack[i] = centred(images[i], size, mode=listing.pad)
+        stack[i] = centred(as_float_image(images[i], cases[i].name), size, mode=listing.pad)
         for annotator, label in maps[i].items():
             labels[i, annotator] = centred(label, size, constant_values=empty)
         images[i] = maps[i] = None  # frees them one by one
@@ -294,10 +297,12 @@ def _weigh(place, listing: Listing, rows: list[int], whole: Split) -> Split:
 
 
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The case's image as float32 and its label maps as uint8 (or instance ids, int32), checked."""
+    """The case's image and its label maps as uint8 (or instance ids, int32), checked. Images of 8
+    and 16 bits stay small until they are stacked; others are float32."""
     where = f"{place}: {case.name!r}"
     image, maps = case.read()
-    image = as_float_image(image, f"{where}: image")
+    if image.dtype not in (np.uint8, np.uint16):
+        image = as_float_image(image, f"{where}: image")
     if image.ndim not in (3, 4) or not image.size:
         raise DataError(f"{where}: image is {size_text(image.shape[1:])}; (H, W) or (D, H, W) is "
                         "needed")
