@@ -141,7 +141,7 @@ def nodule_outlines(nodule: ElementTree.Element) -> dict[tuple, list]:
 
 
 def outlined_places(sessions: list) -> set[tuple]:
-    """The (slice UID, z) of every outline of every annotator."""
+    """(slice UID, z) of every outline of every annotator."""
     return {place for nodules in sessions for nodule in nodules for place in nodule}
 
 
@@ -294,13 +294,13 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
 
 def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_WINDOW,
                border: str = "exclude", workers: int = 1, read: Callable = read_dicom) -> None:
-    """LIDC-IDRI, as the archive serves it, from the folder `src` to `dst`, an .npz for `load`.
+    """Cuts LIDC-IDRI, as the archive serves it, from the folder `src` into `dst`, an .npz.
 
     Folders may nest in any way; a series and its XML file are matched by their UIDs. `dst` appears
     whole or not at all. Finished series are kept in the folder `dst`.work, so rerun to resume;
     delete it when `dst` is there. A bad file or series is reported and skipped.
 
-    `read` is what reads a file.
+    `read` is the function that reads a file: tests replace it.
     """
     src, dst = Path(src), Path(dst)
     if not src.is_dir() or dst.suffix != ".npz":
@@ -359,20 +359,18 @@ def attempt(function: Callable, item) -> tuple:
         return function(item), None
     except MemoryError:
         raise
+    except DataError as error:
+        return None, str(error)
     except Exception as error:  # damaged bytes can raise nearly anything
-        return None, str(error) if isinstance(error, DataError) else error_line(error)
+        return None, error_line(error)
 
 
 def start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with the parent even if that is killed."""
+    """Leaves Ctrl-C to the parent, and ends with the parent, which a pool's workers would outlive
+    if it were killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Waits in a thread for the parent's end; a pool's workers would outlive a killed parent."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    join = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (join(), os._exit(1)), daemon=True).start()
 
 
 def look(file: str, read: Callable) -> CTSlice | tuple[str, set[tuple]] | None:

@@ -52,6 +52,7 @@ PRESETS = {
     "qubiq": Layout("{name}/image.nii.gz", "{name}/task{class}_seg{annotator}.nii.gz"),
     "curvas": Layout("{name}/image.nii.gz", "{name}/annotation_{annotator}.nii.gz")}
 MARKS = tuple(re.sub(r"{\w+}", "*", layout.image) for layout in PRESETS.values())
+ENDING = f"(?i:{'|'.join(map(re.escape, ENDINGS))})"
 # Annotator, class and split are as short as they can be, other fields as long.
 FORMS = {"annotator": "[^/]+?", "class": "[^/]+?",
          "split": "(?i:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)"}
@@ -64,17 +65,17 @@ class Template:
         parts = re.split(r"{([a-zA-Z_]\w*)}", text)  # text, field, text, field, ..., text
         self.text, self.fields = text, list(dict.fromkeys(parts[1::2]))
         self.any_ending = text.endswith("}")
-        if not (self.fields and (self.any_ending or text.lower().endswith(ENDINGS))
-                and not re.search(r"[{}\0]", "".join(parts[::2]))
-                and not text.startswith("/") and ".." not in text.split("/")):
+        if (not self.fields or re.search(r"[{}\0]", "".join(parts[::2])) or text.startswith("/")
+                or ".." in text.split("/") or not text.lower().endswith(("}", *ENDINGS))):
             raise DataError(f"template {text[:99]!r}: give a path below the folder with fields in "
                             f"braces, such as images/{{name}}.png; it ends in a field or in one of "
                             f"{', '.join(ENDINGS)}")
-        pattern = "".join(re.escape(part) if i % 2 == 0 else f"(?P={part})"
-                          if part in parts[1:i:2] else f"(?P<{part}>{FORMS.get(part, '[^/]+')})"
-                          for i, part in enumerate(parts))
-        endings = f"(?i:{'|'.join(map(re.escape, ENDINGS))})" if self.any_ending else ""
-        self.pattern = re.compile(pattern + endings)
+        pattern = ""
+        for i, part in enumerate(parts):
+            again = part in parts[1:i:2]
+            pattern += (re.escape(part) if i % 2 == 0 else f"(?P={part})" if again
+                        else f"(?P<{part}>{FORMS.get(part, '[^/]+')})")
+        self.pattern = re.compile(pattern + ENDING * self.any_ending)
         self.glob = "".join("*" if i % 2 else glob.escape(part) for i, part in enumerate(parts))
 
     def find(self, root: Path) -> dict[tuple[str, ...], Path]:
@@ -218,7 +219,7 @@ def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row
         files[fields.get("class", "")] = file
     rows = []
     for values, file in images.items():
-        fields, name = dict(zip(image.fields, values)), "/".join(values)
+        name, fields = "/".join(values), dict(zip(image.fields, values))
         rows.append(Row(name, fields.get("group", name), fields.get("split", ""), file,
                         drawn.get(values, {})))
     return rows
@@ -234,13 +235,12 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
                         "label or label_<annotator>, are needed")
     rows = []
     for line in lines:
-        if not line["image"] or (line.get("split") or "train").lower()[:3] not in (
-                "tra", "val", "tes"):
+        image, split = line["image"], line.get("split") or ""
+        if not image or split and not re.fullmatch(FORMS["split"], split):
             raise DataError(f"{file}: row {len(rows) + 1}: give an image, and as its split train, "
-                            f"val or test, not {line.get('split')!r}")
-        image, ends = line["image"], "|".join(map(re.escape, ENDINGS))
-        name = line.get("name") or re.sub(f"(?i:{ends})$", "", image)
-        rows.append(Row(name, line.get("group") or name, line.get("split") or "", root / image,
+                            f"val or test, not {split!r}")
+        name = line.get("name") or re.sub(f"{ENDING}$", "", image)
+        rows.append(Row(name, line.get("group") or name, split, root / image,
                         {column[6:]: {"": root / line[column]} for column in labels
                          if line[column]}))
     return rows
