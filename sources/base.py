@@ -244,16 +244,17 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
               "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
               file=sys.stderr)
-    whole = _stack(listing, cases, images, maps)
-    return whole if whole.instances is not None else _weigh(place, listing, rows, whole)
+    return _stack(place, listing, rows, images, maps)
 
 
-def _stack(listing: Listing, cases: list[Case], images: list, maps: list) -> Split:
-    """One Split of images (C, *S) and {annotator: label map (*S)}; a missing map is 255.
+def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
+    """One Split of images (C, *S) and {annotator: label map (*S)}; a missing map is 255 and has
+    weight 0.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
     by reflection, labels with 255, which no loss and no metric uses.
     """
+    cases = [listing.cases[i] for i in rows]
     size, annotators = np.max([image.shape[1:] for image in images], 0), 1 + max(chain(*maps, [0]))
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
@@ -268,13 +269,9 @@ def _stack(listing: Listing, cases: list[Case], images: list, maps: list) -> Spl
                   [case.name for case in cases], scored=listing.scored)
     if listing.fixed is not None:
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
-        whole.labels = _fixed_maps(whole)
-    return whole
+        return replace(whole, labels=_fixed_maps(whole))
 
-
-def _weigh(place, listing: Listing, rows: list[int], whole: Split) -> Split:
-    """Sets the number of classes and the annotators' weights, 0 where a label map is missing."""
-    highest = max(int(maps[maps != IGNORE].max(initial=0)) for maps in whole.labels.numpy())
+    highest = max(int(label[label != IGNORE].max(initial=0)) for label in labels)
     if not highest:
         raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "

@@ -4,10 +4,13 @@ trees that do not fit, and what is written for other codebases."""
 import json
 import os
 import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sources.templates
@@ -153,6 +156,25 @@ def test_arrays(tmp_path):
         want = image[None] if name == "flat" else image
         np.testing.assert_array_equal(whole.images[0], want.astype(np.float32))
         np.testing.assert_array_equal(whole.labels[0, 0], mask(1, size, 3))
+
+
+def test_a_picture_is_six_functions_away(tmp_path, monkeypatch):
+    """From `load` to the one that opens the file."""
+    stacks, real = [], Image.open
+
+    def note(*arguments):
+        functions, frame = [], sys._getframe(1)
+        while frame:
+            if Path(frame.f_code.co_filename).parent.name == "sources":
+                functions.append(frame.f_code.co_name)
+            frame = frame.f_back
+        stacks.append(["load", "collect", *functions[:0:-1]])  # but for the context manager
+        return real(*arguments)
+
+    monkeypatch.setattr(Image, "open", note)
+    data.load("lidc", "all", put(tmp_path, KAGGLE))
+    assert {len(stack) for stack in stacks} == {6} and len(stacks) == 200
+    assert {stack[-1] for stack in stacks} == {"read_picture", "read_label"}
 
 
 # ------------------------------------------------------------------------------------------ tables
