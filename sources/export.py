@@ -13,7 +13,7 @@ from PIL import Image
 
 from common import IGNORE
 from sources.base import Split, check_known
-from sources.files import DataError, write_atomically, write_npz, write_text
+from sources.files import DataError
 
 LAYOUTS = ("npz", "png", "pickle")
 
@@ -43,46 +43,54 @@ def export(whole: Split, out, layout: str = "") -> str:
     if layout == "pickle" and (images.ndim > 4 or images.shape[1] > 1 or whole.num_classes > 2):
         raise DataError(f"{out}: the pickle holds images of one channel and two classes; use .npz")
 
-    if layout == "npz":
-        arrays = dict(images=_small(images), labels=labels, groups=np.array(whole.groups),
-                      names=np.array(names), num_classes=np.array(whole.num_classes))
-        if whole.weights is not None:
-            arrays["weights"] = whole.weights.numpy()
-        write_npz(out, arrays)
-    elif layout == "pickle":
-        table = {name: {"image": image[0].astype(float), "masks": list(maps), "series_uid": group}
-                 for name, image, maps, group in zip(names, images, labels, whole.groups)}
-        write_atomically(out, lambda name: Path(name).write_bytes(pickle.dumps(table, 4)))
-    else:
-        work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        work.mkdir()
-        try:
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    work.mkdir()
+    try:
+        if layout == "npz":
+            arrays = dict(images=_small(images), labels=labels, groups=np.array(whole.groups),
+                          names=np.array(names), num_classes=np.array(whole.num_classes))
+            if whole.weights is not None:
+                arrays["weights"] = whole.weights.numpy()
+            np.savez_compressed(work / "out.npz", **arrays)
+        elif layout == "pickle":
+            table = {name: dict(image=image[0].astype(float), masks=list(maps), series_uid=group)
+                     for name, image, maps, group in zip(names, images, labels, whole.groups)}
+            (work / "out.pickle").write_bytes(pickle.dumps(table, 4))
+        else:
             names = _write_folder(work, whole)
+        shown = dict(zip(whole.names, names))
+        if whole.parts and all(name in shown for part in whole.parts.values() for name in part):
+            (work / "split.json").write_text(json.dumps(
+                {split: [shown[name] for name in part] for split, part in whole.parts.items()}))
+        if layout == "png":
             work.rename(out)
-        except BaseException:
-            shutil.rmtree(work)
-            raise
-    shown = dict(zip(whole.names, names))
-    if whole.parts and all(name in shown for part in whole.parts.values() for name in part):
-        write_text(splits, json.dumps({split: [shown[name] for name in part]
-                                       for split, part in whole.parts.items()}))
+        else:
+            for file in sorted(work.iterdir(), reverse=True):  # the set itself comes last
+                file.rename(splits if file.suffix == ".json" else out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+    how = {"npz": "npz", "pickle": "lidc", "png": "folder"}[layout] + f" --path {out} --data-args"
+    how += f" num_classes={whole.num_classes}" * (layout == "png")
+    how += f" split_file={splits}" * splits.exists()
     present = whole.present.float()
-    lost = layout != "npz" and whole.weights is not None and not np.allclose(
-        whole.weights, present / present.sum(1, keepdim=True))
-    name = {"npz": "npz", "png": "folder", "pickle": "lidc"}[layout]
-    return (f"wrote {out}: {len(whole)} cases"
-            + ", without the probabilities of their label maps" * lost
-            + f"; read them with --data {name} --path {out} --data-args split_file={splits}")
+    if layout != "npz" and whole.weights is not None and not np.allclose(
+            whole.weights, present / present.sum(1, keepdim=True)):
+        how += " (the probabilities of its label maps have no place in this layout)"
+    return f"wrote {out}, {len(whole)} cases, to be read with --data {how}"
 
 
 def _small(images: np.ndarray, most: int = 16) -> np.ndarray:
     """The images as whole numbers of 8 bits, or of up to `most`, if these read as the same floats;
     else as they are."""
     for kind in (np.uint8, np.uint16)[:most // 8]:
-        top = np.float32(np.iinfo(kind).max)
-        whole = np.rint(images.clip(0, 1) * top).astype(kind)
-        if np.array_equal(whole / top, images):
-            return whole
+        top, small = np.float32(np.iinfo(kind).max), np.empty(images.shape, kind)
+        for i, image in enumerate(images):
+            small[i] = np.rint(image.clip(0, 1) * top)
+            if not np.array_equal(small[i] / top, image):
+                break
+        else:
+            return small
     return images
 
 

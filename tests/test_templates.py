@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import sources.templates
+from common import key_values
 from data_files import LPS, arrays, grey_records, records, refused, save_picture, write
 from sources.export import export
 
@@ -347,7 +348,8 @@ def test_what_is_exported_reads_as_the_same_split(tmp_path, layout, kind, capsys
     path, out = write(tmp_path / "a.pickle", table), tmp_path / f"o.{layout}".removesuffix(".png")
     assert data.main(["export", "--data", "lidc", "--path", str(path), str(out)]) == 0
     told = capsys.readouterr().out.split()
-    name, options = told[told.index("--data") + 1], dict([told[-1].split("=")])
+    name, at = told[told.index("--data") + 1], told.index("--data-args") + 1
+    options = key_values("", told[at:])
     assert name == LOADED_AS[layout]
     for a, b in zip(data.load("lidc", ("train", "val", "test"), path),
                     data.load(name, ("train", "val", "test"), out, **options)):
@@ -373,7 +375,7 @@ def test_export_of_colours_volumes_and_probabilities(tmp_path):
             out = tmp_path / f"{given['images'].ndim}{len(given)}{given['images'].shape[2]}"
             told = export(whole, out, layout)
             out = out if layout == "png" else out.with_suffix(".npz")
-            assert ("without the probabilities" in told) == (layout == "png" and len(given) == 3)
+            assert ("probabilities of its label maps" in told) == (layout == "png" and len(given) == 3)
             back = data.load(LOADED_AS[layout], "all", out)
             if layout == "png":
                 back.weights = whole.weights  # have no place there
