@@ -100,7 +100,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
 
 
 def _check_options(name: str, source: "Source", given: dict) -> None:
-    """DataError unless the set has such options and values: `sources.synthetic` on annotations."""
+    """Raises DataError unless the set has such options and values, by its reader's annotations."""
     allowed = {key: parameter.annotation
                for key, parameter in inspect.signature(source.read).parameters.items()
                if parameter.kind is parameter.KEYWORD_ONLY}
@@ -152,7 +152,7 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
 
 
 def center(split: Split, size: int | Sequence[int]) -> Split:
-    """A split on the host, cropped to its centre or padded: images by reflection, labels by 255,
+    """Crops a split on the host to its centre, or pads it: images by reflection, labels by 255,
     instances by -1."""
     size = _as_size(size, split.images.shape[2:])
 
@@ -202,7 +202,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def send(tensor: Tensor | None) -> Tensor | None:
-        """This rank's rows, on the device; only a copy from pinned memory does not block."""
+        """Sends this rank's rows to the device; only a copy from pinned memory does not block."""
         if tensor is None:
             return None
         tensor = tensor[mine].pin_memory() if device.type == "cuda" else tensor[mine]
@@ -227,7 +227,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
 
 
 def _rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The cases (B,) of batch `step`, out of permutations of 0..count-1 chained end to end."""
+    """Returns the cases (B,) of batch `step`, from permutations of 0..count-1 chained together."""
     first, offset = divmod(step * batch_size, count)
     last = ((step + 1) * batch_size - 1) // count
     order = torch.cat([_permutation(count, seed, epoch) for epoch in range(first, last + 1)])
@@ -240,7 +240,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor:
-    """(N, A) float64 weights of the annotators, on the host; 0 for those not in `annotators`."""
+    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`."""
     weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
     weights = weights.double()
     if annotators is None:
@@ -309,8 +309,8 @@ DATASETS: dict[str, Source] = {
         "(N, A, D, H, W)", (".npz",)),
     "folder": Source(
         read_folder, "your own: pictures, NIfTI volumes or .npy in a folder of any layout", _MILD,
-        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png (also .tif, .npy, .nii.gz), or "
-        "of any layout with --data-args image= label=, two path templates", marks=("*",)),
+        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png (also .tif, .npy, .nii.gz), "
+        "or of any layout with --data-args image= label=, two path templates", marks=("*",)),
     "em": Source(
         read_em, "sections of electron microscopy, each cell one of 15 classes at random", _FULL,
         "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with train-input.tif "
@@ -336,8 +336,8 @@ DATASETS: dict[str, Source] = {
 
 
 def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
-    """A table of the data set, and a PNG (`out`, or <name>.png) of the cases of `split` whose label
-    maps differ most. Raises DataError as `load` does."""
+    """Returns a table of the data set, and draws the cases of `split` whose label maps differ most
+    as a PNG (`out`, or <name>.png). Raises DataError as `load` does."""
     options, out = options or {}, Path(out or f"{name}.png")
     wanted = ["all"] if split == "all" else list(SPLITS)
     try:
@@ -359,19 +359,19 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
 
 
 def _distances(split: Split) -> Tensor:
-    """(N, A, A): 1 - IoU of every two label maps of a case, the mean over foreground classes."""
+    """Returns 1 - IoU of every two label maps of a case, (N, A, A), averaged over the classes."""
     maps = (split.subset([i]).all_maps().labels[0] for i in range(len(split)))
     return torch.stack([1 - metrics.pairwise_iou(m, m, split.num_classes).float() for m in maps])
 
 
 def _diversity(split: Split, distances: Tensor) -> Tensor:
-    """(N,): E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4)."""
+    """Returns E[1 - IoU] (N,) of two annotators, drawn with replacement (SSN, Sec. 4)."""
     weights = split.probabilities
     return torch.einsum("na,nab,nb->n", weights, distances, weights)
 
 
 def _summary(split: Split, distances: Tensor) -> dict[str, str]:
-    """The table's rows of one split: means over cases, of annotators drawn by probability."""
+    """Returns the table's rows of a split: means over cases, of annotators drawn by probability."""
     weights, present, count = split.probabilities, split.present, split.labels.shape[1]
     counts = torch.zeros(len(split), weights.shape[1], 256)
     for i in range(len(split)):
@@ -401,8 +401,8 @@ def _summary(split: Split, distances: Tensor) -> dict[str, str]:
 
 
 def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps: int = 7) -> None:
-    """A row a case, the most diverse first (of a volume, its fullest slice): the image, and its
-    likeliest label maps over it, each with its annotator's number and probability."""
+    """Draws a row a case, the most diverse first (of a volume, its fullest slice): the image, and
+    its likeliest label maps over it, each with its annotator's number and probability."""
     pictures, notes = {}, {}
     diversity = _diversity(split, distances).sort(descending=True, stable=True)
     for score, i in zip(*(values[:cases].tolist() for values in diversity)):
@@ -438,7 +438,8 @@ def main(argv=None) -> int:
                              help="its options")
     look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
     look.add_argument("--out", help="the PNG (default <data>.png)")
-    copy.add_argument("out", metavar="OUT", help="NAME.npz, NAME.pickle, or a new folder")
+    copy.add_argument("out", metavar="OUT", help="NAME.npz, NAME.pickle, or a new folder; "
+                      "give it before --data-args")
     copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__.partition("`read`")[0])

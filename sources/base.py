@@ -72,24 +72,24 @@ class Split:
         return share / share.sum(1, keepdim=True)
 
     def label_maps(self, cases: Tensor, annotators: Tensor) -> Tensor:
-        """One label map of each case, by index, both (B,) -> (B, *S) uint8."""
+        """Returns one label map (B, *S) uint8 of each case, both given by their index (B,)."""
         if self.flips is None:
             return self.labels[cases, annotators]
         return relabel(self.labels[cases, 0], self.flips[cases, annotators])
 
     def all_maps(self) -> "Split":
-        """The same with every label map in `labels`; for small subsets, as the result is large."""
+        """Returns the split with every label map in `labels`. It is large: take few cases."""
         if self.flips is None:
             return self
         maps = [relabel(self.labels[:, 0], table) for table in self.flips.unbind(1)]
         return replace(self, labels=torch.stack(maps, 1), flips=None)
 
     def to(self, device) -> "Split":
-        """All of it on `device`."""
+        """Returns the split with all its tensors on `device`."""
         return replace(self, **{key: tensor.to(device) for key, tensor in self._tensors()})
 
     def subset(self, indices: Sequence[int]) -> "Split":
-        """These cases; of a range, a view without a copy."""
+        """Returns these cases. For a range the tensors are views, so nothing is copied."""
         if isinstance(indices, range):
             rows = slice(indices.start, indices.stop, indices.step)
         else:
@@ -141,7 +141,7 @@ class Listing:
 
 
 def locate(name: str, path, source) -> Path:
-    """The file, or the folder in a known layout, that `path`, or datasets/<name>, points to."""
+    """Finds the file, or the folder in a known layout, that `path` or datasets/<name> points to."""
     place = Path("datasets", name) if path is None else Path(str(path))
     if place.is_dir():
         if any(any(place.glob(mark)) for mark in source.marks):
@@ -161,7 +161,7 @@ def locate(name: str, path, source) -> Path:
 
 
 def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[str, list[int]]:
-    """Case indices of train, val and test, with no group in two of them.
+    """Splits cases into train, val and test, as their indices, with no group in two of them.
 
     The n distinct groups, sorted, are shuffled by RandomState(0); the first ceil(test n) are test.
     The other m, in that order, are shuffled by a fresh RandomState(0); the first ceil(val m) are
@@ -179,7 +179,7 @@ def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[s
 
 
 def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dict[str, list[int]]:
-    """The case indices of train, val and test: the set's own, or those of a split file.
+    """Returns the case indices of train, val and test: the set's own, or those of a split file.
 
     Raises DataError for two cases of one name, a group in two splits, an empty split in `wanted`.
     """
@@ -203,7 +203,7 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
 
 
 def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
-    """The splits in a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}."""
+    """Reads a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}."""
     with readable(file, "split file (JSON)"):
         listed = json.loads(Path(file).read_text(encoding="utf-8"))
     if (not isinstance(listed, dict) or not set(listed) <= set(SPLITS)
@@ -248,8 +248,8 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
 
 
 def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
-    """One Split of images (C, *S) and {annotator: label map (*S)}; a missing map is 255 and has
-    weight 0.
+    """Stacks images (C, *S) and {annotator: label map (*S)} of all cases into one Split. A missing
+    label map is 255 and has weight 0.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
     by reflection, labels with 255, which no loss and no metric uses.
@@ -294,8 +294,8 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
 
 
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The case's image and its label maps as uint8 (or instance ids, int32), checked. Images of 8
-    and 16 bits stay small until they are stacked; others are float32."""
+    """Reads and checks a case: its image, and its label maps as uint8 (or instance ids as int32).
+    Images of 8 and 16 bits stay small until they are stacked; others become float32."""
     where = f"{place}: {case.name!r}"
     image, maps = case.read()
     if image.dtype not in (np.uint8, np.uint16):
@@ -329,7 +329,7 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
 
 
 def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
-    """Ids from `fixed` on are renumbered without gaps, so that tables of classes stay small."""
+    """Renumbers the ids from `fixed` on without gaps, so that tables of classes stay small."""
     if ids.dtype.kind not in "ui" or (ids < -1).any() or not (ids >= 0).any():
         raise DataError(f"{where} is of {ids.dtype}, its least {ids.min(initial=0)}; instance ids "
                         "are whole numbers from 0 up (at least one); -1 is ignored")
@@ -338,7 +338,8 @@ def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
 
 
 def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
-    """(N, count, *S): label maps of a split with instances, each case's a function of its name."""
+    """Draws label maps (N, count, *S) of a split with instances; those of a case depend on its name
+    alone."""
     maps = []
     for ids, name in zip(whole.instances, whole.names):
         for number in range(count):
@@ -363,21 +364,21 @@ def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
 
 
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
-    """`name`, if it is one of `names`; DataError with all of them if not."""
+    """Returns `name` if it is one of `names`, and raises a DataError that lists them if not."""
     if name not in names:
         raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names)}")
     return name
 
 
 def random_classes(count: int, ids: int, fixed: int, num_classes: int, generator) -> Tensor:
-    """A random class fixed..K-1 for every instance id from `fixed` on. (count, ids) uint8."""
+    """Draws tables (count, ids) uint8 of a random class fixed..K-1 for each id from `fixed` on."""
     table = torch.randint(fixed, num_classes, (count, ids), generator=generator, dtype=torch.uint8)
     table[:, :fixed] = torch.arange(fixed)[:ids]
     return table
 
 
 def relabel(instances: Tensor, table: Tensor) -> Tensor:
-    """Instance ids or classes (B, *S) through a class table (B, ids) -> (B, *S) uint8."""
+    """Looks instance ids or classes (B, *S) up in class tables (B, ids); returns (B, *S) uint8."""
     labels = table.gather(1, instances.flatten(1).clamp(min=0).long()).view(instances.shape)
     return labels.masked_fill(instances < 0, IGNORE)
 
@@ -389,7 +390,7 @@ def seeded_generator(*words: int) -> torch.Generator:
 
 
 def spline(knots: Tensor, shape: Sequence[int]) -> Tensor:
-    """The uniform cubic B-spline with control values `knots` (B, C, *k) -> (B, C, *shape)."""
+    """Evaluates the uniform cubic B-spline of `knots` (B, C, *k) on a grid: (B, C, *shape)."""
     for want in shape:
         count = knots.shape[2]
         at = torch.linspace(1, count - 2, want, device=knots.device)

@@ -16,7 +16,7 @@ HDF5 = (".h5", ".hdf5")
 
 
 def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
-    """LIDC-IDRI as a pickle, HDF5, an .npz, or a folder in one of the layouts of `templates`."""
+    """Lists LIDC-IDRI in a pickle, HDF5, an .npz, or a folder in a layout of `templates`."""
     if path.is_dir():
         return read_folder(path, wanted, num_classes=2, val=0.2)
     if path.suffix in HDF5:
@@ -27,7 +27,7 @@ def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
 
 
 def _read_pickle(path: Path) -> Listing:
-    """The layout of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
+    """Lists the cases of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
     table = read_pickle(path)
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}; give a dict "
@@ -52,7 +52,7 @@ def _read_pickle(path: Path) -> Listing:
 
 
 def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
-    """HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
+    """Lists HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
 
     At the top, or in groups train, val and test: images (N, H, W), floats as they are; labels or
     masks (N, H, W, A), (N, A, H, W) or (N, H, W); optionally uids (N,), the series of each, else

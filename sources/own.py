@@ -12,7 +12,7 @@ from sources.files import DataError, read_npz_arrays, readable, size_text
 
 def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
              num_classes: int = 0) -> Listing:
-    """A user's own .npz.
+    """Lists the cases of a user's own .npz.
 
       images   (N, H, W), (N, C, H, W) or (N, C, D, H, W): floats, or uint8 or uint16, as
                `as_float_image` scales them
@@ -48,5 +48,5 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
 
 
 def read_row(images: np.ndarray, labels: np.ndarray, i: int):
-    """Case i of stacked images (N, C, *S) and labels (N, A, *S), as `Case.read` gives it."""
+    """Returns case i of images (N, C, *S) and labels (N, A, *S), as `Case.read` does."""
     return images[i], dict(enumerate(labels[i]))

@@ -10,7 +10,7 @@ fields have a meaning:
     {group}      the patient or scene, through which no split cuts; without it, the case itself
     {split}      train, val or test (training, validation and testing are the same)
     {annotator}  of labels: who drew the label map
-    {class}      of labels: each class has a binary file of its own; where they overlap, the last wins
+    {class}      of labels: each class has a binary file; where these overlap, the last one wins
 
 A template that ends in a field takes files of every ending that can be read (`files.ENDINGS`).
 """
@@ -78,8 +78,12 @@ class Template:
         self.pattern = re.compile(pattern + ENDING * self.any_ending)
         self.glob = "".join("*" if i % 2 else glob.escape(part) for i, part in enumerate(parts))
 
+    def fits(self, root: Path) -> bool:
+        """Tells whether any file below `root` has this form."""
+        return any(map(self.pattern.fullmatch, glob.iglob(self.glob, root_dir=root)))
+
     def find(self, root: Path) -> dict[tuple[str, ...], Path]:
-        """{values of `fields`: file} of all files of this form, in alphabetical order."""
+        """Finds {values of `fields`: file} of all files of this form, in alphabetical order."""
         found: dict[tuple[str, ...], Path] = {}
         for name in sorted(glob.glob(self.glob, root_dir=root)):
             file = root / name
@@ -92,11 +96,11 @@ class Template:
         return found
 
     def fill(self, values: dict[str, str]) -> str:
-        """The path of a file with these values of the fields."""
+        """Returns the path of a file with these values of the fields."""
         return re.sub(r"{(\w+)}", lambda field: values.get(field[1], field[0]), self.text)
 
     def explain(self, root: Path) -> str:
-        """Why nothing was found: the first path that was tried, and what is there."""
+        """Says why nothing was found: the first path that was tried, and what is there."""
         here, globs = root, self.glob.split("/")
         for depth in range(1, len(globs)):
             below = sorted(glob.glob("/".join(globs[:depth]) + "/", root_dir=root))
@@ -108,7 +112,7 @@ class Template:
 
 
 def holds(folder: Path) -> str:
-    """What a folder holds, for a message."""
+    """Says what a folder holds, for a message."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
 
@@ -128,7 +132,7 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
                 masks: Literal["auto", "classes", "binary"] = "auto",
                 empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
                 slices: Literal["none", "axial"] = "none") -> Listing:
-    """Anyone's own images, in a folder of any layout.
+    """Lists the cases in a folder of any layout.
 
     layout       one of `PRESETS`; without it, the first that the folder looks like
     image label  two path templates, as this file's docstring describes them, for any other tree
@@ -182,18 +186,18 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
 
 
 def _choose(root: Path, name: str, image: str, label: str) -> Layout:
-    """The layout asked for, or the one that the folder looks like."""
+    """Returns the layout that was asked for, or the one that the folder looks like."""
     if image or label:
         if not (image and label):
             raise DataError(f"{root}: give two templates, image= and label=")
         return Layout(image, label)
     if name:
         return PRESETS[check_known("layout", name, PRESETS)]
-    like = [name for name, layout in PRESETS.items() if Template(layout.image).find(root)]
+    like = [name for name, layout in PRESETS.items() if Template(layout.image).fits(root)]
     if not like:
         raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
                         f"{holds(root)}; give the templates image= and label=, or csv=")
-    name = next((name for name in like if Template(PRESETS[name].label).find(root)), like[0])
+    name = next((name for name in like if Template(PRESETS[name].label).fits(root)), like[0])
     if os.environ.get("RANK", "0") == "0":
         say(f"{root}: read as {name}: image={PRESETS[name].image} label={PRESETS[name].label}")
     return PRESETS[name]
@@ -202,8 +206,8 @@ def _choose(root: Path, name: str, image: str, label: str) -> Layout:
 def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row]:
     own = {"annotator", "class"}
     if own & set(image.fields) or set(label.fields) - own != set(image.fields):
-        raise DataError(f"{root}: image={image.text} label={label.text}: both need the same fields, "
-                        "and the label may have {annotator} and {class} besides")
+        raise DataError(f"{root}: image={image.text} label={label.text}: both need the same "
+                        "fields, and the label may have {annotator} and {class} besides")
     images, labels = image.find(root), label.find(root)
     for template, found in ((image, images), (label, labels)):
         if not found:
@@ -231,8 +235,8 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
         columns, lines = table.fieldnames or [], list(table)
     labels = [column for column in columns if re.fullmatch("label(_.+)?", column)]
     if "image" not in columns or not labels:
-        raise DataError(f"{file}: has the columns {', '.join(columns[:20]) or '(none)'}; image, and "
-                        "label or label_<annotator>, are needed")
+        raise DataError(f"{file}: has the columns {', '.join(columns[:20]) or '(none)'}; image, "
+                        "and label or label_<annotator>, are needed")
     rows = []
     for line in lines:
         image, split = line["image"], line.get("split") or ""
@@ -247,7 +251,7 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
 
 
 def _read_groups(file: Path, names: set[str]) -> dict[str, str]:
-    """{name: group}, from the table `file`."""
+    """Reads {name: group} from the table `file`, which has to list every image."""
     with readable(file, "table of name,group"):
         lines = file.read_text(encoding="utf-8-sig").splitlines()
         table = dict(tables.reader(filter(None, lines)))
@@ -259,14 +263,14 @@ def _read_groups(file: Path, names: set[str]) -> dict[str, str]:
 
 
 def _natural(name: str) -> str:
-    """A key that sorts numbers in names by their value."""
+    """Returns a key that sorts the numbers in names by their value."""
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
 def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotators: Sequence[int],
               paint: bool, empty: str, slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """A case of a folder, as `Case.read` gives it, from {annotator: [(class, file)]}. paint: whether
-    what is not 0 in a file is its class. empty, slices: see `read_folder`."""
+    """Reads a case of a folder, as `Case.read` does, from {annotator: [(class, file)]}. paint: if
+    whatever is not 0 in a file is of its class. empty, slices: see `read_folder`."""
     dims = 3 if slices == "axial" else None
     array, grid = read_array(image, dims=dims)
     maps: dict[int, np.ndarray] = {}
@@ -296,7 +300,7 @@ class Volume:
         self.read, self.left, self.kept, self.lock = read, left, None, threading.Lock()
 
     def slice(self, z: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Slice z, as `Case.read` gives it."""
+        """Returns slice z, as `Case.read` does."""
         with self.lock:
             self.kept = array, maps = self.kept or self.read()
             self.left -= 1

@@ -1,10 +1,11 @@
-"""sources/templates.py and sources/export.py: folders of any layout, tables, volumes slice by slice,
+"""sources/templates.py and sources/export.py: folders of any layout, tables, volumes by slice,
 trees that do not fit, and what is written for other codebases."""
 
 import json
 import os
 import pickle
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import data
+import sources.base
 import sources.templates
 from common import key_values
 from data_files import LPS, arrays, grey_records, records, refused, save_picture, write
@@ -72,6 +74,16 @@ def test_other_processes_do_not_say_what_a_folder_is(tmp_path, capsys, monkeypat
     assert not capsys.readouterr().out
 
 
+def test_slow_reading_is_on_threads_and_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources.base, "SLOW", -1)
+    threads, real = set(), sources.templates.read_array
+    monkeypatch.setattr(sources.templates, "read_array", lambda *given, **how: threads.add(
+        threading.current_thread()) or real(*given, **how))
+    data.load("lidc", "train", put(tmp_path, KAGGLE))
+    assert f"{tmp_path}: 40 cases read" in capsys.readouterr().out
+    assert threads and threading.main_thread() not in threads
+
+
 def test_templates_on_the_command_line(tmp_path, capsys):
     """Values that begin with a brace are no Python literals, and stay text."""
     root = put(tmp_path / "own", {name.replace("images", "scan"): array
@@ -80,7 +92,8 @@ def test_templates_on_the_command_line(tmp_path, capsys):
                  "image={group}/{nodule}/scan/{name}.png",
                  "label={group}/{nodule}/mask-{annotator}/{name}.png", "masks=binary"]
     assert data.main(["show", "--out", str(tmp_path / "a.png"), *arguments]) == 0
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:-1]}
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["cases"] == ["24", "8", "8"] and rows["annotators"] == ["4"] * 3
 
 
@@ -281,19 +294,20 @@ BAD_TREES = {
     "sizes": ({}, {"p2/by-ben/s1.png": mask(0, (5, 6))},
               ["{root}/p2/by-ben/s1.png is 5 x 6 and {root}/p2/scan/s1.png 6 x 5"]),
     "two files": (dict(image="{group}/scan/{name}", label="{group}/by-{annotator}/{name}"),
-                  {"p2/by-ben/s1.tif": mask(0)}, ["{root}/p2/by-ben/s1.tif", "s1.png", "same name"]),
+                  {"p2/by-ben/s1.tif": mask(0)},
+                  ["{root}/p2/by-ben/s1.tif", "s1.png", "same name"]),
     "half a pair": (dict(label=""), {}, ["image= and label="]),
     "no such fields": (dict(label="{annotator}/{name}.png"), {}, ["the same fields"]),
     "a field too many": (dict(label="{group}/by-{annotator}/{x}/{name}.png"), {}, ["same fields"]),
-    "annotators of an image": (dict(image="{group}/by-{annotator}/{name}.png"), {}, ["same fields"]),
+    "annotator of an image": (dict(image="{group}/by-{annotator}/{name}.png"), {}, ["same fields"]),
     "no field": (dict(image="p1/scan/s1.png"), {}, ["fields in braces"]),
     "an open brace": (dict(image="{group}/scan/{name.png"), {}, ["fields in braces"]),
     "outside": (dict(image="../{group}/scan/{name}.png"), {}, ["below the folder"]),
     "absolute": (dict(image="/{group}/scan/{name}.png"), {}, ["below the folder"]),
     "no ending": (dict(image="{group}/scan/{name}.bmp"), {}, [".nii.gz"]),
     "a null": (dict(image="{group}/\0/{name}.png"), {}, ["below the folder"]),
-    "no layout": (dict(image="", label=""), {}, ["none of the layouts folders, hpunet", "holds p1, p2",
-                                                 "image="])}
+    "no layout": (dict(image="", label=""), {},
+                  ["none of the layouts folders, hpunet", "holds p1, p2", "image="])}
 
 
 @pytest.mark.parametrize("fault", BAD_TREES)
@@ -375,7 +389,8 @@ def test_export_of_colours_volumes_and_probabilities(tmp_path):
             out = tmp_path / f"{given['images'].ndim}{len(given)}{given['images'].shape[2]}"
             told = export(whole, out, layout)
             out = out if layout == "png" else out.with_suffix(".npz")
-            assert ("probabilities of its label maps" in told) == (layout == "png" and len(given) == 3)
+            lost = layout == "png" and "weights" in given
+            assert ("probabilities of its label maps" in told) == lost
             back = data.load(LOADED_AS[layout], "all", out)
             if layout == "png":
                 back.weights = whole.weights  # have no place there
