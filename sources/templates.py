@@ -66,10 +66,11 @@ class Template:
         self.text, self.fields = text, list(dict.fromkeys(parts[1::2]))
         self.any_ending = text.endswith("}")
         if (not self.fields or re.search(r"[{}\0]", "".join(parts[::2])) or text.startswith("/")
-                or ".." in text.split("/") or not text.lower().endswith(("}", *ENDINGS))):
+                or ".." in text.split("/") or "}{" in text
+                or not text.lower().endswith(("}", *ENDINGS))):
             raise DataError(f"template {text[:99]!r}: give a path below the folder with fields in "
-                            f"braces, such as images/{{name}}.png; it ends in a field or in one of "
-                            f"{', '.join(ENDINGS)}")
+                            f"braces, with text between them, such as images/{{name}}.png; it ends "
+                            f"in a field or in one of {', '.join(ENDINGS)}")
         pattern = ""
         for i, part in enumerate(parts):
             again = part in parts[1:i:2]
@@ -149,10 +150,13 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
     lines NAME,GROUP. Channels of NIfTI volumes are brought to mean 0 and standard deviation 1; one
     of a single slice is 2D. Raises DataError in one line that names the path that was tried.
     """
+    if csv and (layout or image or label):
+        raise DataError(f"{path}: give csv= alone, without layout=, image= and label=")
     if csv:
-        chosen, rows = Layout(f"a row of {csv}", ""), _rows_of_table(path, path / csv)
+        kind, chosen = "a table", Layout(f"{csv}:image", f"{csv}:label_{{annotator}}")
+        rows = _rows_of_table(path, path / csv)
     else:
-        chosen = _choose(path, layout, image, label)
+        kind, chosen = _choose(path, layout, image, label)
         rows = _rows_of_templates(path, Template(chosen.image), Template(chosen.label))
     if (path / "groups.csv").exists() and all(row.group == row.name for row in rows):
         groups = _read_groups(path / "groups.csv", {row.name for row in rows})
@@ -164,6 +168,9 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
         {name: number for number, name in enumerate(sorted(names, key=_natural))} for names in
         ({a for row in rows for a in row.labels},
          {c for row in rows for files in row.labels.values() for c in files}))
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, of the annotators "
+            + (", ".join(annotators) or "none"))
     cases, splits = [], {split: [] for split in SPLITS}
     for row in rows:
         labels = {annotators[a]: sorted((1 + classes[c], file) for c, file in files.items())
@@ -185,22 +192,20 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
                    if_empty=f"nothing is at {chosen.image}")
 
 
-def _choose(root: Path, name: str, image: str, label: str) -> Layout:
-    """Returns the layout that was asked for, or the one that the folder looks like."""
-    if image or label:
-        if not (image and label):
-            raise DataError(f"{root}: give two templates, image= and label=")
-        return Layout(image, label)
+def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]:
+    """Returns the layout that was asked for, or the one that the folder looks like, by its name."""
+    if bool(image) != bool(label) or name and image:
+        raise DataError(f"{root}: give two templates, image= and label=, or one layout=")
+    if image:
+        return "templates", Layout(image, label)
     if name:
-        return PRESETS[check_known("layout", name, PRESETS)]
+        return name, PRESETS[check_known("layout", name, PRESETS)]
     like = [name for name, layout in PRESETS.items() if Template(layout.image).fits(root)]
     if not like:
         raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
                         f"{holds(root)}; give the templates image= and label=, or csv=")
     name = next((name for name in like if Template(PRESETS[name].label).fits(root)), like[0])
-    if os.environ.get("RANK", "0") == "0":
-        say(f"{root}: read as {name}: image={PRESETS[name].image} label={PRESETS[name].label}")
-    return PRESETS[name]
+    return name, PRESETS[name]
 
 
 def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row]:

@@ -58,6 +58,7 @@ def test_kaggles_lidc_is_found_by_itself(tmp_path, capsys):
     train, val, test = data.load("lidc", ("train", "val", "test"), tmp_path)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and "kaggle-lidc" in told and "mask-{annotator}" in told
+    assert told.endswith("of the annotators 0, 1, 2, 3\n")
     assert [len(set(part.groups)) for part in (train, val, test)] == [6, 2, 2]  # 64/16/20 of 10
     whole = data.load("lidc", "all", tmp_path)
     assert whole.labels.shape == (40, 4, 6, 5) and whole.num_classes == 2 and whole.weights is None
@@ -297,6 +298,9 @@ BAD_TREES = {
                   {"p2/by-ben/s1.tif": mask(0)},
                   ["{root}/p2/by-ben/s1.tif", "s1.png", "same name"]),
     "half a pair": (dict(label=""), {}, ["image= and label="]),
+    "two ways": (dict(layout="qubiq"), {}, ["or one layout="]),
+    "three ways": (dict(csv="cases.csv"), {}, ["csv= alone"]),
+    "two fields in one": (dict(image="{group}/scan/{name}{kind}.png"), {}, ["text between them"]),
     "no such fields": (dict(label="{annotator}/{name}.png"), {}, ["the same fields"]),
     "a field too many": (dict(label="{group}/by-{annotator}/{x}/{name}.png"), {}, ["same fields"]),
     "annotator of an image": (dict(image="{group}/by-{annotator}/{name}.png"), {}, ["same fields"]),
