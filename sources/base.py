@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common import IGNORE, Progress
-from sources.files import DataError, as_float_image, readable, size_text
+from sources.files import DataError, as_float_image, holds, readable, size_text
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
@@ -155,7 +155,8 @@ def locate(name: str, path, source) -> Path:
                         f"{' or '.join(file.name for file in found)}")
     if not found:
         fault = "nothing to read at" if place.exists() else "there is no"
-        raise DataError(f"{name}: {fault} {place}: put there, or give the path of, "
+        there = f" ({holds(place)})" if place.is_dir() else ""
+        raise DataError(f"{name}: {fault} {place}{there}: put there, or give the path of, "
                         f"{source.layout}; sources/README.md has every layout")
     return found[0]
 

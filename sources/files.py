@@ -32,6 +32,12 @@ def size_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "one value"
 
 
+def holds(folder: Path) -> str:
+    """Says what a folder holds, for a message."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
+
+
 @contextlib.contextmanager
 def readable(file, what: str):
     """Turns any error inside into one DataError: damaged bytes can raise nearly anything. Only

@@ -29,8 +29,8 @@ import numpy as np
 
 from common import say
 from sources.base import SPLITS, Case, Listing, check_known, split_groups
-from sources.files import (ENDINGS, DataError, count_slices, read_array, readable, same_grid,
-                           size_text)
+from sources.files import (ENDINGS, DataError, count_slices, holds, read_array, readable,
+                           same_grid, size_text)
 
 
 class Layout(NamedTuple):
@@ -112,12 +112,6 @@ class Template:
         return f"{root}: {self.text} matches nothing: tried {here / part}, and {holds(here)}"
 
 
-def holds(folder: Path) -> str:
-    """Says what a folder holds, for a message."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
-
-
 class Row(NamedTuple):
     """A case that was found: its files, and what its path or the table says of it."""
 
@@ -170,7 +164,7 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
          {c for row in rows for files in row.labels.values() for c in files}))
     if os.environ.get("RANK", "0") == "0":
         say(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, of the annotators "
-            + (", ".join(annotators) or "none"))
+            + (", ".join(annotators) or "(no name)"))
     cases, splits = [], {split: [] for split in SPLITS}
     for row in rows:
         labels = {annotators[a]: sorted((1 + classes[c], file) for c, file in files.items())

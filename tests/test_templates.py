@@ -69,6 +69,12 @@ def test_kaggles_lidc_is_found_by_itself(tmp_path, capsys):
     np.testing.assert_array_equal(whole.images[row, 0], grey(4) / np.float32(255))
 
 
+def test_a_folder_too_high_up_is_told_what_it_holds(tmp_path):
+    put(tmp_path / "LIDC-IDRI-slices", KAGGLE)
+    refused("nothing to read", "holds LIDC-IDRI-slices", "Kaggle's",
+            call=lambda: data.load("lidc", "train", tmp_path))
+
+
 def test_other_processes_do_not_say_what_a_folder_is(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     data.load("lidc", "train", put(tmp_path, KAGGLE))
