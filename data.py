@@ -451,7 +451,7 @@ def main(argv=None) -> int:
     cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
                      help="whether the outlines belong to the nodules (default exclude)")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-                     help="processes (default %(default)s)")
+                     help="threads (default %(default)s)")
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
     try:

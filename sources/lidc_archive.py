@@ -38,16 +38,12 @@ import functools
 import hashlib
 import itertools
 import math
-import multiprocessing
 import os
 import re
-import signal
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -57,6 +53,9 @@ import numpy as np
 from common import IGNORE, Progress, say
 from sources.base import split_groups
 from sources.files import DataError, error_line, optional_package, size_text, write_npz
+
+# About values of DICOM files that are not used here.
+warnings.filterwarnings("ignore", module="pydicom")
 
 LIDC_ANNOTATORS = 4
 LIDC_PIXEL = 0.5  # mm
@@ -82,26 +81,24 @@ def read_dicom(path: str, pixels: bool = False) -> CTSlice | None:
     what pydicom raises for a damaged one."""
     import pydicom
 
-    with warnings.catch_warnings():  # about values that are not used here
-        warnings.simplefilter("ignore")
-        try:
-            file = pydicom.dcmread(path, stop_before_pixels=not pixels)
-        except pydicom.errors.InvalidDicomError:
-            if path.lower().endswith(".dcm"):
-                raise
-            return None
-        if file.get("Modality") != "CT":
-            return None
-        spacing, position, location = (
-            [] if file.get(name) is None else np.array(file.get(name), float).ravel().tolist()
-            for name in ("PixelSpacing", "ImagePositionPatient", "SliceLocation"))
-        hu = None
-        if pixels:
-            stored = file.pixel_array.astype(np.float32)
-            hu = stored * np.float32(file.RescaleSlope) + np.float32(file.RescaleIntercept)
-        return CTSlice(path, str(file.SOPInstanceUID), str(file.SeriesInstanceUID),
-                       str(file.get("PatientID", "")), (file.Rows, file.Columns), tuple(spacing),
-                       position[-1] if position else None, location[0] if location else None, hu)
+    try:
+        file = pydicom.dcmread(path, stop_before_pixels=not pixels)
+    except pydicom.errors.InvalidDicomError:
+        if path.lower().endswith(".dcm"):
+            raise
+        return None
+    if file.get("Modality") != "CT":
+        return None
+    spacing, position, location = (
+        [] if file.get(name) is None else np.array(file.get(name), float).ravel().tolist()
+        for name in ("PixelSpacing", "ImagePositionPatient", "SliceLocation"))
+    hu = None
+    if pixels:
+        stored = file.pixel_array.astype(np.float32)
+        hu = stored * np.float32(file.RescaleSlope) + np.float32(file.RescaleIntercept)
+    return CTSlice(path, str(file.SOPInstanceUID), str(file.SeriesInstanceUID),
+                   str(file.get("PatientID", "")), (file.Rows, file.Columns), tuple(spacing),
+                   position[-1] if position else None, location[0] if location else None, hu)
 
 
 def read_xml(file: str) -> tuple[str, list[list[dict[tuple, list]]]] | None:
@@ -335,20 +332,12 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
 
 def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1) -> list:
     """Returns (function(item), None) of every item, or (None, why) where it fails, and shows the
-    progress. One worker is this process itself."""
-    progress, results, call = Progress(len(items)), [], functools.partial(attempt, function)
-    pool = workers > 1 and ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
-                                               start_worker)
-    try:
-        for result in pool.map(call, items, chunksize=chunk) if pool else map(call, items):
+    progress. Threads are enough: one core cuts the whole archive in about seven minutes."""
+    progress, results = Progress(len(items)), []
+    with ThreadPool(max(workers, 1)) as pool:
+        for result in pool.imap(functools.partial(attempt, function), items, chunk):
             results.append(result)
             progress.update(len(results), what)
-    except BrokenProcessPool as error:
-        raise DataError("a worker was killed, perhaps because memory ran out: rerun to resume, "
-                        "with fewer --workers") from error
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
     progress.say(f"{len(results)} {what}")
     return results
 
@@ -363,14 +352,6 @@ def attempt(function: Callable, item) -> tuple:
         return None, str(error)
     except Exception as error:  # damaged bytes can raise nearly anything
         return None, error_line(error)
-
-
-def start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with the parent, which a pool's workers would outlive
-    if it were killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    join = multiprocessing.parent_process().join
-    threading.Thread(target=lambda: (join(), os._exit(1)), daemon=True).start()
 
 
 def look(file: str, read: Callable) -> CTSlice | tuple[str, set[tuple]] | None:
