@@ -229,8 +229,8 @@ def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row
 
 
 def _rows_of_table(root: Path, file: Path) -> list[Row]:
-    with readable(file, "table (CSV)"), open(file, newline="", encoding="utf-8-sig") as lines:
-        table = tables.DictReader(lines)
+    with readable(file, "table (CSV)"), open(file, newline="", encoding="utf-8-sig") as text:
+        table = tables.DictReader(text)
         columns, lines = table.fieldnames or [], list(table)
     labels = [column for column in columns if re.fullmatch("label(_.+)?", column)]
     if "image" not in columns or not labels:
@@ -285,10 +285,10 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
                                else mask)
     if empty == "missing":
         maps = {annotator: mask for annotator, mask in maps.items() if mask.any()}
-    for mask in [*maps.values()][:1]:
-        array = array[None] if array.ndim == mask.ndim else array  # an .npy without channels
-        if empty == "nothing":
-            maps = {annotator: np.zeros_like(mask) for annotator in annotators} | maps
+    if maps and empty == "nothing":
+        maps = {annotator: np.zeros_like(mask) for annotator in annotators} | maps
+    if maps and array.ndim == mask.ndim:  # an .npy without channels
+        array = array[None]
     return array, maps
 
 
