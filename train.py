@@ -202,6 +202,8 @@ def first_model(settings, split) -> nn.Module:
                   dims=split.images.dim() - 2) | of_paper(settings)[0]
     if settings["quick"] and settings["model"] in MODELS:
         fields |= MODELS[settings["model"]].QUICK_CONFIG
+        if split.instances is not None:
+            fields |= getattr(MODELS[settings["model"]], "QUICK_INSTANCES", {})
     torch.manual_seed(settings["seed"])
     return build(settings["model"], fields | settings["model_args"])
 
