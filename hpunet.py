@@ -16,11 +16,11 @@ uncertainty: what the image leaves open.
 
 A model of masks whose objects carry random class numbers (colours) segments instances: pixels of
 one object change together from sample to sample (analysis/instances.py). Draws of one latent map
-are independent given the coarser ones, so a sample paints an object in one colour only if a single
-position names it. The recipe for that, QUICK_INSTANCES: a latent map with about one position an
-object and 8 channels; five colours (`--data-args colours=5`), which are learnt sooner than 15; Eq. 5
-on all pixels, with beta about a tenth of an object's pixels: naming an object still pays tenfold,
-and naming it twice does not. 32 samples; choose the distance on the validation split.
+are independent given the coarser ones, so a sample paints an object in one colour only where a
+single position names it. The recipe for that is QUICK_INSTANCES: latents of 8 channels with about
+one position an object and of 4 with four; Eq. 5 on all pixels with beta of a tenth to a quarter of
+an object's pixels, so that naming an object pays and naming it twice does not; five colours
+(`--data-args colours=5`), learnt sooner than 15. Choose the distance for 32 samples on --split val.
 
 A model that is also given the labels around a hidden region extrapolates them into it
 (`--data-args hide=50`).
@@ -89,8 +89,8 @@ class HPUNet(nn.Module):
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
     # Of sets with instances: a position of z_0 for every 16 pixels; see the module's docstring.
-    QUICK_INSTANCES = dict(channels=(16, 32, 48, 48, 48), blocks=2, convs=2, latents=(8,),
-                           objective="elbo", top_k=1, beta=20.0)
+    QUICK_INSTANCES = dict(channels=(16, 32, 48, 48, 48), latents=(8, 4), objective="elbo", top_k=1,
+                           beta=30.0)
     QUICK_TRAINING = dict(lr=1.5e-3, lr_drops=((900, 0.3),), batch_size=8, steps=1200)
 
     def __init__(self, config: HPUNetConfig = HPUNetConfig()):
