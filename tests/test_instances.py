@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import data
 import metrics
-from analysis.instances import clean_instances, cluster_instances, coherence, kl_terms
+from analysis.instances import clean_instances, cluster_instances, coherence, kl_terms, rand_error
 from hpunet import HPUNet, HPUNetConfig
 from sources.files import DataError
 
@@ -180,8 +180,8 @@ def test_membranes_fade_and_the_cells_stay():
     light, dark = faded.images[:, 0][gone].mean(), faded.images[:, 0][faded.instances == 0].mean()
     assert light - dark > 0.2
     truth = faded.instances.long()
-    assert metrics.rand_error(metrics.connected_components(truth > 0), truth).mean() > 0.7
-    assert metrics.rand_error(truth, truth).max() < 1e-6
+    assert rand_error(metrics.connected_components(truth > 0), truth).mean() > 0.7
+    assert rand_error(truth, truth).max() < 1e-6
     with pytest.raises(DataError, match="at most 100 per cent"):
         data.load("cells", "all", faded=101)
 
