@@ -74,6 +74,11 @@ TABLES = {
         "Real LIDC crops", "Every model in its default configuration, the paper's, at one size and "
         f"one length; learned from all annotators and judged against all. {WHY_LAST} The last "
         "measure is that of the checkpoint of lowest validation GED.", ALL, CROPS, LAST, SCORES),
+    "crops_small": Table(
+        "Real LIDC crops, small models", "The narrow models of `--quick`, which take minutes on a "
+        "CPU, at one size and one length; learned from all annotators and judged against all. "
+        f"{WHY_LAST} The last measure is that of the checkpoint of lowest validation GED.",
+        MAIN, f"{CROPS} --quick", LAST, SCORES),
     "annotators": Table(
         "Real LIDC crops, one annotator against all", "As real LIDC crops, but learned from "
         f"annotator 0 alone. {WHY_LAST}", MAIN, f"{CROPS} --annotators 0", LAST, SCORES),
