@@ -14,16 +14,9 @@ to the KL. The reconstruction is summed over 2 % of the batch's pixels, drawn wi
 proportion to their loss; kappa is in nats a pixel drawn. What varies between samples is aleatoric
 uncertainty: what the image leaves open.
 
-A model of masks whose objects carry random class numbers (colours) segments instances: pixels of
-one object change together from sample to sample (analysis/instances.py). Draws of one latent map
-are independent given the coarser ones, so a sample paints an object in one colour only where a
-single position names it. The recipe for that is QUICK_INSTANCES: latents of 8 channels with about
-one position an object and of 4 with four; Eq. 5 on all pixels with beta of a tenth to a quarter of
-an object's pixels, so that naming an object pays and naming it twice does not; five colours
-(`--data-args colours=5`), learnt sooner than 15. Choose the distance for 32 samples on --split val.
-
-A model that is also given the labels around a hidden region extrapolates them into it
-(`--data-args hide=50`).
+A model of masks whose objects carry random class numbers segments instances: pixels of one object
+change together from sample to sample (analysis/instances.py, with a recipe for it). A model that is
+also given the labels around a hidden region extrapolates them into it (`--data-args hide=50`).
 
 Differences from the paper
   1. kappa belongs to the data: 0.05 is LIDC's, train.RECIPES has the paper's others. Where the term
@@ -88,7 +81,7 @@ class HPUNet(nn.Module):
     # that lambda stays near 1 and has time to fall: while it is high, z carries what x could tell.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
-    # Of sets with instances: a position of z_0 for every 16 pixels; see the module's docstring.
+    # of sets with instances: a position of z_0 for every 16 pixels, see analysis/instances.py
     QUICK_INSTANCES = dict(channels=(16, 32, 48, 48, 48), latents=(8, 4), objective="elbo", top_k=1,
                            beta=30.0)
     QUICK_TRAINING = dict(lr=1.5e-3, lr_drops=((900, 0.3),), batch_size=8, steps=1200)
@@ -191,15 +184,13 @@ class HPUNet(nn.Module):
         scales = levels if scales is None else scales
         for i in scales:
             check_choice("scales", i, levels)
-        return concatenate(self._samples(image, n, generator, scales), n)
-
-    def _samples(self, image, n, generator, scales):
-        """Yields n logit maps in chunks (m, B, K, *S); noise is 0 at latent maps not in `scales`."""
         shared = self.encode(image)
-        for noise in self.noise(image, n, generator):
-            noise = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
-            _, _, x = self.unet(shared, noise=noise)
-            yield self._logits(x, image)
+
+        def chunk(noise):
+            drawn = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
+            return self._logits(self.unet(shared, noise=drawn)[2], image)
+
+        return concatenate(map(chunk, self.noise(image, n, generator)), n)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
