@@ -7,6 +7,7 @@
 
     python data.py                                # lists the data sets
     python data.py show --data shapes             # a table, and a PNG with all label maps
+    python data.py export --data lidc --path lidc.pickle lidc.npz      # or a folder of PNGs
     python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
 
 sources/README.md describes every file layout. A `Split` is moved to the device whole, and batches
@@ -30,20 +31,22 @@ import torch
 from torch import Tensor
 
 import metrics
-from analysis.pictures import paint_image, paint_label, save_grid, spread
+from analysis.pictures import fullest_slice, paint_image, paint_label, save_grid
 from common import IGNORE, UserError, key_values
-from sources.base import (SPLITS, Split, centred, check_known, random_classes, read_files, relabel,
-                          seeded_generator)
+from sources.base import (SPLITS, Split, assign, centred, check_known, collect, locate,
+                          random_classes, relabel, seeded_generator)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
-from sources.files import DataError, size_text
+from sources.export import LAYOUTS, export
+from sources.files import DataError, error_line, size_text
 from sources.lidc import HDF5, read_lidc
 from sources.lidc_archive import LIDC_WINDOW, build_lidc
-from sources.own import read_folder, read_npz
+from sources.own import read_npz
 from sources.synapse import read_synapse
 from sources.synthetic import (make_cells, make_lesions3d, make_modes, make_organs, make_shapes,
                                make_toy1d)
+from sources.templates import MARKS, read_folder
 from sources.warp import Augmentation, Warp, apply_warp, draw_warp
 
 
@@ -65,12 +68,31 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     path = options.pop("path", path)  # positional-only, so that no option can take its place
     _check_options(name, source, options)
     percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
-    if source.layout:
-        whole, rows = read_files(name, source, path, wanted, split_file, options)
-    elif path is None:
+    if not source.layout:
+        if path is not None:
+            raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
         whole, rows = source.read(**options)
     else:
-        raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
+        try:
+            place = locate(name, path, source)
+            # A split file may move any case to any split.
+            needed = SPLITS if split_file or "all" in wanted else wanted
+            listing = source.read(place, needed, **options)
+        except OSError as error:  # such as a folder that may not be opened
+            raise DataError(f"{path or name}: not a readable data set: {error_line(error)}"
+                            ) from error
+        if not listing.cases:
+            raise DataError(f"{place}: holds no cases; it should be {source.layout}")
+        splits = assign(place, listing, wanted, split_file)
+        rows, order = splits, list(range(len(listing.cases)))
+        if "all" not in wanted:  # read split after split, so that `subset` can give views
+            rows, order = {}, []
+            for one in SPLITS:
+                if one in wanted or not listing.apart:
+                    rows[one] = range(len(order), len(order) + len(splits[one]))
+                    order += splits[one]
+        whole = collect(place, listing, order)
+        whole.parts = {one: [listing.cases[i].name for i in splits[one]] for one in SPLITS}
     splits = [whole if one == "all" else whole.subset(rows[one]) for one in wanted]
     if percent:
         splits = [hide(one, percent) for one in splits]
@@ -78,7 +100,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
 
 
 def _check_options(name: str, source: "Source", given: dict) -> None:
-    """DataError unless the set has such options and values: `sources.synthetic` on annotations."""
+    """Raises DataError unless the set has such options and values, by its reader's annotations."""
     allowed = {key: parameter.annotation
                for key, parameter in inspect.signature(source.read).parameters.items()
                if parameter.kind is parameter.KEYWORD_ONLY}
@@ -130,7 +152,7 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
 
 
 def center(split: Split, size: int | Sequence[int]) -> Split:
-    """A split on the host, cropped to its centre or padded: images by reflection, labels by 255,
+    """Crops a split on the host to its centre, or pads it: images by reflection, labels by 255,
     instances by -1."""
     size = _as_size(size, split.images.shape[2:])
 
@@ -180,7 +202,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def send(tensor: Tensor | None) -> Tensor | None:
-        """This rank's rows, on the device; only a copy from pinned memory does not block."""
+        """Sends this rank's rows to the device; only a copy from pinned memory does not block."""
         if tensor is None:
             return None
         tensor = tensor[mine].pin_memory() if device.type == "cuda" else tensor[mine]
@@ -205,7 +227,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
 
 
 def _rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The cases (B,) of batch `step`, out of permutations of 0..count-1 chained end to end."""
+    """Returns the cases (B,) of batch `step`, from permutations of 0..count-1 chained together."""
     first, offset = divmod(step * batch_size, count)
     last = ((step + 1) * batch_size - 1) // count
     order = torch.cat([_permutation(count, seed, epoch) for epoch in range(first, last + 1)])
@@ -218,7 +240,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor:
-    """(N, A) float64 weights of the annotators, on the host; 0 for those not in `annotators`."""
+    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`."""
     weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
     weights = weights.double()
     if annotators is None:
@@ -278,17 +300,17 @@ DATASETS: dict[str, Source] = {
     "lidc": Source(
         read_lidc, "LIDC-IDRI lung nodules, or other sets in its layouts", _FULL,
         "a pickle {key: {image, masks, series_uid}} (linked from github.com/stefanknegt/"
-        "Probabilistic-Unet-Pytorch), PNGs in {train,val,test}/{images,gt}/<patient>/ "
-        "(gs://hpunet-data/lidc_crops), an .npz (python data.py build-lidc) or HDF5",
-        (".pickle", ".pkl", ".npz", *HDF5), tuple(f"{part}/images" for part in SPLITS)),
+        "Probabilistic-Unet-Pytorch), a folder of PNGs (HPU-Net's gs://hpunet-data/lidc_crops, "
+        "Kaggle's LIDC-IDRI-slices), an .npz (python data.py build-lidc) or HDF5",
+        (".pickle", ".pkl", ".npz", *HDF5), MARKS),
     "npz": Source(
         read_npz, "your own: images (N, H, W) and labels (N, A, H, W), or in 3D", _MILD,
         "an .npz of images (N, H, W), (N, C, H, W) or (N, C, D, H, W) and labels (N, A, H, W) or "
         "(N, A, D, H, W)", (".npz",)),
     "folder": Source(
-        read_folder, "your own: pictures or NIfTI volumes, a folder for each annotator", _MILD,
-        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png; also .tif, .jpg (images), "
-        ".nii.gz", marks=("images",)),
+        read_folder, "your own: pictures, NIfTI volumes or .npy in a folder of any layout", _MILD,
+        "a folder with images/NAME.png and labels/ANNOTATOR/NAME.png (also .tif, .npy, .nii.gz), "
+        "or of any layout with --data-args image= label=, two path templates", marks=("*",)),
     "em": Source(
         read_em, "sections of electron microscopy, each cell one of 15 classes at random", _FULL,
         "an .npz of images and instances (N, H, W), 0 = membrane, or a folder with train-input.tif "
@@ -315,8 +337,8 @@ DATASETS: dict[str, Source] = {
 
 
 def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
-    """A table of the data set, and a PNG (`out`, or <name>.png) of cases of `split` with their
-    label maps. Raises DataError as `load` does."""
+    """Returns a table of the data set, and draws the cases of `split` whose label maps differ most
+    as a PNG (`out`, or <name>.png). Raises DataError as `load` does."""
     options, out = options or {}, Path(out or f"{name}.png")
     wanted = ["all"] if split == "all" else list(SPLITS)
     try:
@@ -324,49 +346,71 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     except DataError:  # perhaps only another split is missing
         wanted = [split]
         splits = load(name, wanted, path, **options)
-    _plot_cases(splits[wanted.index(split)], out)
-    columns = [_summary(one) for one in splits]
-    lines = [f"{'':12}" + "".join(f"{which:>18}" for which in wanted)]
-    lines += [f"{row:12}" + "".join(f"{column.get(row, ''):>18}" for column in columns)
+    distances = [_distances(one) for one in splits]
+    columns = [_summary(*pair) for pair in zip(splits, distances)]
+    lines = [f"{'':13}" + "".join(f"{which:>24}" for which in wanted)]
+    lines += [f"{row:13}" + "".join(f"{column.get(row, ''):>24}" for column in columns)
               for row in dict.fromkeys(itertools.chain(*columns))]
+    if any(row.startswith("annotator ") for column in columns for row in column):
+        lines.append("annotator a: pixels marked / mean 1 - IoU with another annotator / how often "
+                     "one of the two marks nothing")
+    shown = splits[wanted.index(split)], distances[wanted.index(split)]
+    _plot_cases(*shown, out)
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
 
 
-def _summary(split: Split) -> dict[str, str]:
-    """The table's rows of one split: means over cases, of annotators drawn by probability.
+def _distances(split: Split) -> Tensor:
+    """Returns 1 - IoU of every two label maps of a case, (N, A, A), averaged over the classes."""
+    maps = (split.subset([i]).all_maps().labels[0] for i in range(len(split)))
+    return torch.stack([1 - metrics.pairwise_iou(m, m, split.num_classes).float() for m in maps])
 
-    diversity: E[1 - IoU] of two annotators, of one twice too (SSN, Sec. 4).
-    """
+
+def _diversity(split: Split, distances: Tensor) -> Tensor:
+    """Returns E[1 - IoU] (N,) of two annotators, drawn with replacement (SSN, Sec. 4)."""
     weights = split.probabilities
-    shares, empty, diversity = torch.zeros(256), 0.0, 0.0
+    return torch.einsum("na,nab,nb->n", weights, distances, weights)
+
+
+def _summary(split: Split, distances: Tensor) -> dict[str, str]:
+    """Returns the table's rows of a split: means over cases, of annotators drawn by probability."""
+    weights, present, count = split.probabilities, split.present, split.labels.shape[1]
+    counts = torch.zeros(len(split), weights.shape[1], 256)
     for i in range(len(split)):
-        labels = split.subset([i]).all_maps().labels[0]  # (A, *S)
-        counts = torch.stack([torch.bincount(m, minlength=256) for m in labels.flatten(1)]).float()
-        iou = metrics.pairwise_iou(labels, labels, split.num_classes).float()  # (A, A)
-        shares += weights[i] @ counts / counts[0].sum() / len(split)
-        empty += float(weights[i] @ (counts[:, 1:IGNORE].sum(1) == 0).float()) / len(split)
-        diversity += float(1 - weights[i] @ iou @ weights[i]) / len(split)
+        for a, label in enumerate(split.subset([i]).all_maps().labels[0]):
+            counts[i, a] = torch.bincount(label.flatten(), minlength=256) / label.numel()
+    area = counts[:, :, 1:IGNORE].sum(2)  # (N, A) share of the pixels
+    shares = torch.einsum("na,nak->k", weights, counts) / len(split)
+    empty = float((weights * (area == 0)).sum() / len(split))
     rows = {"cases": f"{len(split)}", "groups": f"{len(set(split.groups))}",
             "channels": f"{split.images.shape[1]}", "size": size_text(split.images.shape[2:]),
             "intensity": f"{split.images.min():.3g} to {split.images.max():.3g}",
             "annotators": f"{weights.shape[1]}",
-            "missing": f"{1 - split.present.float().mean():.1%}",
-            "empty masks": f"{empty:.1%}", "diversity": f"{diversity:.3f}"}
+            "missing": f"{1 - present.float().mean():.1%}", "empty masks": f"{empty:.1%}",
+            "diversity": f"{_diversity(split, distances).mean():.3f}"}
     rows |= {f"class {k}": f"{shares[k]:.2%}" for k in range(split.num_classes)}
     if shares[IGNORE]:
         rows["ignored"] = f"{shares[IGNORE]:.2%}"
+    if split.exact or split.instances is not None or count == 1:
+        return rows  # these label maps are nobody's
+    both = present[:, :, None] & present[:, None] & ~torch.eye(count, dtype=torch.bool)
+    one_sided = split.marked[:, :, None] != split.marked[:, None]
+    for a in both.any(2).any(0).nonzero().flatten().tolist():
+        rows[f"annotator {a}"] = (f"{area[present[:, a], a].mean():.2%} / "
+                                  f"{distances[:, a][both[:, a]].mean():.3f} / "
+                                  f"{one_sided[:, a][both[:, a]].float().mean():.1%}")
     return rows
 
 
-def _plot_cases(split: Split, out: Path, cases: int = 8, maps: int = 7) -> None:
-    """A row a case (of a volume, its fullest slice): the image, and its likeliest label maps over
-    it, each with its annotator's number and probability."""
+def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps: int = 7) -> None:
+    """Draws a row a case, the most diverse first (of a volume, its fullest slice): the image, and
+    its likeliest label maps over it, each with its annotator's number and probability."""
     pictures, notes = {}, {}
-    for i in spread(len(split), cases):
-        case, name = split.subset([i]).all_maps(), split.names[i][-36:]
+    diversity = _diversity(split, distances).sort(descending=True, stable=True)
+    for score, i in zip(*(values[:cases].tolist() for values in diversity)):
+        case, name = split.subset([i]).all_maps(), f"{split.names[i][-36:]}\n{score:.2f}"
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
-            fullest = ((labels > 0) & (labels < IGNORE)).sum((0, 2, 3)).argmax()
+            fullest = fullest_slice(labels)
             image, labels = image[:, fullest], labels[:, fullest]
         elif image.dim() == 2:  # a line, shown as a band
             image, labels = image[:, None].repeat(1, 5, 1), labels[:, None].repeat(1, 5, 1)
@@ -384,14 +428,20 @@ def main(argv=None) -> int:
     sets = "\n".join(f"  {name:12}{source.doc}" for name, source in DATASETS.items())
     parser = argparse.ArgumentParser(
         prog="python data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Lists, shows and builds data sets.\n\n{sets}")
+        description=f"Lists, shows, builds and exports data sets.\n\n{sets}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     look = commands.add_parser("show", help="a table, and a PNG of cases and their label maps")
-    look.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
-    look.add_argument("--path", help="its file or folder (default datasets/<data>)")
-    look.add_argument("--data-args", nargs="+", metavar="K=V", default=[], help="its options")
+    copy = commands.add_parser("export", help="any set as .npz, a folder of PNGs or LIDC's pickle")
+    for command in (look, copy):
+        command.add_argument("--data", required=True, help=f"one of: {' '.join(DATASETS)}")
+        command.add_argument("--path", help="its file or folder (default datasets/<data>)")
+        command.add_argument("--data-args", nargs="+", metavar="K=V", default=[],
+                             help="its options")
     look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
     look.add_argument("--out", help="the PNG (default <data>.png)")
+    copy.add_argument("out", metavar="OUT", help="NAME.npz, NAME.pickle, or a new folder; "
+                      "give it before --data-args")
+    copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__.partition("`read`")[0])
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
@@ -402,15 +452,19 @@ def main(argv=None) -> int:
     cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
                      help="whether the outlines belong to the nodules (default exclude)")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-                     help="processes (default %(default)s)")
+                     help="threads (default %(default)s)")
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
     try:
         if command == "build-lidc":
             build_lidc(**args)
-        elif command == "show":
+        elif command:
+            name, path, out = (args[key] for key in ("data", "path", "out"))
             options = key_values("--data-args", args["data_args"])
-            print(show(args["data"], args["path"], args["split"], args["out"], options))
+            if command == "show":
+                print(show(name, path, args["split"], out, options))
+            else:
+                print(export(load(name, "all", path, **options), out, args["layout"] or ""))
         else:
             parser.print_help()
         return 0

@@ -19,12 +19,17 @@ In the run's folder (test split, all cases; otherwise in a folder of its own ins
     maps.png         does the model vary where annotators contradict it? (PHiSeg's Fig. 3)
     dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
     ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
+    reliability.png  the annotators' mean against the mean of the samples' probabilities
+    risk_coverage.png  1 - Dice of the images that are kept when the most uncertain ones are not
     instances.png    sets with instances: objects clustered from samples (HPU-Net's Fig. 4)
     modes.png        sets of known probabilities: frequencies of modes and classes against them
     manipulation.png of SSN, levels.png of PHiSeg, latents.png of VAE U-Net, scales.png of HPU-Net,
     and its extrapolation.png (--data-args hide=50): figures of their papers
 
-Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. Of the
+Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. Those that
+analysis/uncertainty.py explains, with sources and with what they must not be compared to: ece,
+adaptive_ece and brier (calibration); aurc, e_aurc and augrc (failure detection); entropy and its
+two parts; dice_max_<n>, dice_nearest_<n>, dice_match_<n>, dice_soft and volume_crps (sets). Of the
 deterministic `predict`: dice, dice_present, ged_predict, and dice_class_<k> and hd95_class_<k> (in
 pixels) over the cases that have class k, and dice_foreground, of all classes as one. Of the mean of
 the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats the
@@ -69,6 +74,8 @@ from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_o
                                plot_samples, plot_uncertainty, short_names, spread)
 from analysis.predict import images_at, predict_image
 from analysis.scores import draw, geds, measure
+from analysis.uncertainty import (calibration, failure_detection, plot_reliability,
+                                  plot_risk_coverage)
 from common import Progress, UserError, key_values, pick_device, say, start_processes
 from models import MODELS, labels_of, sample_batches
 from sources.files import write_text
@@ -132,6 +139,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         for name, k in itertools.product(("dice", "hd95"), range(1, whole.num_classes)):
             values[f"{name}_class_{k}"] = found[f"class_{name}"][:, 0, k - 1]
     summary = {name: metrics.bootstrap(v) for name, v in values.items() if not np.isnan(v).all()}
+    summary |= calibration(found["reliability"]) | failure_detection(values)
     if whole.exact:
         summary |= pooled(found, n)
     write_text(out / "metrics.json",
@@ -149,7 +157,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
 
 
 def open_run(folder, splits, path=None, device=None, weights="best"):
-    """(the run's settings, its model, its splits), the last two on the device."""
+    """Read a run: (its settings, its model, its splits), the last two on the device."""
     settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
     loaded = data.load(settings["data"], splits, path or settings["path"], **settings["data_args"])
@@ -159,7 +167,7 @@ def open_run(folder, splits, path=None, device=None, weights="best"):
 
 
 def process() -> tuple[int, int]:
-    """(rank, number of processes) under torchrun, else (0, 1)."""
+    """This process's (rank, number of processes) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -202,7 +210,8 @@ def gather(rows: list[dict]) -> dict:
 
 @torch.no_grad()
 def score(model, split, samples=(16,), full=True) -> dict:
-    """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`.
+    """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`; and
+    "reliability", from which `calibration` is computed.
 
     full=False: only what `validation_score` needs. Under torchrun the processes share the cases,
     and all get everything, the same as one would.
@@ -241,7 +250,7 @@ def validation_score(model, split) -> tuple[str, float]:
 
 
 def write_csv(path, split, values) -> None:
-    """A line a case: its name, its group and every measure."""
+    """Write a line for each case: its name, its group and every measure."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["name", "group", *values])
@@ -251,20 +260,22 @@ def write_csv(path, split, values) -> None:
 
 
 def table(summary: dict) -> str:
-    """metrics.json for people."""
-    return "\n".join(f"  {name:20} {s['mean']:10.4f} +- {s['stderr']:.4f}"
+    """The content of metrics.json as lines to read."""
+    return "\n".join(f"  {name:25} {s['mean']:10.4f} +- {s['stderr']:.4f}"
                      for name, s in summary.items())
 
 
 def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
-    """The pictures, and per_class.csv. some: the cases that pictures show; found, values, summary:
-    see `report`; hidden: whether data.hide was used."""
+    """Draw the pictures and write per_class.csv. `some` holds the cases that pictures show; found,
+    values and summary are those of `report`; hidden says whether data.hide was used."""
     plot_samples(out / "samples.png", found["shown"])
     plot_overview(out / "overview.png", found["shown"])
     plot_uncertainty(out / "uncertainty.png", found["shown"])
     plot_maps(out / "maps.png", found["shown"])
     plot_dice(out / "dice.png", values)
     plot_ged(out / "ged.png", [(out.name, summary)])
+    plot_reliability(out / "reliability.png", found["reliability"])
+    plot_risk_coverage(out / "risk_coverage.png", values)
     if some.exact:
         plot_modes(out / "modes.png", found)
     if "class_dice" in found:
@@ -283,7 +294,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
@@ -324,7 +335,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def check(args) -> None:
-    """UserError for values that make no sense."""
+    """Raise UserError for values that make no sense."""
     cluster = args.cluster or [1]
     counts = [*args.samples, args.likelihood_samples, cluster[0]]
     if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:
@@ -341,7 +352,7 @@ def check(args) -> None:
 
 
 def predict_images(args, device) -> None:
-    """--image: samples for one image or for a folder of them."""
+    """Draw samples for one image or for a folder of them, as --image asks."""
     folder, place = Path(args.run), Path(args.image)
     out = Path(args.out or folder)
     if place.is_dir() and out.resolve() == place.resolve():
@@ -381,7 +392,7 @@ def judge_volumes(args, device) -> None:
 
 
 def warn_of_foreign(args, device) -> None:
-    """--ood: can samples tell corrupted and foreign images?"""
+    """Test whether samples can tell corrupted and foreign images, as --ood asks."""
     folder = Path(args.run)
     settings, model, (split,) = open_run(folder, (args.split,), args.path, device)
     name, *place = args.ood_data or ["organs" if settings["data"] == "shapes" else "shapes"]
@@ -395,7 +406,7 @@ def warn_of_foreign(args, device) -> None:
 
 
 def main(argv=None) -> int:
-    """The command line; a user's mistake is one line on stderr and exit status 2."""
+    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     args = parse(argv)
     try:
         check(args)

@@ -351,8 +351,7 @@ def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
 
 if __name__ == "__main__":
     import data
-    import metrics
-    from analysis.instances import find_instances, plot_instances
+    from analysis.instances import find_instances, plot_instances, rand_error
     from analysis.paper_figures import plot_scales
     from common import train_small
 
@@ -366,7 +365,7 @@ if __name__ == "__main__":
     test = test.subset(range(20))
     samples = model.sample(test.images, 16, torch.Generator().manual_seed(0)).argmax(2)
     found = find_instances(samples)
-    error = metrics.rand_error(found, test.instances.long())
+    error = rand_error(found, test.instances.long())
     print(f"instances clustered from 16 samples: Rand error {error.mean():.3f}")
     again = model.reconstruct(test.images, test.labels[:, 0].long()).argmax(1)
     plot_instances("hpunet_instances.png", [

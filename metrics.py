@@ -42,7 +42,7 @@ def _joint(samples, labels):
 
 
 def _overlaps(maps, num_classes):
-    """Yield (inter, size), both (B, N, N), for each foreground class k of maps (B, N, P).
+    """inter, size (K-1, B, N, N) of all pairs of maps (B, N, P), for each foreground class k.
 
     inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
     """
@@ -50,26 +50,28 @@ def _overlaps(maps, num_classes):
     clear = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
     mixed = maps.mT[:, highest == IGNORE]  # (B, P'', N), ignored by some map
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
+    inters, sizes = [], []
     for k in range(1, num_classes):
-        inter = 0
+        inter = maps.new_zeros(len(maps), maps.shape[1], maps.shape[1], dtype=torch.long)
         # Autocast would round the products, which are counts, to 8 or 11 bits.
         with torch.autocast(maps.device.type, enabled=False):
             for pixels in clear.split(step, 1):
                 is_k = pixels.float().eq_(k)
-                inter = inter + (is_k.mT @ is_k).long()
-            size = inter.diagonal(dim1=1, dim2=2)[:, :, None]  # valid in every j
+                inter += (is_k.mT @ is_k).long()
+            size = inter.diagonal(dim1=1, dim2=2)[:, :, None].expand_as(inter)  # valid in every j
             for pixels in mixed.split(step, 1):
                 is_k, valid = pixels.float().eq_(k), pixels.float().ne_(IGNORE)
                 inter = inter + (is_k.mT @ is_k).long()
                 size = size + (is_k.mT @ valid).long()
-        yield inter, size
+        inters.append(inter)
+        sizes.append(size)
+    return torch.stack(inters), torch.stack(sizes)
 
 
-def _iou(maps, num_classes, empty):
-    """Mean foreground IoU (B, N, N) of all pairs of maps (B, N, P)."""
-    per_class = [(inter / (size + size.mT - inter)).nan_to_num(nan=empty)  # 0 / 0: absent in both
-                 for inter, size in _overlaps(maps, num_classes)]
-    return torch.stack(per_class).nanmean(0).nan_to_num(nan=1.0)  # all left out: the maps agree
+def _iou(inter, size, empty):
+    """Mean foreground IoU (B, N, N) of all pairs of maps, from what `_overlaps` returns."""
+    iou = (inter / (size + size.mT - inter)).nan_to_num(nan=empty)  # 0 / 0: absent in both
+    return iou.nanmean(0).nan_to_num(nan=1.0)  # all left out: the maps agree
 
 
 def _annotator_weights(labels, weights):
@@ -79,46 +81,72 @@ def _annotator_weights(labels, weights):
     return weights / weights.sum(1, keepdim=True)
 
 
-def _iou_of_all(samples, labels, num_classes, weights, empty):
-    """IoU (B, n + A, n + A) of samples and labels; pixels no annotator labelled count nowhere."""
-    maps = _joint(samples, labels)  # (B, n + A, P)
-    missing = (weights == 0)[:, :, None]
-    unlabelled = maps[:, len(samples) :].masked_fill(missing, IGNORE).amin(1) == IGNORE  # (B, P)
-    maps[:, : len(samples)].masked_fill_(unlabelled[:, None], IGNORE)
-    return _iou(maps, num_classes, empty)
-
-
 def pairwise_iou(a, b, num_classes=2, empty=1.0):
     """Mean foreground IoU of every map of a (n, *S) with every map of b (m, *S), as (n, m).
 
     Raises ValueError, as all measures of label maps do, for shapes that do not fit and maps that
     are not integers.
     """
-    return _iou(_joint(a[:, None], b[None]), num_classes, empty)[0, :len(a), len(a):]
+    overlaps = _overlaps(_joint(a[:, None], b[None]), num_classes)
+    return _iou(*overlaps, empty)[0, :len(a), len(a):]
 
 
 # ---- distributions over label maps --------------------------------------------------------------
 
-def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, counts=None):
-    """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n samples, for each n of
-    `counts` (default: all of them).
+class Pairs:
+    """All pairs of a case's maps, counted once, and the measures that follow from the counts.
 
-    diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4).
-    hungarian_iou is the mean IoU of the best 1:1 matching of samples and annotators (Kohl et al.
-    2019, App. B.1). In the paper both sets are repeated to their least common multiple. Transport
-    of masses 1/n of the samples to the annotators' weights has the same optimum.
+    maps (n, B, *S) are samples or predictions; labels, weights and `empty` are as everywhere. With
+    N = n + A maps in this order, `inter` and `size` (K-1, B, N, N) are those of `_overlaps`, `iou`
+    (B, N, N) is the mean over classes, `dice` (K-1, B, N, N) is 1 where both maps are empty, and
+    `weights` (B, A) add up to 1. Pixels that no annotator labelled count in no pair of maps.
     """
-    weights, scores = _annotator_weights(labels, weights), {}
-    iou_of_all = _iou_of_all(samples, labels, num_classes, weights, empty)
-    for n in counts or (len(samples),):
-        kept = [*range(n), *range(len(samples), iou_of_all.shape[1])]
-        iou = iou_of_all[:, kept][:, :, kept]  # (B, n + A, n + A)
-        cases = zip(iou[:, :n, n:].double().cpu().numpy(), weights.double().cpu().numpy())
-        matched = torch.tensor([_transport(*case) for case in cases])
-        scores |= {f"ged_{n}": _ged(iou, weights),
-                   f"diversity_{n}": 1 - iou[:, :n, :n].mean((1, 2)),
-                   f"hungarian_iou_{n}": matched.to(iou)}
-    return scores
+
+    def __init__(self, maps, labels, num_classes=2, weights=None, empty=1.0):
+        self.n, self.weights = len(maps), _annotator_weights(labels, weights)
+        joint = _joint(maps, labels)  # (B, N, P)
+        missing = (self.weights == 0)[:, :, None]
+        lowest = joint[:, self.n :].masked_fill(missing, IGNORE).amin(1, keepdim=True)
+        joint[:, : self.n] |= (lowest == IGNORE).byte() * IGNORE
+        self.inter, self.size = _overlaps(joint, num_classes)
+        self.iou = _iou(self.inter, self.size, empty)
+        self.dice = (2 * self.inter / (self.size + self.size.mT)).nan_to_num(nan=1.0)
+
+    def ged(self, maps=slice(None)):
+        """`ged` of some of the maps, (B,)."""
+        share = self.iou.new_zeros(self.n)
+        share[maps] = 1
+        u = torch.cat([(share / share.sum()).expand(len(self.iou), -1), -self.weights], 1)
+        with torch.autocast(u.device.type, enabled=False):  # bfloat16 would be wrong by 1e-3
+            return torch.einsum("bi,bij,bj->b", u, self.iou, u)
+
+    def sample_scores(self, counts):
+        """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n maps, for n in counts.
+
+        diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4).
+        hungarian_iou is the mean IoU of the best 1:1 matching of samples and annotators (Kohl et
+        al. 2019, App. B.1). In the paper both sets are repeated to their least common multiple.
+        Transport of masses 1/n of the samples to the annotators' weights has the same optimum.
+        """
+        scores, weights = {}, self.weights.double().cpu().numpy()
+        iou = self.iou[:, self.n :, : max(counts)].double().cpu().numpy()  # (B, A, n)
+        for n in counts:
+            matched = torch.from_numpy(transport(iou[:, :, :n], weights))
+            scores |= {f"ged_{n}": self.ged(slice(n)),
+                       f"diversity_{n}": 1 - self.iou[:, :n, :n].mean((1, 2)),
+                       f"hungarian_iou_{n}": matched.to(self.iou)}
+        return scores
+
+    def sample_dice(self):
+        """`dice` of every map by itself, (n, B)."""
+        dice = self.dice[:, :, : self.n, self.n :].mean(0)  # (B, n, A)
+        return (self.weights[:, None] * dice).sum(2).T
+
+    def dice_present(self, i):
+        """Dice of map i, mean over the annotators and the classes that are not empty in the
+        reference, (B,): SSN's DSC_nod."""
+        share = self.weights * (self.size[:, :, self.n :, i] > 0)  # (K-1, B, A)
+        return (share * self.dice[:, :, i, self.n :]).sum((0, 2)) / share.sum((0, 2))
 
 
 def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
@@ -129,62 +157,64 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
     This is the V-statistic: the pairs of a map with itself are counted. Pixels that no annotator
     labelled are left out of the pairs of samples, too.
     """
-    weights = _annotator_weights(labels, weights)
-    return _ged(_iou_of_all(samples, labels, num_classes, weights, empty), weights)
+    return Pairs(samples, labels, num_classes, weights, empty).ged()
 
 
-def _ged(iou, weights):
-    n = iou.shape[1] - weights.shape[1]
-    u = torch.cat([iou.new_full((len(iou), n), 1 / n), -weights.to(iou)], 1)
-    with torch.autocast(iou.device.type, enabled=False):  # bfloat16 would be wrong by 1e-3
-        return torch.einsum("bi,bij,bj->b", u, iou, u)
+def transport(value, weights):
+    """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
 
-
-def _transport(value, weights):
-    """max sum(T * value) over T >= 0 (n, A) with rows adding up to 1/n and columns to weights.
-
-    Successive shortest paths: sample after sample goes to the annotator with room where the loss is
-    least, and may push earlier samples on to other annotators on the way. From annotator j to k
-    moves the sample at j that loses least by it.
+    T[a, i] is what sample i sends to annotator a: a sample sends 1/n, and annotators get weights
+    (B, A). Every sample starts where value - price is highest. Any prices lead to the same T, as
+    sum(T * price) is the same for all T; those of Sinkhorn's iterations send nearly everything to
+    the right place. The rest follows by successive shortest paths: from an annotator who has too
+    much to one who has too little, over others, on the way on which least is lost.
     """
-    if np.isnan(weights).any():  # no annotator
-        return math.nan
-    n, A = value.shape
+    B, A, n = value.shape
+    weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)
+    share = np.nan_to_num(weights / weights.sum(1, keepdims=True), nan=1 / A)
+    price = np.zeros((B, A, 1))
+    for heat in np.geomspace(0.3, 0.01, 12):
+        soft = np.exp((value - price - (value - price).max(1, keepdims=True)) / heat)
+        load = (soft / soft.sum(1, keepdims=True)).mean(2, keepdims=True)
+        price += heat * np.log(load / share[:, :, None].clip(1e-9) + 1e-9)
+    net = value - price
+    sent = (net.argmax(1)[:, None] == np.arange(A)[:, None]).astype(float)  # in samples
+    room = n * share - sent.sum(2)  # negative: too much
     eps = 1e-9  # of a sample; what rounding leaves
-    room = n * weights / weights.sum()  # of every annotator, in samples
-    sent = np.zeros((n, A))
-    loss_by_move = value[:, :, None] - value[:, None, :]  # (n, A, A): sample i from j to k
-    for i in range(n):
-        left = 1.0
-        while left > eps:
-            moves = np.where(sent[:, :, None] > eps, loss_by_move, np.inf)
-            mover, step = moves.argmin(0), moves.min(0)  # (A, A)
-            loss, previous = _shortest_paths(-value[i], step)
-            way = [np.where(room > eps, loss, np.inf).argmin()]  # annotators, from the last back
-            while previous[way[-1]] >= 0:
-                way.append(previous[way[-1]])
-            moved = [(mover[j, k], j, k) for k, j in zip(way, way[1:])]  # sample, from j, to k
-            amount = min(left, room[way[0]], *(sent[s, j] for s, j, _ in moved))
-            for s, j, k in moved:
-                sent[s, j] -= amount
-                sent[s, k] += amount
-            sent[i, way[-1]] += amount
-            room[way[0]] -= amount
-            left -= amount
-    return (sent * value).sum() / n
+    while len(b := np.flatnonzero((room < -eps).any(1) & (room > eps).any(1))):
+        case = np.arange(len(b))
+        held = np.where(sent[b] > eps, net[b], np.inf)
+        moves = held[:, :, None] - net[b, None]  # (b, from, to, n): what a sample loses by it
+        mover = moves.argmin(3)
+        step = np.take_along_axis(moves, mover[..., None], 3)[..., 0]
+        loss, previous = _shortest_paths(room[b] < -eps, step)
+        at = end = np.where(room[b] > eps, loss, np.inf).argmin(1)
+        amount, way = room[b, end], []  # the way is found from its end
+        while (on := (before := previous[case, at]) >= 0).any():
+            sample = mover[case, before, at]
+            amount = np.where(on, np.minimum(amount, sent[b, before, sample]), amount)
+            way.append((on, before, at, sample))
+            at = np.where(on, before, at)
+        amount = np.minimum(amount, -room[b, at])
+        for on, before, after, sample in way:
+            sent[b, before, sample] -= amount * on
+            sent[b, after, sample] += amount * on
+        room[b, end] -= amount
+        room[b, at] += amount
+    return (sent * value).sum((1, 2)) / n + 0 * weights.sum(1)
 
 
-def _shortest_paths(start, step):
-    """Bellman-Ford: the least loss (A,) of reaching each annotator, where entering at j costs
-    start[j] and going from j to k step[j, k]; and the annotator before it on that way, or -1."""
-    loss, previous = start, np.full(len(start), -1)
+def _shortest_paths(sources, step):
+    """Bellman-Ford from the sources (B, A) bool, where going from j to k costs step[:, j, k]: the
+    least loss (B, A) of reaching each annotator, and the one before on that way, or -1."""
+    loss, previous = np.where(sources, 0, np.inf), np.full(sources.shape, -1)
     while True:
-        through = loss[:, None] + step
-        better = through.min(0) < loss - 1e-12  # the margin keeps rounding from cycling
+        through = loss[:, :, None] + step
+        better = through.min(1) < loss - 1e-12  # the margin keeps rounding from cycling
         if not better.any():
             return loss, previous
-        previous = np.where(better, through.argmin(0), previous)
-        loss = np.where(better, through.min(0), loss)
+        previous = np.where(better, through.argmin(1), previous)
+        loss = np.where(better, through.min(1), loss)
 
 
 def mode_frequencies(samples, modes, num_classes=2):
@@ -192,7 +222,7 @@ def mode_frequencies(samples, modes, num_classes=2):
 
     Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). Missing modes get none.
     """
-    iou = _iou(_joint(samples, modes), num_classes, empty=1.0)
+    iou = _iou(*_overlaps(_joint(samples, modes), num_classes), empty=1.0)
     missing = modes.flatten(2).amin(2) == IGNORE
     iou = iou[:, :len(samples), len(samples):].masked_fill(missing[:, None], -math.inf)  # (B, n, M)
     nearest = (iou > iou.amax(2, keepdim=True) - 1e-6).float()  # rounding must not break ties
@@ -202,8 +232,11 @@ def mode_frequencies(samples, modes, num_classes=2):
 # ---- maps of uncertainty: of probs (n, B, K, *S), probabilities and not logits, or of Moments ----
 
 class Moments:
-    """Mean, mean logarithm and variance over samples that are added one at a time, so that no more
-    than one has to be in memory."""
+    """Means over samples that are added one at a time, so that no more than one is in memory.
+
+    What is added up are changes from the first sample: where all samples are equal, the variance is
+    exactly 0 and the means are exactly the sample's own.
+    """
 
     def __init__(self, probs=()):
         self.count = 0
@@ -213,23 +246,45 @@ class Moments:
     def add(self, probs):
         """One more sample's probabilities (B, K, *S), kept in float32 at least: 1e-8 needs it."""
         probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+        log = (probs + 1e-8).log_()
+        values = probs, log, -(probs * log).sum(1)
         if self.count == 0:
-            self.mean, self.mean_log, self.squares = (torch.zeros_like(probs) for _ in range(3))
+            self.first = probs.clone(), *values[1:]
+            self.changes = [torch.zeros_like(value) for value in values]
+            self.squares = torch.zeros_like(probs)
         self.count += 1
-        change = probs - self.mean
-        self.mean += change / self.count
-        self.squares += change * (probs - self.mean)  # Welford: exactly 0 where all are equal
-        self.mean_log += ((probs + 1e-8).log_() - self.mean_log) / self.count
+        for value, first, total in zip(values, self.first, self.changes):
+            total += value - first
+        self.squares += (probs - self.first[0]).square_()
 
     @classmethod
     def of(cls, probs):
         """`probs` (n, B, K, *S), or Moments, as Moments."""
         return probs if isinstance(probs, cls) else cls(probs)
 
+    def _mean(self, i):
+        return self.first[i] + self.changes[i] / self.count
+
+    @property
+    def mean(self):
+        """Mean probabilities, (B, K, *S)."""
+        return self._mean(0)
+
+    @property
+    def mean_log(self):
+        """Mean of log(probability + 1e-8), (B, K, *S)."""
+        return self._mean(1)
+
+    @property
+    def mean_entropy(self):
+        """Mean of the samples' entropies, (B, *S) nats."""
+        return self._mean(2)
+
     @property
     def variance(self):
         """Variance over the samples, added over the classes, (B, *S)."""
-        return self.squares.sum(1) / self.count
+        rest = self.squares - self.changes[0].square() / self.count
+        return rest.sum(1).clamp(min=0) / self.count
 
 
 def gamma_map(probs):
@@ -271,19 +326,19 @@ def error_map(probs, labels, weights=None):
 
 def _annotator_errors(moments, labels):
     """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
-    labels = labels.flatten(2).long()  # (B, A, P)
-    valid = labels != IGNORE
-    return -moments.mean_log.flatten(2).gather(1, labels * valid), valid
+    labels = labels.flatten(2)  # (B, A, P)
+    valid = (labels != IGNORE).to(moments.first[0])  # as 0 and 1: products with bool are slow
+    return -moments.mean_log.flatten(2).gather(1, (labels.byte() % IGNORE).long()), valid
 
 
 def _standardised(x, valid):
     """x (B, A, P) with mean 0 and norm 1 over valid pixels; 0 elsewhere, and if x is constant."""
-    x = x.masked_fill(~valid, 0)
+    x = x * valid
     mean = x.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
-    rest = (x - mean).masked_fill(~valid, 0)
+    rest = (x - mean).mul_(valid)
     norm = rest.norm(dim=-1, keepdim=True)
     constant = norm <= 1e-6 * x.norm(dim=-1, keepdim=True)  # what is left is rounding
-    return (rest / norm).masked_fill(constant, 0)
+    return rest / norm.masked_fill(constant, math.inf)
 
 
 def uncertainty_map(probs):
@@ -297,8 +352,35 @@ def uncertainty_map(probs):
 
 
 def entropy_map(probs):
-    """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e."""
+    """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e.
+
+    This is the whole predictive uncertainty. It is what `expected_entropy_map` and
+    `mutual_information_map` add up to.
+    """
     return torch.special.entr(Moments.of(probs).mean).sum(1)
+
+
+def expected_entropy_map(probs):
+    """Mean entropy of the samples, E[-sum_k s_k log s_k], (B, *S) nats.
+
+    Of an ensemble and of dropout it is called the aleatoric part (Depeweg et al. 2018): each member
+    says by its probabilities how ambiguous it thinks the pixel is. Of SSN and of models with
+    latents it is only the part that a single sample still leaves open.
+    """
+    return Moments.of(probs).mean_entropy
+
+
+def mutual_information_map(probs):
+    """Entropy of the mean less mean entropy, (B, *S) nats: how much the samples disagree.
+
+    Of an ensemble and of dropout it is called the epistemic part, as samples differ by the weights
+    that made them, which more data would settle. Of SSN, of M-heads and of all models with latents
+    it is NOT epistemic: there samples differ because annotators do. It is aleatoric too, namely the
+    part that the logits' noise, the head or the latent explains.
+    """
+    moments = Moments.of(probs)
+    disagreement = entropy_map(moments) - moments.mean_entropy
+    return disagreement.masked_fill(disagreement < 1e-6, 0)  # less is rounding
 
 
 # ---- one prediction and its references ----------------------------------------------------------
@@ -313,26 +395,7 @@ def dice(pred, labels, num_classes=2, weights=None):
 
 def sample_dice(samples, labels, num_classes=2, weights=None):
     """`dice` of every one of samples (n, B, *S) by itself, (n, B)."""
-    dices = _dice(samples, labels, num_classes)[0].mean(0)  # (B, n, A)
-    return (_annotator_weights(labels, weights)[:, None] * dices).sum(2).T
-
-
-def dice_present(pred, labels, num_classes=2, weights=None):
-    """Dice, mean over the annotators and classes not empty in the reference: SSN's DSC_nod."""
-    dices, present = (x[:, :, 0] for x in _dice(pred[None], labels, num_classes))  # (K-1, B, A)
-    share = _annotator_weights(labels, weights) * present
-    return (share * dices).sum((0, 2)) / share.sum((0, 2))
-
-
-def _dice(samples, labels, num_classes):
-    """Dice, 1 where both are empty, and presence in the reference, each (K-1, B, n, A)."""
-    n, dices, present = len(samples), [], []
-    for inter, size in _overlaps(_joint(samples, labels), num_classes):
-        size = size.expand_as(inter)
-        inter, of_sample, of_label = inter[:, :n, n:], size[:, :n, n:], size[:, n:, :n].mT
-        dices.append((2 * inter / (of_sample + of_label)).nan_to_num(nan=1.0))
-        present.append(of_label > 0)
-    return torch.stack(dices), torch.stack(present)
+    return Pairs(samples, labels, num_classes, weights).sample_dice()
 
 
 def hausdorff95(pred, label, num_classes=2):
@@ -369,61 +432,6 @@ def _nearest(points, others):
                       for p in points.split(max(1, BUDGET // len(others)))])
 
 
-# ---- instances: maps of ids; 0 is background or ignored, every other number (also 255) one object
-
-def rand_error(pred, target):
-    """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
-
-    As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
-    included): is a pair within one object? A pixel of pred 0 is an object of its own (SNEMI3D's
-    script divides the number of these by the image size, so they vanish). Without foreground in
-    target: NaN.
-    """
-    errors = []
-    for p, t in zip(pred.flatten(1).long(), target.flatten(1).long(), strict=True):
-        table = _contingency(p, t)[0][:, 1:]
-        alone = table[0].sum()
-        both = table[1:].square().sum() + alone
-        within_pred = table[1:].sum(1).square().sum() + alone
-        within_target = table.sum(0).square().sum()
-        # precision = both / within_pred, recall = both / within_target, F = 2 P R / (P + R)
-        errors.append(1 - 2 * both / (within_pred + within_target))
-    return torch.stack(errors)
-
-
-def average_precision(pred, target, confidence):
-    """Average precision of id maps pred, target (B, *S): {"ap", "ap50"}, each (B,).
-
-    The Cityscapes scheme (Kohl et al. 2019, App. B.3): a predicted object is right if its IoU with
-    a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
-    is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
-    confidence is the mean of the map `confidence` (B, *S) over it. Cityscapes has one curve for all
-    images; here each image has its own. Without objects in target: NaN.
-    """
-    thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
-    curves = []
-    for b in range(len(pred)):
-        table, row = _contingency(pred[b].flatten().long(), target[b].flatten().long())
-        inter = table[1:, 1:]
-        if inter.shape[1] == 0:
-            curves.append(torch.full_like(thresholds, math.nan))
-            continue
-        iou = inter / (table.sum(1)[1:, None] + table.sum(0)[1:] - inter)
-        # Above 0.5, an object overlaps no second one: the matches are 1:1 by themselves.
-        right = iou.amax(1)[:, None] > thresholds  # (objects, thresholds)
-        score = torch.zeros(len(table), device=pred.device)
-        score = score.index_add(0, row, confidence[b].flatten().float()) / table.sum(1)
-        score, order = score[1:].sort(descending=True)
-        last_of_ties = score.diff(append=score.new_full((1,), -math.inf)) != 0
-        hits = right[order].cumsum(0)[last_of_ties]
-        start = torch.zeros(1, len(thresholds), device=pred.device)  # recall 0, precision 1
-        precision = torch.cat([start + 1, hits / (last_of_ties.nonzero() + 1)])
-        recall = torch.cat([start, hits / inter.shape[1]])
-        curves.append(torch.trapezoid(precision, recall, dim=0))
-    curves = torch.stack(curves)
-    return {"ap": curves.mean(1), "ap50": curves[:, 0]}
-
-
 def connected_components(mask):
     """Ids (B, *S) int64, not consecutive, of the parts of mask (B, *S) bool whose pixels connect by
     their sides; 0 where the mask is false."""
@@ -442,15 +450,6 @@ def connected_components(mask):
         if torch.equal(high, ids):
             return ids
         ids = high
-
-
-def _contingency(pred, target):
-    """Pixels shared by each object of pred and of target (P,), id 0 first; and each pixel's row."""
-    (rows, row), (columns, column) = (
-        torch.cat([ids, ids.new_zeros(1)]).unique(return_inverse=True) for ids in (pred, target))
-    shape = len(rows), len(columns)
-    cell = row[:-1] * shape[1] + column[:-1]  # less the 0 that was added to be in the table
-    return cell.bincount(minlength=shape[0] * shape[1]).view(shape), row[:-1]
 
 
 # ---- statistics over cases ----------------------------------------------------------------------

@@ -119,8 +119,16 @@ def sample_chunks(model, image, n, num_classes, generator, **options):
 
 
 def labels_of(scores, axis: int):
-    """The class of the highest score, uint8. (argmax is 30 times slower on a CPU.)"""
-    return scores.max(axis).indices.byte()
+    """The class of the highest score, of equals the first, uint8.
+
+    (Along an axis of few classes, torch.max is 4 times slower on a CPU, and argmax 100 times.)
+    """
+    best, *others = scores.unbind(axis)
+    label = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+    for k, score in enumerate(others, 1):
+        label = torch.maximum(label, (score > best).byte() * k)
+        best = torch.maximum(best, score)
+    return label
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):

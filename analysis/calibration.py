@@ -5,39 +5,35 @@ import torch
 
 import metrics
 from analysis.pictures import COLORS, new_plot, save_figure
-
-BINS = 20  # of pixels' classes, by their known probability
+from analysis.uncertainty import BINS, annotators_mean, sums_by
 
 
 def mode_rows(batch, samples) -> dict:
     """What the following functions need of every case, {name: (B, ...)}; samples (n, B, *S).
 
-    mode_frequency, mode_probability (B, M): the share of samples nearest to each mode (Kohl et al.
-    2018, App. C), and the known one. pixel_bins (B, BINS, 3): pixels and foreground classes sorted
-    by their known probability (0 and 1 left out): its sum, that of the share of samples, and how
-    many there are.
+    mode_frequency and mode_probability (B, M) are the share of samples nearest to each mode (Kohl
+    et al. 2018, App. C) and its known probability. pixel_bins (B, BINS, 3) sorts the pixels'
+    foreground classes by their known probability, 0 and 1 left out: the sum of the probabilities,
+    that of the share of samples, and how many there are.
     """
-    known_modes = batch.probabilities
-    bins = torch.zeros(len(batch), BINS, 3, dtype=torch.float64)
-    for k in range(1, batch.num_classes):
-        known = torch.einsum("bm,bm...->b...", known_modes, (batch.labels == k).float()).flatten(1)
-        share = (samples == k).float().mean(0).flatten(1)
-        uncertain = (known > 1e-4) & (known < 1 - 1e-4)
-        for case, chosen in enumerate(uncertain):
-            p = known[case, chosen].double().cpu()
-            values = torch.stack([p, share[case, chosen].double().cpu(), torch.ones_like(p)], 1)
-            bins[case].index_add_(0, (p * BINS).long().clamp(max=BINS - 1), values)
+    known, _ = annotators_mean(batch.labels, batch.num_classes, batch.probabilities)
+    known = known[:, 1:].flatten(1)
+    share = torch.stack([(samples == k).float().mean(0) for k in range(1, batch.num_classes)], 1)
+    uncertain = (known > 1e-4) & (known < 1 - 1e-4)
+    row = torch.where(uncertain, (known * BINS).long(), BINS)
     return {"mode_frequency": metrics.mode_frequencies(samples, batch.labels, batch.num_classes),
-            "mode_probability": known_modes, "pixel_bins": bins}
+            "mode_probability": batch.probabilities,
+            "pixel_bins": sums_by(row, [known, share.flatten(1)], BINS)}
 
 
 def total_variation(rows: dict) -> np.ndarray:
-    """Between the modes drawn for a case and their probabilities, (N,)."""
+    """Total variation between the modes drawn for a case and their probabilities, (N,)."""
     return abs(rows["mode_frequency"] - rows["mode_probability"]).sum(1) / 2
 
 
 def pooled(rows: dict, n: int) -> dict:
-    """mode_pooled_tv_<n> and mode_gap_<n> with standard errors by resampling cases."""
+    """The entries mode_pooled_tv_<n> and mode_gap_<n> of metrics.json, with standard errors by
+    resampling cases."""
     excess = rows["mode_frequency"] - rows["mode_probability"]
     cases, rng = len(excess), np.random.default_rng(0)
     again = abs(excess[rng.integers(cases, size=(200, cases))].mean(1))  # (200, M)
@@ -48,15 +44,16 @@ def pooled(rows: dict, n: int) -> dict:
 
 
 def pixel_curve(rows: dict) -> np.ndarray:
-    """Mean known probability of a pixel's class and mean share of samples, (BINS, 2); NaN where a
-    bin is empty."""
+    """In every bin, the mean known probability of a pixel's class and the mean share of samples,
+    (BINS, 2); NaN where a bin is empty."""
     bins = rows["pixel_bins"].sum(0)
     with np.errstate(invalid="ignore"):
         return bins[:, :2] / bins[:, 2:]
 
 
 def plot_modes(path, rows: dict) -> None:
-    """Frequencies against known probabilities: of modes, over all cases; and of pixels' classes."""
+    """Draw frequencies against known probabilities, of modes over all cases and of pixels' classes.
+    """
     known, frequency = rows["mode_probability"].mean(0), rows["mode_frequency"].mean(0)
     figure, axes = new_plot(1, 2, size=(6, 3))
     modewise, pixelwise = axes[0]

@@ -13,8 +13,9 @@ from common import UserError
 from sources.files import write_text
 from sources.runs import read_config, read_log
 
-COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "ncc_100", "diversity_16", "dice",
-            "dice_present", "dice_mean", "iou_rec", "log_likelihood", "mode_pooled_tv_100")
+COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "dice_max_16", "ncc_100", "diversity_16",
+            "dice", "dice_present", "dice_mean", "iou_rec", "log_likelihood", "ece_band",
+            "volume_crps", "e_aurc_disagreement", "mode_pooled_tv_100")
 
 
 def compare(folders) -> str:

@@ -1,6 +1,7 @@
 """Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H), their scores and picture."""
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def rand_errors(batch, found: Tensor) -> Tensor:
     """Rand error of instance ids (B, H, W) against those of a batch (a Split), which leaves out
     pixels of id -1; (B,)."""
     known = batch.instances >= 0
-    return metrics.rand_error(found * known, objects(batch.instances, batch.fixed))
+    return rand_error(found * known, objects(batch.instances, batch.fixed))
 
 
 def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, ending: str) -> dict:
@@ -112,7 +113,7 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, end
     objects; probs (B, K, H, W) are the samples' means.
     """
     known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
-    precision = metrics.average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
+    precision = average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
     components = metrics.connected_components(objects(prediction, batch.fixed) > 0)
     return {f"rand_error_{ending}": rand_errors(batch, found),
             **{f"{name}_{ending}": values for name, values in precision.items()},
@@ -143,3 +144,67 @@ def plot_instances(path: str, cases: list[dict]) -> None:
         maps = (case["truth"], case["found"], case["again"], *case["samples"][:6])
         rows[case["name"]] = [paint_image(case["image"]), *(paint_label(m) for m in maps)]
     save_grid(path, rows, ["image", "truth", "clustered", "reconstruction", *numbered("sample", 6)])
+
+
+# ---- measures of id maps, where 0 is background or ignored and every other number is an object
+
+def rand_error(pred, target):
+    """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
+
+    As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
+    included): is a pair within one object? A pixel of pred 0 is an object of its own (SNEMI3D's
+    script divides the number of these by the image size, so they vanish). Without foreground in
+    target: NaN.
+    """
+    errors = []
+    for p, t in zip(pred.flatten(1).long(), target.flatten(1).long(), strict=True):
+        table = _contingency(p, t)[0][:, 1:]
+        alone = table[0].sum()
+        both = table[1:].square().sum() + alone
+        within_pred = table[1:].sum(1).square().sum() + alone
+        within_target = table.sum(0).square().sum()
+        # precision = both / within_pred, recall = both / within_target, F = 2 P R / (P + R)
+        errors.append(1 - 2 * both / (within_pred + within_target))
+    return torch.stack(errors)
+
+
+def average_precision(pred, target, confidence):
+    """Average precision of id maps pred, target (B, *S): {"ap", "ap50"}, each (B,).
+
+    The Cityscapes scheme (Kohl et al. 2019, App. B.3): a predicted object is right if its IoU with
+    a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
+    is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
+    confidence is the mean of the map `confidence` (B, *S) over it. Cityscapes has one curve for all
+    images; here each image has its own. Without objects in target: NaN.
+    """
+    thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
+    curves = []
+    for b in range(len(pred)):
+        table, row = _contingency(pred[b].flatten().long(), target[b].flatten().long())
+        inter = table[1:, 1:]
+        if inter.shape[1] == 0:
+            curves.append(torch.full_like(thresholds, math.nan))
+            continue
+        iou = inter / (table.sum(1)[1:, None] + table.sum(0)[1:] - inter)
+        # Above 0.5, an object overlaps no second one: the matches are 1:1 by themselves.
+        right = iou.amax(1)[:, None] > thresholds  # (objects, thresholds)
+        score = torch.zeros(len(table), device=pred.device)
+        score = score.index_add(0, row, confidence[b].flatten().float()) / table.sum(1)
+        score, order = score[1:].sort(descending=True)
+        last_of_ties = score.diff(append=score.new_full((1,), -math.inf)) != 0
+        hits = right[order].cumsum(0)[last_of_ties]
+        start = torch.zeros(1, len(thresholds), device=pred.device)  # recall 0, precision 1
+        precision = torch.cat([start + 1, hits / (last_of_ties.nonzero() + 1)])
+        recall = torch.cat([start, hits / inter.shape[1]])
+        curves.append(torch.trapezoid(precision, recall, dim=0))
+    curves = torch.stack(curves)
+    return {"ap": curves.mean(1), "ap50": curves[:, 0]}
+
+
+def _contingency(pred, target):
+    """Pixels shared by each object of pred and of target (P,), id 0 first; and each pixel's row."""
+    (rows, row), (columns, column) = (
+        torch.cat([ids, ids.new_zeros(1)]).unique(return_inverse=True) for ids in (pred, target))
+    shape = len(rows), len(columns)
+    cell = row[:-1] * shape[1] + column[:-1]  # less the 0 that was added to be in the table
+    return cell.bincount(minlength=shape[0] * shape[1]).view(shape), row[:-1]

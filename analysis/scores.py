@@ -1,4 +1,4 @@
-"""The measures of a batch of cases, from samples that are gone through once."""
+"""All measures of a batch of cases, from samples that are drawn and gone through once."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import metrics
+from analysis.uncertainty import pixel_measures, score_measures, set_measures
 from common import IGNORE
 from models import labels_of
 from sources.base import Split
@@ -13,7 +14,7 @@ from sources.base import Split
 
 @dataclass
 class Drawn:
-    """A batch, what the model predicts of it, and what is kept of its samples."""
+    """A batch, what the model predicts for it, and what is kept of its samples."""
 
     batch: Split
     prediction: Tensor  # (B, *S) uint8, the label map of `predict`
@@ -23,43 +24,51 @@ class Drawn:
 
 
 def draw(model, batch, chunks, samples) -> Drawn:
-    """Go through a batch's samples once: chunks of logits (m, B, K, *S), one sample's probabilities
-    at a time."""
+    """Go once through a batch's samples, chunks of logits (m, B, K, *S), and keep their label maps
+    and moments. Only one sample's probabilities are in memory at a time."""
     moments, hard, ncc = metrics.Moments(), [], {}
     for logits in chunks:
-        hard.append(labels_of(logits, 2))
         for sample in logits:
+            hard.append(labels_of(sample, 1))
             moments.add(sample.softmax(1))
             if moments.count in samples:
                 ncc[f"ncc_{moments.count}"] = metrics.ncc(moments, batch.labels, batch.weights)
     prediction = labels_of(model.predict(batch.images), 1)
-    return Drawn(batch, prediction, torch.cat(hard), moments, ncc)
+    return Drawn(batch, prediction, torch.stack(hard), moments, ncc)
 
 
 def measure(model, drawn, samples, likelihood_samples) -> dict:
-    """The measures of a batch of cases, {name: (B,)}."""
-    batch, weights, (classes, empty) = drawn.batch, drawn.batch.weights, scoring(drawn.batch)
+    """The measures of a batch of cases, {name: (B,)}, and what `uncertainty.calibration` needs of
+    them, {"reliability": (B, ...)}."""
+    batch, (classes, empty) = drawn.batch, scoring(drawn.batch)
     mean = labels_of(drawn.moments.mean, 1)
-    labels, hard, prediction, mean = (
-        only_scored(batch, maps) for maps in (batch.labels, drawn.hard, drawn.prediction, mean))
-    out = metrics.sample_scores(hard, labels, classes, weights, empty, samples) | drawn.ncc
-    out["ged_predict"] = metrics.ged(prediction[None], labels, classes, weights, empty)
-    out["dice"] = metrics.dice(prediction, labels, classes, weights)
-    out["dice_present"] = metrics.dice_present(prediction, labels, classes, weights)
-    out["dice_mean"] = metrics.dice(mean, labels, classes, weights)
+    labels = only_scored(batch, batch.labels)
+    maps = torch.cat([drawn.hard, drawn.prediction[None], mean[None]])
+    pairs = metrics.Pairs(only_scored(batch, maps), labels, classes, batch.weights, empty)
+    out, n = pairs.sample_scores(samples) | drawn.ncc, len(drawn.hard)
+    out["ged_predict"] = pairs.ged(slice(n, n + 1))
+    dices = pairs.sample_dice()  # (n + 2, B)
+    out["dice"], out["dice_mean"] = dices[n], dices[n + 1]
+    out["dice_present"] = pairs.dice_present(n)
     if classes > 2:  # as in SSN's Table 2, whose whole tumour is any of three classes
-        marked = [torch.where(maps == IGNORE, maps, (maps > 0).byte())
-                  for maps in (prediction, labels)]
-        out["dice_foreground"] = metrics.dice(*marked, 2, weights)
-    dices = metrics.sample_dice(hard[: max(samples)], labels, classes, weights)  # (n, B)
+        prediction, marked = (torch.where(m == IGNORE, m, (m > 0).byte())
+                              for m in (only_scored(batch, drawn.prediction), labels))
+        out["dice_foreground"] = metrics.dice(prediction, marked, 2, batch.weights)
+    most = max(samples)
+    out["disagreement"] = 1 - pairs.dice[:, :, n + 1, :most].mean((0, 2))
+    dices = dices[:most]
     out["dice_better"] = (dices > out["dice"]).double().mean(0)
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
+    out |= set_measures(pairs, most, samples)
+    probs = scored_probabilities(batch, drawn.moments.mean)
+    out |= pixel_measures(probs, labels, pairs.weights)
+    out |= score_measures(drawn.moments, batch.labels)
     return out | likelihoods(model, batch, likelihood_samples)
 
 
 def geds(batch, hard, samples) -> dict:
-    """ged_<n> of a batch of cases, {name: (B,)}, from samples (n, B, *S)."""
+    """GED of a batch of cases from samples (n, B, *S), {"ged_<n>": (B,)}."""
     (classes, empty), labels = scoring(batch), only_scored(batch, batch.labels)
     hard = only_scored(batch, hard)
     return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
@@ -67,8 +76,8 @@ def geds(batch, hard, samples) -> dict:
 
 
 def scoring(split) -> tuple[int, float]:
-    """How many classes the maps of `only_scored` have, and the IoU of a class absent in both maps.
-    """
+    """The number of classes in the maps of `only_scored`, and the IoU of a class that is absent in
+    both maps."""
     classes = 1 + len(split.scored) if split.scored else split.num_classes
     # where the papers average over a few of many classes, absent ones are left out
     return classes, float("nan") if split.scored or split.instances is not None else 1.0
@@ -85,11 +94,19 @@ def only_scored(split, maps):
     return table[maps.long()]
 
 
-def likelihoods(model, batch, n) -> dict:
-    """What needs the annotators' maps one by one: log_likelihood with n samples, and iou_rec of
-    models with latents.
+def scored_probabilities(split, probs):
+    """Probabilities (B, K, *S) of the classes of `only_scored`."""
+    if not split.scored:
+        return probs
+    scored = probs[:, list(split.scored)]
+    return torch.cat([1 - scored.sum(1, keepdim=True), scored], 1)
 
-    The expectation over a case's label maps; over two drawn from it where there are more than 8.
+
+def likelihoods(model, batch, n) -> dict:
+    """The measures that need the annotators' maps one by one: log_likelihood with n samples and, of
+    models with latents, iou_rec.
+
+    Both are expectations over a case's label maps. Where there are more than 8, two are drawn.
     """
     weights = batch.probabilities  # (B, A)
     annotators = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)

@@ -1,7 +1,7 @@
 """What every data set becomes, a `Split`, and how the cases found in files become one.
 
 A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
-it. `read_files` reads only the cases asked for, after the splits are known and checked.
+it. `collect` reads only the cases asked for, after `assign` has checked the splits.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common import IGNORE, Progress
-from sources.files import DataError, as_float_image, error_line, readable, size_text
+from sources.files import DataError, as_float_image, holds, readable, size_text
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
@@ -56,12 +56,14 @@ class Split:
     @property
     def present(self) -> Tensor:
         """(N, A) bool: whether the annotator labelled the case, that is, is not 255 everywhere."""
-        return (self.labels != IGNORE).flatten(2).any(2)
+        parts = self.labels.split(64)  # so that few cases at a time take more memory
+        return torch.cat([(labels != IGNORE).flatten(2).any(2) for labels in parts])
 
     @property
     def marked(self) -> Tensor:
         """(N, A) bool: whether the annotator marked any foreground."""
-        return ((self.labels > 0) & (self.labels != IGNORE)).flatten(2).any(2)
+        parts = self.labels.split(64)
+        return torch.cat([((part > 0) & (part != IGNORE)).flatten(2).any(2) for part in parts])
 
     @property
     def probabilities(self) -> Tensor:
@@ -70,24 +72,24 @@ class Split:
         return share / share.sum(1, keepdim=True)
 
     def label_maps(self, cases: Tensor, annotators: Tensor) -> Tensor:
-        """One label map of each case, by index, both (B,) -> (B, *S) uint8."""
+        """Returns one label map (B, *S) uint8 of each case, both given by their index (B,)."""
         if self.flips is None:
             return self.labels[cases, annotators]
         return relabel(self.labels[cases, 0], self.flips[cases, annotators])
 
     def all_maps(self) -> "Split":
-        """The same with every label map in `labels`; for small subsets, as the result is large."""
+        """Returns the split with every label map in `labels`. It is large: take few cases."""
         if self.flips is None:
             return self
         maps = [relabel(self.labels[:, 0], table) for table in self.flips.unbind(1)]
         return replace(self, labels=torch.stack(maps, 1), flips=None)
 
     def to(self, device) -> "Split":
-        """All of it on `device`."""
+        """Returns the split with all its tensors on `device`."""
         return replace(self, **{key: tensor.to(device) for key, tensor in self._tensors()})
 
     def subset(self, indices: Sequence[int]) -> "Split":
-        """These cases; of a range, a view without a copy."""
+        """Returns these cases. For a range the tensors are views, so nothing is copied."""
         if isinstance(indices, range):
             rows = slice(indices.start, indices.stop, indices.step)
         else:
@@ -138,32 +140,8 @@ class Listing:
     pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
 
 
-def read_files(name: str, source, path, wanted: Sequence[str], split_file, options: dict):
-    """What the splits `wanted` need of a set in files, as a Split; {split: its indices there}."""
-    try:
-        place = locate(name, path, source)
-        # A split file may move any case to any split.
-        needed = SPLITS if split_file or "all" in wanted else wanted
-        listing = source.read(place, needed, **options)
-    except OSError as error:  # such as a folder that may not be opened
-        raise DataError(f"{path or name}: not a readable data set: {error_line(error)}") from error
-    if not listing.cases:
-        raise DataError(f"{place}: holds no cases; it should be {source.layout}")
-    splits = assign(place, listing, wanted, split_file)
-    rows, order = splits, list(range(len(listing.cases)))
-    if "all" not in wanted:  # read split after split, so that `subset` can give views
-        rows, order = {}, []
-        for split in SPLITS:
-            if split in wanted or not listing.apart:
-                rows[split] = range(len(order), len(order) + len(splits[split]))
-                order += splits[split]
-    whole = collect(place, listing, order)
-    whole.parts = {split: [listing.cases[i].name for i in splits[split]] for split in SPLITS}
-    return whole, rows
-
-
 def locate(name: str, path, source) -> Path:
-    """The file, or the folder in a known layout, that `path`, or datasets/<name>, points to."""
+    """Finds the file, or the folder in a known layout, that `path` or datasets/<name> points to."""
     place = Path("datasets", name) if path is None else Path(str(path))
     if place.is_dir():
         if any(any(place.glob(mark)) for mark in source.marks):
@@ -177,13 +155,14 @@ def locate(name: str, path, source) -> Path:
                         f"{' or '.join(file.name for file in found)}")
     if not found:
         fault = "nothing to read at" if place.exists() else "there is no"
-        raise DataError(f"{name}: {fault} {place}: put there, or give the path of, "
+        there = f" ({holds(place)})" if place.is_dir() else ""
+        raise DataError(f"{name}: {fault} {place}{there}: put there, or give the path of, "
                         f"{source.layout}; sources/README.md has every layout")
     return found[0]
 
 
 def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[str, list[int]]:
-    """Case indices of train, val and test, with no group in two of them.
+    """Splits cases into train, val and test, as their indices, with no group in two of them.
 
     The n distinct groups, sorted, are shuffled by RandomState(0); the first ceil(test n) are test.
     The other m, in that order, are shuffled by a fresh RandomState(0); the first ceil(val m) are
@@ -201,7 +180,7 @@ def split_groups(groups: Sequence[str], val: float, test: float = 0.2) -> dict[s
 
 
 def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dict[str, list[int]]:
-    """The case indices of train, val and test: the set's own, or those of a split file.
+    """Returns the case indices of train, val and test: the set's own, or those of a split file.
 
     Raises DataError for two cases of one name, a group in two splits, an empty split in `wanted`.
     """
@@ -219,13 +198,13 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
                                 "of a group (patient, scene) must be in one")
     for split in wanted:
         if split != "all" and not splits[split]:
-            why = why.format(split=split, groups=len({case.group for case in cases}))
+            why = why.replace("{split}", split).replace("{groups}", str(len(set(home))))
             raise DataError(f"{place}: no case is left for {split!r}: {why}")
     return splits
 
 
 def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
-    """The splits in a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}."""
+    """Reads a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}."""
     with readable(file, "split file (JSON)"):
         listed = json.loads(Path(file).read_text(encoding="utf-8"))
     if (not isinstance(listed, dict) or not set(listed) <= set(SPLITS)
@@ -242,21 +221,47 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
 
 
 def collect(place, listing: Listing, rows: list[int]) -> Split:
-    """Reads, checks and stacks the cases at `rows`; a missing label map is 255 and has weight 0.
+    """Reads the cases at `rows` on several threads, checks them and stacks them."""
+    if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
+        raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
+    cases, images, maps, largest = [listing.cases[i] for i in rows], [], [], 0.0
+    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
+        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
+            images.append(image)
+            maps.append(drawn)
+            if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
+                raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
+                                f"{size_text(image.shape)} (channels first), the first is "
+                                f"{size_text(images[0].shape)}; all must have as many")
+            if image.dtype.kind == "f":
+                largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
+            if time.monotonic() - progress.start > SLOW:
+                progress.update(len(images), "cases read")
+    if time.monotonic() - progress.start > SLOW:
+        progress.say(f"{place}: {len(cases)} cases read")
+    if largest > LARGE and not progress.quiet:
+        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
+              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
+              file=sys.stderr)
+    return _stack(place, listing, rows, images, maps)
+
+
+def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
+    """Stacks images (C, *S) and {annotator: label map (*S)} of all cases into one Split. A missing
+    label map is 255 and has weight 0.
 
     Cases of different sizes are centred in the largest extent of each axis: images are filled up
     by reflection, labels with 255, which no loss and no metric uses.
     """
-    if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
-        raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
     cases = [listing.cases[i] for i in rows]
-    images, maps = _read_cases(place, listing, cases)
     size, annotators = np.max([image.shape[1:] for image in images], 0), 1 + max(chain(*maps, [0]))
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
     labels = np.full((len(cases), annotators, *size), empty, kind)
     for i in range(len(cases)):
-        stack[i] = centred(images[i], size, mode=listing.pad)
+        stack[i] = centred(as_float_image(images[i], cases[i].name), size, mode=listing.pad)
         for annotator, label in maps[i].items():
             labels[i, annotator] = centred(label, size, constant_values=empty)
         images[i] = maps[i] = None  # frees them one by one
@@ -267,7 +272,7 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
         return replace(whole, labels=_fixed_maps(whole))
 
-    highest = int(labels[labels != IGNORE].max(initial=0))
+    highest = max(int(label[label != IGNORE].max(initial=0)) for label in labels)
     if not highest:
         raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
@@ -289,37 +294,13 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     return whole if uniform else replace(whole, weights=torch.from_numpy(weights / total).float())
 
 
-def _read_cases(place, listing: Listing, cases: list[Case]) -> tuple[list, list]:
-    """The images (C, *S) and the {annotator: label map} of all cases, on several threads."""
-    images, maps, largest = [], [], 0.0
-    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
-        for image, drawn in pool.map(partial(_read_case, place, listing), cases):
-            images.append(image)
-            maps.append(drawn)
-            if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
-                raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
-                                f"{size_text(image.shape)} (channels first), the first is "
-                                f"{size_text(images[0].shape)}; all must have as many")
-            largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
-            slow = time.monotonic() - progress.start > SLOW
-            if slow:
-                progress.update(len(images), "cases read")
-    if slow:
-        progress.say(f"{place}: {len(cases)} cases read")
-    if largest > LARGE and not progress.quiet:
-        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
-              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
-              file=sys.stderr)
-    return images, maps
-
-
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The case's image as float32 and its label maps as uint8 (or instance ids, int32), checked."""
+    """Reads and checks a case: its image, and its label maps as uint8 (or instance ids as int32).
+    Images of 8 and 16 bits stay small until they are stacked; others become float32."""
     where = f"{place}: {case.name!r}"
     image, maps = case.read()
-    image = as_float_image(image, f"{where}: image")
+    if image.dtype not in (np.uint8, np.uint16):
+        image = as_float_image(image, f"{where}: image")
     if image.ndim not in (3, 4) or not image.size:
         raise DataError(f"{where}: image is {size_text(image.shape[1:])}; (H, W) or (D, H, W) is "
                         "needed")
@@ -349,7 +330,7 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
 
 
 def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
-    """Ids from `fixed` on are renumbered without gaps, so that tables of classes stay small."""
+    """Renumbers the ids from `fixed` on without gaps, so that tables of classes stay small."""
     if ids.dtype.kind not in "ui" or (ids < -1).any() or not (ids >= 0).any():
         raise DataError(f"{where} is of {ids.dtype}, its least {ids.min(initial=0)}; instance ids "
                         "are whole numbers from 0 up (at least one); -1 is ignored")
@@ -358,7 +339,8 @@ def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
 
 
 def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
-    """(N, count, *S): label maps of a split with instances, each case's a function of its name."""
+    """Draws label maps (N, count, *S) of a split with instances; those of a case depend on its name
+    alone."""
     maps = []
     for ids, name in zip(whole.instances, whole.names):
         for number in range(count):
@@ -383,21 +365,21 @@ def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
 
 
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
-    """`name`, if it is one of `names`; DataError with all of them if not."""
+    """Returns `name` if it is one of `names`, and raises a DataError that lists them if not."""
     if name not in names:
         raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names)}")
     return name
 
 
 def random_classes(count: int, ids: int, fixed: int, num_classes: int, generator) -> Tensor:
-    """A random class fixed..K-1 for every instance id from `fixed` on. (count, ids) uint8."""
+    """Draws tables (count, ids) uint8 of a random class fixed..K-1 for each id from `fixed` on."""
     table = torch.randint(fixed, num_classes, (count, ids), generator=generator, dtype=torch.uint8)
     table[:, :fixed] = torch.arange(fixed)[:ids]
     return table
 
 
 def relabel(instances: Tensor, table: Tensor) -> Tensor:
-    """Instance ids or classes (B, *S) through a class table (B, ids) -> (B, *S) uint8."""
+    """Looks instance ids or classes (B, *S) up in class tables (B, ids); returns (B, *S) uint8."""
     labels = table.gather(1, instances.flatten(1).clamp(min=0).long()).view(instances.shape)
     return labels.masked_fill(instances < 0, IGNORE)
 
@@ -409,7 +391,7 @@ def seeded_generator(*words: int) -> torch.Generator:
 
 
 def spline(knots: Tensor, shape: Sequence[int]) -> Tensor:
-    """The uniform cubic B-spline with control values `knots` (B, C, *k) -> (B, C, *shape)."""
+    """Evaluates the uniform cubic B-spline of `knots` (B, C, *k) on a grid: (B, C, *shape)."""
     for want in shape:
         count = knots.shape[2]
         at = torch.linspace(1, count - 2, want, device=knots.device)

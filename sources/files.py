@@ -15,7 +15,8 @@ from PIL import Image, ImageSequence
 
 from common import UserError
 
-FOLDER = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".nii", ".nii.gz")  # as folders hold
+# What `read_array` reads, by its name.
+ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
 EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
 
 # `_open_picture` refuses what Pillow would only warn of.
@@ -27,14 +28,20 @@ class DataError(UserError):
 
 
 def size_text(shape: Sequence[int]) -> str:
-    """(3, 4) -> "3 x 4"."""
+    """Writes a shape for a message: (3, 4) becomes "3 x 4"."""
     return " x ".join(map(str, shape)) or "one value"
+
+
+def holds(folder: Path) -> str:
+    """Says what a folder holds, for a message."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
 
 
 @contextlib.contextmanager
 def readable(file, what: str):
     """Turns any error inside into one DataError: damaged bytes can raise nearly anything. Only
-    regular files are read: a pipe would wait for ever, a device has no end."""
+    regular files are read: a pipe would wait for ever, and a device may have no end."""
     if not Path(file).is_file():
         raise DataError(f"{file}: not a readable {what}: no such file, or not a regular one")
     try:
@@ -46,12 +53,12 @@ def readable(file, what: str):
 
 
 def error_line(error: Exception) -> str:
-    """The kind and text of an error in one line."""
+    """Returns the kind and the text of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def optional_package(module: str, file):
-    """The package that reads `file`, or a DataError that says how to install it."""
+    """Imports the package that reads `file`, or raises a DataError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -69,7 +76,7 @@ def _open_picture(file: Path):
 
 
 def read_picture(file: Path) -> np.ndarray:
-    """A picture (C, H, W), grey or RGB, of 8 or 16 bits or floats; `as_float_image` scales it."""
+    """Reads a picture (C, H, W), grey or RGB, of 8 or 16 bits or floats, and does not scale it."""
     with _open_picture(file) as picture:
         if picture.mode not in ("L", "F", "RGB") and not picture.mode.startswith("I"):
             picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
@@ -80,7 +87,7 @@ def read_picture(file: Path) -> np.ndarray:
 
 
 def read_label(file: Path) -> np.ndarray:
-    """A label map (H, W): grey levels or palette indices as they are."""
+    """Reads a label map (H, W), whose classes are the grey levels or palette indices."""
     with _open_picture(file) as picture:
         array = np.asarray(picture)
         if picture.format == "JPEG" or array.ndim != 2:
@@ -90,8 +97,8 @@ def read_label(file: Path) -> np.ndarray:
 
 
 def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
-    """float32: uint8 and uint16 scaled to [0, 1], floats as they are. Refuses other kinds, and
-    pixels that are not finite."""
+    """Returns float32 pixels: uint8 and uint16 are scaled to [0, 1], floats stay as they are. Other
+    kinds, and pixels that are not finite, are refused."""
     if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
         return image / np.float32(np.iinfo(image.dtype).max)
     if image.dtype.kind != "f":
@@ -105,14 +112,14 @@ def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
 
 
 def read_pages(file: Path) -> np.ndarray:
-    """A TIFF of several pages, (N, H, W)."""
+    """Reads a TIFF of several pages as (N, H, W)."""
     with _open_picture(file) as picture:
         return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
 
 
 def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
-    """{key: array}, in the order of `needed` and `optional`; other keys are refused. NumPy expands
-    no more than the sizes in the zip's directory, so these are checked first."""
+    """Reads {key: array}, in the order of `needed` and `optional`; other keys are refused. NumPy
+    expands no more than the sizes in the zip's directory, so these are checked first."""
     with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
@@ -128,7 +135,7 @@ def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] =
 
 
 def check_claim(file: Path, claimed: int) -> None:
-    """DataError where `file` claims to hold far more bytes than it can be expected to."""
+    """Raises DataError if `file` claims to hold far more bytes than it can be expected to."""
     most = max(EXPANSION * os.path.getsize(file), SMALL)
     if claimed > most:
         raise DataError(f"{file}: claims {claimed:,} bytes of arrays, more than {EXPANSION} times "
@@ -136,7 +143,7 @@ def check_claim(file: Path, claimed: int) -> None:
 
 
 def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
-    """A NIfTI file: its voxels (C, D, H, W), and the nibabel image that `write_nifti` needs.
+    """Reads a NIfTI file: voxels (C, D, H, W), and the nibabel image that `write_nifti` needs.
 
     A single slice is (C, H, W), unless dims=3. Axes are turned, in steps of 90 degrees, so that W
     runs to the patient's left, H to the back and D to the head, as in DICOM: files stored in
@@ -160,12 +167,45 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
 
 def is_nifti(file: Path) -> bool:
-    """By the file's name."""
-    return file.name.lower().endswith(FOLDER[-2:])
+    """Whether the file's name ends as a NIfTI file's does."""
+    return file.name.lower().endswith(ENDINGS[-2:])
+
+
+def read_array(file: Path, label: bool = False, dims: int | None = None):
+    """Reads an image (C, *S) or a label map (*S) from a file of any kind in `ENDINGS`; returns it
+    and the nibabel image it came from, or None. Channels of a NIfTI image are brought to mean 0 and
+    deviation 1. An .npy is as it was stored, perhaps without channels. dims: see `read_nifti`."""
+    if is_nifti(file):
+        array, source = read_nifti(file, dims)
+        if label:
+            return (array[0] if len(array) == 1 else array), source
+        return standardised(array, np.ones(array.shape[1:], bool)), source
+    if file.suffix.lower() == ".npy":
+        return np.array(_open_npy(file)), None
+    return (read_label if label else read_picture)(file), None
+
+
+def _open_npy(file: Path) -> np.ndarray:
+    """Maps the array in an .npy into memory, so that it cannot claim more than the file holds."""
+    with readable(file, ".npy of a plain array"), open(file, "rb") as raw:
+        np.lib.format.read_magic(raw)  # refuses what NumPy would take for a zip or a pickle
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def count_slices(file: Path) -> int:
+    """Returns D of the volume (C, D, H, W) or (D, H, W) in a NIfTI file or an .npy."""
+    if is_nifti(file):
+        nibabel = optional_package("nibabel", file)
+        with readable(file, "NIfTI file"):
+            return _turned(nibabel.load(file))[1][2]
+    if file.suffix.lower() != ".npy" or _open_npy(file).ndim < 3:
+        raise DataError(f"{file}: not a volume; slices=axial cuts NIfTI files and .npy arrays")
+    return _open_npy(file).shape[-3]
 
 
 def _turned(source) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
-    """The turn that `read_nifti` applies, as nibabel notes it; size (x, y, z) and affine after."""
+    """Returns the turn that `read_nifti` applies, as nibabel notes it, and the size (x, y, z) and
+    the affine after it."""
     from nibabel import orientations
 
     turn = orientations.ornt_transform(orientations.io_orientation(source.affine),
@@ -193,7 +233,7 @@ def write_nifti(path, array: np.ndarray, source) -> None:
 
 
 def same_grid(source, other, file) -> None:
-    """DataError where `other`, read from `file`, does not lie on the same voxels as `source`."""
+    """Raises DataError if `other`, read from `file`, lies on other voxels than `source`."""
     (_, size, here), (_, _, there) = _turned(source), _turned(other)
     voxel = np.linalg.norm(here[:3, :3], axis=0).min()
     if (abs(here - there) @ [*size, 1]).max() > voxel / 2:
@@ -203,7 +243,7 @@ def same_grid(source, other, file) -> None:
 
 
 def standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Each channel of (C, *S) at mean 0 and standard deviation 1 inside (*S), and 0 outside."""
+    """Brings each channel of (C, *S) to mean 0 and deviation 1 inside (*S), and to 0 outside."""
     volume = volume.astype(np.float32)
     for channel in volume:
         values = channel[inside].astype(np.float64)
@@ -213,7 +253,7 @@ def standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], file: Path):
-    """(C, H, W) bilinear over the area that a new pixel covers, and (H, W) nearest, to `size`."""
+    """Resamples (C, H, W), bilinear over the area that a new pixel covers, and (H, W), nearest."""
     if image.shape[1:] != label.shape or min(size) < 1:
         raise DataError(f"{file}: image is {size_text(image.shape[1:])} and its label "
                         f"{size_text(label.shape)}; they must be of one size, not shrunk to 0")
@@ -226,13 +266,13 @@ def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], fil
 
 
 def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
-    """The tightest box around all that is True."""
+    """Returns the tightest box around all that is True."""
     return tuple(slice(line.min(), line.max() + 1) for line in np.nonzero(inside))
 
 
 def write_atomically(path, write) -> None:
-    """Call write(temporary name), flush to disk and rename to `path`. A kill or a full disk leaves
-    what stood at `path` before. Only regular files are replaced, never a device or a folder."""
+    """Calls write(temporary name), flushes to disk and renames to `path`. A kill or a full disk
+    leaves what stood at `path` before. Only regular files are replaced, no device or folder."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path}: not a regular file, so it is not replaced; give another name")
     folder = os.path.dirname(os.path.abspath(path))
@@ -252,7 +292,7 @@ def write_atomically(path, write) -> None:
 
 
 def write_npz(path, arrays: dict[str, np.ndarray]) -> None:
-    """A compressed .npz, whole or not at all; the same arrays make the same bytes."""
+    """Writes a compressed .npz, whole or not at all; the same arrays make the same bytes."""
     def write(name):
         with open(name, "wb") as file:  # given a name, NumPy would add ".npz" to it
             np.savez_compressed(file, **arrays)
@@ -261,5 +301,5 @@ def write_npz(path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """Write `text`, whole or not at all."""
+    """Writes `text`, whole or not at all."""
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

@@ -1,6 +1,5 @@
 """LIDC-IDRI in the layouts that people share. (`lidc_archive` builds it from DICOM and XML.)"""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -8,18 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from sources.base import SPLITS, Case, Listing, split_groups
-from sources.files import (DataError, check_claim, optional_package, read_label, read_picture,
-                           readable, size_text)
+from sources.files import DataError, check_claim, optional_package, readable, size_text
 from sources.own import read_npz, read_row
 from sources.pickles import read_pickle
+from sources.templates import read_folder
 
 HDF5 = (".h5", ".hdf5")
 
 
 def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
-    """LIDC-IDRI in any of four layouts; the PNG tree and the HDF5 file have their own split."""
+    """Lists LIDC-IDRI in a pickle, HDF5, an .npz, or a folder in a layout of `templates`."""
     if path.is_dir():
-        return _read_tree(path)
+        return read_folder(path, wanted, num_classes=2, val=0.2)
     if path.suffix in HDF5:
         return _read_hdf5(path, wanted)
     if path.suffix == ".npz":
@@ -28,7 +27,7 @@ def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
 
 
 def _read_pickle(path: Path) -> Listing:
-    """The layout of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
+    """Lists the cases of the widely shared LIDC pickle: {key: {image, masks, series_uid}}."""
     table = read_pickle(path)
     if not isinstance(table, dict):
         raise DataError(f"{path}: holds a {type(table).__name__}; give a dict "
@@ -52,36 +51,8 @@ def _read_pickle(path: Path) -> Listing:
     return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
 
 
-def _read_tree(root: Path) -> Listing:
-    """The HPU-Net release: <split>/images/<patient>/<name>.png, gt/<patient>/<name>_l<number>.png.
-
-    The annotators' numbers may begin at 0 or at 1.
-    """
-    drawn: dict[Path, dict[int, Path]] = {}
-    for file in root.glob("*/gt/*/*.png"):
-        if found := re.fullmatch(r"(.+)_l(\d+)", file.stem):
-            drawn.setdefault(file.with_name(found[1]), {})[int(found[2])] = file
-    numbers = sorted(set().union(*drawn.values()))
-
-    def read(file: Path, masks: dict[int, Path]):
-        # Foreground is 1 in some copies and 255 in others, where it would mean "ignore".
-        return read_picture(file), {numbers.index(number): read_label(mask) > 0
-                                    for number, mask in masks.items()}
-
-    cases, splits = [], {}
-    for split in SPLITS:
-        files = sorted((root / split / "images").glob("*/*.png"))
-        splits[split] = list(range(len(cases), len(cases) + len(files)))
-        for file in files:
-            patient = file.parent.name
-            masks = drawn.get(root / split / "gt" / patient / file.stem, {})
-            name = f"{split}/{patient}/{file.stem}"
-            cases.append(Case(name, patient, partial(read, file, masks)))
-    return Listing(cases, splits, 2, apart=True, if_empty="no {split}/images/<patient>/*.png")
-
-
 def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
-    """HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
+    """Lists HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
 
     At the top, or in groups train, val and test: images (N, H, W), floats as they are; labels or
     masks (N, H, W, A), (N, A, H, W) or (N, H, W); optionally uids (N,), the series of each, else

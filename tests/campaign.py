@@ -205,7 +205,9 @@ def run_npz(rng, folder):
 
 
 def make_folder(folder):
-    """Pictures: images/NAME.* and labels/ANNOTATOR/NAME.*, a table of groups and a split file."""
+    """Pictures: images/NAME.* and labels/ANNOTATOR/NAME.*, tables of groups and of files, a split
+    file; and .npy."""
+    import numpy as np
     from PIL import Image
 
     images, labels = arrays()
@@ -216,7 +218,13 @@ def make_folder(folder):
         Image.fromarray((images[i] * 255).astype("uint8")).save(folder / f"images/n{i}{end}")
         for a, annotator in enumerate("ab"):
             Image.fromarray(labels[i, a]).save(folder / f"labels/{annotator}/n{i}{end}")
+        for place, array in (("scan", images[i]), ("by-a", labels[i, 0]), ("by-b", labels[i, 1])):
+            (folder / f"p{i}" / place).mkdir(parents=True)
+            np.save(folder / f"p{i}" / place / "x.npy", array)
     (folder / "groups.csv").write_text("".join(f"n{i},p{i}\n" for i in range(6)))
+    (folder / "cases.csv").write_text("image,label_a,label_b,group,split\n" + "".join(
+        f"images/n{i}{'.png' if i % 2 else '.tif'},p{i}/by-a/x.npy,p{i}/by-b/x.npy,p{i},"
+        f"{('train', 'val', 'test')[i % 3]}\n" for i in range(6)))
     (folder / "split.json").write_text(json.dumps(
         {"train": ["n0", "n1"], "val": ["n2", "n3"], "test": ["n4", "n5"]}))
 
@@ -243,7 +251,11 @@ def run_folder(rng, folder):
         file.rename(file.with_name(name + file.suffix))
     else:
         damage_file(rng, file)
-    options = {"split_file": str(folder / "split.json")} if rng.random() < 0.4 else {}
+    options = rng.choice([{}, {}, {"csv": "cases.csv"}, dict(
+        image="{group}/scan/{name}.npy", label="{group}/by-{annotator}/{name}.npy"), dict(
+        image=rng.choice(TEXTS), label=rng.choice(TEXTS)), {"layout": rng.choice(TEXTS)}])
+    if rng.random() < 0.4 and not options:
+        options = {"split_file": str(folder / "split.json")}
     data.load("folder", rng.choice(["all", "train"]), folder, **options)
 
 

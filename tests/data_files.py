@@ -10,7 +10,7 @@ import data
 from sources.files import DataError
 
 SYNTHETIC = {"toy1d": {}, "shapes": {"n": 40}, "modes": {"n": 20}, "cells": {"n": 20},
-        "organs": {"n": 24}, "lesions3d": {"n": 8, "size": 32}}
+             "organs": {"n": 24}, "lesions3d": {"n": 8, "size": 32}}
 
 
 def refused(*fragments, call):
@@ -29,6 +29,14 @@ def records(n=12, annotators=4, size=6, seed=0):
                           "masks": [(rng.rand(size, size) > 0.5).astype(np.uint8)
                                     for _ in range(annotators)],
                           "series_uid": f"uid-{i // 2}"} for i in range(n)}
+
+
+def grey_records(n=10, annotators=4, size=9):
+    """`records` whose images are steps of 1/255, as a picture holds them."""
+    table = records(n, annotators, size)
+    for record in table.values():
+        record["image"] = np.round(record["image"] * 255) / 255
+    return table
 
 
 def write(path, table, protocol=4):

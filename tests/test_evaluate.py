@@ -58,7 +58,7 @@ def shapes():
 
 def test_the_true_distribution_scores_as_theory_says(shapes):
     values = evaluate.score(Oracle(shapes), shapes, samples=(16, 400))
-    assert all(v.shape == (len(shapes),) and np.isfinite(v).all() for v in values.values())
+    assert all(len(v) == len(shapes) and np.isfinite(v).all() for v in values.values())
     # E[GED of n true draws] = E[d(s, s')] / n, with s, s' two independent draws
     iou = torch.stack([metrics.pairwise_iou(x, x, 4) for x in shapes.labels]).double()
     spread = 1 - torch.einsum("ba,bac,bc->b", shapes.weights.double(), iou,
@@ -163,6 +163,9 @@ def test_report_writes_csv_and_json_that_agree(run, undrawn, capsys):
     counts = [sum(row[f"dice_class_{k}"] != "nan" for row in rows) for k in (1, 2, 3)]
     assert counts == [summary.get(f"dice_class_{k}", {"n": 0})["n"] for k in (1, 2, 3)]
     assert max(counts) > 0 and (folder / "per_class.csv").exists()
+    assert {"ece_band", "aurc_disagreement", "dice_max_4", "entropy"} <= summary.keys()
+    for picture in ("reliability.png", "risk_coverage.png"):
+        assert (folder / picture).stat().st_size > 0
 
 
 def test_weights_of_the_end(run, tmp_path, undrawn):
@@ -260,6 +263,12 @@ def test_every_method_has_its_figure(tmp_path, run, undrawn, name, fields, pictu
     shutil.copy(run / "config.json", tmp_path)
     evaluate.report(tmp_path, samples=(2,), likelihood_samples=1)
     assert (tmp_path / picture).stat().st_size > 0
+
+
+def test_of_equal_scores_the_first_class_wins():
+    scores = torch.randint(3, (4, 5, 50, 2), generator=torch.Generator().manual_seed(0)).float()
+    got = models.labels_of(scores, 1)
+    assert got.dtype == torch.uint8 and (got.numpy() == scores.numpy().argmax(1)).all()
 
 
 def test_samples_come_in_chunks(monkeypatch):

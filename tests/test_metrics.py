@@ -11,12 +11,22 @@ import pytest
 import torch
 
 import metrics
+from analysis.instances import average_precision, rand_error
 
 NAN = math.nan
 
 
 def close(got, want, tol=1e-6):
     np.testing.assert_allclose(np.asarray(got, dtype=np.float64), want, rtol=0, atol=tol)
+
+
+def sample_scores(samples, labels, num_classes=2, weights=None, empty=1.0, counts=None):
+    pairs = metrics.Pairs(samples, labels, num_classes, weights, empty)
+    return pairs.sample_scores(counts or (len(samples),))
+
+
+def dice_present(pred, labels, num_classes=2, weights=None):
+    return metrics.Pairs(pred[None], labels, num_classes, weights).dice_present(0)
 
 
 def random_maps(seed, *shape, num_classes=2, ignored=0.0):
@@ -84,12 +94,12 @@ def test_chunks_and_batches_change_nothing(monkeypatch):
 
     def all_scores(b):
         s, y, p = samples[:, b], labels[b], probs[:, b]
-        scores = metrics.sample_scores(s, y, 3)
+        scores = sample_scores(s, y, 3)
         return [*scores.values(), metrics.ged(s, y, 3),
                 metrics.mode_frequencies(s, y, 3),
                 metrics.ncc(p, y), metrics.gamma_map(p), metrics.uncertainty_map(p),
-                metrics.dice(s[0], y, 3), metrics.dice_present(s[0], y, 3),
-                metrics.hausdorff95(s[0], y[:, 0], 3), metrics.rand_error(s[0], y[:, 0])]
+                metrics.dice(s[0], y, 3), dice_present(s[0], y, 3),
+                metrics.hausdorff95(s[0], y[:, 0], 3), rand_error(s[0], y[:, 0])]
     whole = all_scores(slice(None))
     one_by_one = zip(*(all_scores(slice(b, b + 1)) for b in range(3)))
     monkeypatch.setattr(metrics, "BUDGET", 50)
@@ -102,7 +112,7 @@ def test_chunks_and_batches_change_nothing(monkeypatch):
 def test_counts_are_exact_in_large_volumes_and_under_autocast():
     maps = torch.ones(1, 2, 2**24 + 3, dtype=torch.uint8)  # a float32 sum would stop at 2^24
     maps[0, 1, :2] = 0
-    inter, size = next(metrics._overlaps(maps, 2))
+    inter, size = (counts[0] for counts in metrics._overlaps(maps, 2))
     assert inter.tolist() == [[[2**24 + 3, 2**24 + 1], [2**24 + 1, 2**24 + 1]]]
     assert size[0, 0, 0] == 2**24 + 3 and size[0, 1, 0] == 2**24 + 1
     a, b = maps[:, :1, :1000], maps[:, 1:, :1000]
@@ -115,7 +125,7 @@ def test_autocast_rounds_no_score():
     labels, probs = random_maps(61, 2, 3, 9, 8, num_classes=3), random_probs(62, 6, 2, 3, 9, 8)
 
     def scores():
-        return torch.stack([*metrics.sample_scores(samples, labels, 3).values(),
+        return torch.stack([*sample_scores(samples, labels, 3).values(),
                             metrics.ncc(probs, labels), metrics.dice(samples[0], labels, 3)])
     want = scores()
     with torch.autocast("cpu", torch.bfloat16):
@@ -159,10 +169,10 @@ def case(seed, annotators):
 def scores(samples, labels, weights=None, num_classes=3):
     """All measures that take weights, (6, B)."""
     probs = torch.nn.functional.one_hot(samples, num_classes).movedim(-1, 2).double() * 0.8 + 0.1
-    return torch.stack([*metrics.sample_scores(samples, labels, num_classes, weights).values(),
+    return torch.stack([*sample_scores(samples, labels, num_classes, weights).values(),
                         metrics.ncc(probs, labels, weights),
                         metrics.dice(samples[0], labels, num_classes, weights),
-                        metrics.dice_present(samples[0], labels, num_classes, weights)]).double()
+                        dice_present(samples[0], labels, num_classes, weights)]).double()
 
 
 def test_annotators_without_weight_have_no_influence():
@@ -205,7 +215,7 @@ def test_diversity_is_that_of_a_loop():
     labels = torch.zeros(2, 1, 6, 5, dtype=torch.uint8)  # labelled everywhere: no pixel is left out
     want = [np.mean([[1 - iou_loop(s, t, 3, 1.0) for s in maps] for t in maps])
             for maps in samples.transpose(0, 1).numpy()]
-    got = metrics.sample_scores(samples, labels, 3, counts=(1, 5))
+    got = sample_scores(samples, labels, 3, counts=(1, 5))
     close(got["diversity_5"], want)
     close(got["diversity_1"], [0, 0])
 
@@ -221,7 +231,7 @@ def test_hungarian_iou_is_the_best_of_all_permutations(n, A):
                         for s in samples[:, b].numpy()])
         repeated = np.repeat(np.repeat(iou, L // n, 0), L // A, 1)
         want.append(max(repeated[range(L), p].mean() for p in itertools.permutations(range(L))))
-    close(metrics.sample_scores(samples, labels, 3)[f"hungarian_iou_{n}"], want)
+    close(sample_scores(samples, labels, 3)[f"hungarian_iou_{n}"], want)
 
 
 @pytest.mark.parametrize("n, A", [(100, 4), (16, 12), (16, 7), (7, 16), (100, 7), (40, 40)])
@@ -232,24 +242,38 @@ def test_transport_on_a_line_is_sorting(n, A):
     L = math.lcm(n, A)
     want = -np.mean((np.sort(np.repeat(x, L // n)) - np.sort(np.repeat(y, L // A)))**2)
     start = time.perf_counter()
-    close(metrics._transport(-(x[:, None] - y)**2, np.full(A, 1 / A)), want, 1e-8)
+    close(metrics.transport(-(x - y[:, None])[None]**2, np.full((1, A), 1 / A)), [want], 1e-8)
     assert time.perf_counter() - start < 1
+
+
+def test_transport_to_weights_is_the_best_of_all_permutations():
+    """Annotators of 3, 2, 1 and 0 sixths, each repeated as often; three cases at once, and one that
+    has no annotator."""
+    rng, counts = np.random.default_rng(22), np.array([[3, 2, 1, 0], [0, 0, 6, 0], [1, 2, 1, 2]])
+    value = rng.random((4, 4, 6)).round(1)  # with ties
+    want = [max(value[b][np.repeat(range(4), counts[b])[list(p)], range(6)].mean()
+                for p in itertools.permutations(range(6))) for b in range(3)]
+    weights = np.concatenate([counts / 6, np.full((1, 4), NAN)])
+    close(metrics.transport(value, weights), [*want, NAN])
+    halves = metrics.transport(value[:3, :, :4], counts / 6)  # 4 samples: some go to two annotators
+    twice = metrics.transport(value[:3, :, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]], counts / 6)
+    close(halves, twice, 1e-9)
 
 
 def test_sample_scores_are_the_single_functions():
     samples = random_maps(20, 5, 3, 6, 5, num_classes=3)
     labels = random_maps(21, 3, 4, 6, 5, num_classes=3)
     for weights, empty in ((None, 1.0), (torch.rand(3, 4), NAN)):
-        got = metrics.sample_scores(samples, labels, 3, weights, empty, counts=(1, 3, 5))
+        got = sample_scores(samples, labels, 3, weights, empty, counts=(1, 3, 5))
         assert len(got) == 9
         for n in (1, 3, 5):
             first = samples[:n]
             close(got[f"ged_{n}"], metrics.ged(first, labels, 3, weights, empty))
             pairs = [metrics.pairwise_iou(s, s, 3, empty).mean() for s in first.unbind(1)]
             close(got[f"diversity_{n}"], 1 - torch.stack(pairs))
-            alone = metrics.sample_scores(first, labels, 3, weights, empty)
+            alone = sample_scores(first, labels, 3, weights, empty)
             close(got[f"hungarian_iou_{n}"], alone[f"hungarian_iou_{n}"])
-    assert got.keys() > metrics.sample_scores(samples, labels, 3).keys()  # of all five
+    assert got.keys() > sample_scores(samples, labels, 3).keys()  # of all five
 
 
 def test_mode_frequencies():
@@ -424,12 +448,12 @@ def test_dice_is_that_of_a_loop(num_classes):
     labels[2] = 0
     weights = torch.tensor([.2, .3, .5]).expand(4, 3)
     for w in (None, weights):
-        for measure, only_present in ((metrics.dice, False), (metrics.dice_present, True)):
+        for measure, only_present in ((metrics.dice, False), (dice_present, True)):
             want = [dice_loop(pred[b].numpy(), labels[b].numpy(),
                               [1] * 3 if w is None else w[b].tolist(), num_classes, only_present)
                     for b in range(4)]
             close(measure(pred, labels, num_classes, w), want)
-    assert metrics.dice_present(pred, labels, num_classes)[2].isnan()
+    assert dice_present(pred, labels, num_classes)[2].isnan()
     both = torch.stack([pred, pred.flip(0)])
     close(metrics.sample_dice(both, labels, num_classes, weights),
           torch.stack([metrics.dice(p, labels, num_classes, weights) for p in both]))
@@ -439,7 +463,7 @@ def test_dice_worked():
     pred = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
     labels = torch.tensor([[[1, 0, 0, 0], [0, 0, 0, 0]]] * 3)
     close(metrics.dice(pred, labels), [(2 / 3 + 0) / 2, (0 + 1) / 2, (1 + 0) / 2])
-    close(metrics.dice_present(pred, labels), [2 / 3, 0, 1])
+    close(dice_present(pred, labels), [2 / 3, 0, 1])
 
 
 def hausdorff_loop(a, b):
@@ -509,37 +533,37 @@ def test_rand_error_is_that_of_a_loop():
     target[3] = 255  # an id like others
     want = [rand_loop(p, t) for p, t in zip(pred.numpy(), target.numpy())]
     assert math.isnan(want[0])
-    close(metrics.rand_error(pred, target), want)
-    close(metrics.rand_error(pred * 1000, target.byte()), want)
+    close(rand_error(pred, target), want)
+    close(rand_error(pred * 1000, target.byte()), want)
 
 
 def test_rand_error_worked():
     target = torch.tensor([[1, 1, 2, 2, 0]])
-    close(metrics.rand_error(torch.tensor([[7, 7, 300, 300, 300]]), target), [0])
+    close(rand_error(torch.tensor([[7, 7, 300, 300, 300]]), target), [0])
     # merged: precision 8/16, recall 1, F = 2/3; split: precision 1, recall 4/8
-    close(metrics.rand_error(torch.tensor([[7, 7, 7, 7, 0]]), target), [1 / 3])
-    close(metrics.rand_error(torch.tensor([[1, 2, 3, 4, 0]]), target), [1 / 3])
-    close(metrics.rand_error(torch.tensor([[0, 0, 0, 0, 1]]), target), [1 / 3])
+    close(rand_error(torch.tensor([[7, 7, 7, 7, 0]]), target), [1 / 3])
+    close(rand_error(torch.tensor([[1, 2, 3, 4, 0]]), target), [1 / 3])
+    close(rand_error(torch.tensor([[0, 0, 0, 0, 1]]), target), [1 / 3])
 
 
 def test_average_precision_worked():
     target = torch.tensor([[1] * 10 + [2] * 10 + [0] * 10])
     equal = torch.ones(target.shape)
-    close(metrics.average_precision(target * 200, target, equal)["ap"], [1])
+    close(average_precision(target * 200, target, equal)["ap"], [1])
     # Object 1 found with IoU 0.8 (above 0.50 .. 0.75, not above 0.80), 2 missed, 3 false.
     pred = torch.tensor([[1] * 8 + [0] * 12 + [3] * 10])
     sure = torch.tensor([[0.9] * 20 + [0.6] * 10])
     # The right one first: points (recall, precision) (0, 1), (1/2, 1), (1/2, 1/2).
-    got = metrics.average_precision(pred, target, sure)
+    got = average_precision(pred, target, sure)
     close(got["ap50"], [1 / 2])
     close(got["ap"], [6 / 10 * 1 / 2])
     # The false one first: (0, 1), (0, 0), (1/2, 1/2).
-    close(metrics.average_precision(pred, target, 1 - sure)["ap50"], [1 / 8])
+    close(average_precision(pred, target, 1 - sure)["ap50"], [1 / 8])
     # No order: (0, 1), (1/2, 1/2).
-    close(metrics.average_precision(pred, target, equal)["ap50"], [(1 + 1 / 2) / 2 / 2])
-    close(metrics.average_precision(0 * pred, target, equal)["ap"], [0])
+    close(average_precision(pred, target, equal)["ap50"], [(1 + 1 / 2) / 2 / 2])
+    close(average_precision(0 * pred, target, equal)["ap"], [0])
     for p in (pred, 0 * pred):
-        close(metrics.average_precision(p, 0 * target, equal)["ap"], [NAN])
+        close(average_precision(p, 0 * target, equal)["ap"], [NAN])
 
 
 def average_precision_loop(pred, target, confidence, percent):
@@ -564,7 +588,7 @@ def test_average_precision_is_that_of_a_loop():
     confidence = rng.random(target.shape)
     want = [[average_precision_loop(*maps, percent) for percent in range(50, 100, 5)]
             for maps in zip(pred, target, confidence)]
-    got = metrics.average_precision(*map(torch.from_numpy, (pred, target, confidence)))
+    got = average_precision(*map(torch.from_numpy, (pred, target, confidence)))
     close(got["ap"], np.mean(want, 1))
     close(got["ap50"], np.array(want)[:, 0])
     assert 0.05 < got["ap"].mean() < 0.95
@@ -619,7 +643,7 @@ MAPS, IDS = torch.zeros(4, 2, 8, 8, dtype=torch.long), torch.zeros(2, 8, 8, dtyp
     (lambda: metrics.ged(MAPS, MAPS), "share B and"),
     (lambda: metrics.ged(MAPS.float(), MAPS[:2]), "must be integers"),
     (lambda: metrics.dice(IDS, IDS), "share B and"),
-    (lambda: metrics.rand_error(IDS, IDS[:1]), "shorter"),
+    (lambda: rand_error(IDS, IDS[:1]), "shorter"),
     (lambda: metrics.paired_test([1, 2], [1, 2, 3]), "shapes"),
 ])
 def test_mistakes_are_named_in_one_line(call, message):

@@ -11,7 +11,7 @@ import data
 
 
 def table(text):
-    rows = [line.split("  ") for line in text.splitlines()[1:-1]]
+    rows = [line.split("  ") for line in text.splitlines()[1:-1] if "  " in line]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     return {row[0]: row[1:] for row in rows[1:]} | {"splits": rows[0]}
 
@@ -39,21 +39,37 @@ def test_show_prints_what_was_worked_by_hand(own, tmp_path):
         # two annotators: 1 - (2 + 2/3) / 4 = 1/3; with an empty third: 1 - (3 + 2/3) / 9 = 16/27
         "diversity": f"{(1 / 3 + 16 / 27) / 2:.3f}",
         # means of 40 of 80 pixels and of 152, 80 and 8 of 240
-        "class 0": "56.67%", "class 1": "41.67%", "ignored": "1.67%"}
+        "class 0": "56.67%", "class 1": "41.67%", "ignored": "1.67%",
+        # The third marks nothing in the five cases it saw, where the others differ from it by 1.
+        # With it, each of the two others has 10 pairs at 2/3 and 5 at 1.
+        "annotator 0": f"50.00% / {7 / 9:.3f} / 33.3%",
+        "annotator 1": f"50.00% / {7 / 9:.3f} / 33.3%",
+        "annotator 2": "0.00% / 1.000 / 100.0%"}
     rows = table(data.show("npz", own, out=tmp_path / "sheet.png"))
     assert rows["splits"] == ["train", "val", "test"] and rows["cases"] == ["6", "2", "2"]
 
 
-def test_the_picture_shows_every_annotators_map(own, tmp_path, monkeypatch):
+def test_the_picture_shows_the_cases_of_most_disagreement(own, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(data, "save_grid", lambda path, rows, *_: drawn.update(rows))
     data.show("npz", own, "all", tmp_path / "sheet.png")
     whole = data.load("npz", "all", own)
-    assert len(drawn) == 8  # of the ten cases, spread evenly: the first and the last are there
-    assert {len(row) for row in drawn.values()} == {3, 4} and {"0", "9"} <= drawn.keys()
+    # Eight of ten, those with an empty third map first; ties are in the set's order.
+    assert list(drawn) == [f"{i}\n{16 / 27:.2f}" for i in (1, 3, 5, 7, 9)] + [
+        f"{i}\n{1 / 3:.2f}" for i in (0, 2, 4)]
+    assert [len(row) for row in drawn.values()] == [4] * 5 + [3] * 3
     for name, (image, *maps) in drawn.items():
-        for picture, label in zip(maps, whole.labels[int(name)]):
+        for picture, label in zip(maps, whole.labels[int(name.split()[0])]):
             assert torch.equal((picture != image).any(2), label > 0)
+
+
+def test_a_single_annotator_agrees_with_nobody(tmp_path):
+    """No row of disagreement, and no division by 0."""
+    labels = np.zeros((10, 1, 8, 10), np.uint8)
+    labels[:, :, :4] = 1
+    np.savez(tmp_path / "own.npz", images=np.zeros((10, 8, 10), np.float32), labels=labels)
+    text = data.show("npz", tmp_path / "own.npz", "all", tmp_path / "a.png")
+    assert table(text)["diversity"] == ["0.000"] and "annotator 0" not in text
 
 
 @pytest.mark.parametrize("name, options", [

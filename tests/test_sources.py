@@ -13,8 +13,9 @@ from PIL import Image
 
 import data
 import sources.base
-from data_files import (LPS, SYNTHETIC, arrays, cut, load_npz, records, refused, save_picture,
-                        stored, write, write_folder)
+import sources.files
+from data_files import (LPS, SYNTHETIC, arrays, cut, grey_records, load_npz, records, refused,
+                        save_picture, stored, write, write_folder)
 from sources.base import Split
 
 
@@ -327,11 +328,14 @@ def test_png_tree_keeps_its_split_and_reads_only_what_is_asked(tmp_path, foregro
     np.testing.assert_array_equal(train.labels[0, 2], mask > 0)
     assert len(data.load("lidc", "all", path=root)) == 12
 
-    (root / "train/gt/train-0/z-0.5_c0_l1.png").unlink()  # that annotator, not the last, is missing
+    (root / "train/gt/train-0/z-0.5_c0_l1.png").unlink()  # in LIDC this annotator drew nothing
     broken = root / "val/images/val-0/z-0.5_c0.png"
     broken.write_bytes(b"no picture")
     train = data.load("lidc", "train", path=root)
+    assert train.weights is None and not train.labels[0, 1].any() and train.labels[0, 2].any()
+    train = data.load("folder", "train", path=root, empty="stored", num_classes=2)
     np.testing.assert_allclose(train.weights[0], [1 / 3, 0, 1 / 3, 1 / 3])
+    assert (train.labels[0, 1] == 255).all()
     refused(broken, "PNG", call=lambda: data.load("lidc", "val", path=root))
     for file in (root / "test/images").glob("*/*.png"):
         file.unlink()
@@ -424,14 +428,6 @@ def test_bad_npz_are_refused_in_one_line(tmp_path, fault):
 # -------------------------------------------------------------------------- one set, many layouts
 
 
-def grey_records(n=10, annotators=4, size=9):
-    """`records` whose images are steps of 1/255, as a picture holds them."""
-    table = records(n, annotators, size)
-    for record in table.values():
-        record["image"] = np.round(record["image"] * 255) / 255
-    return table
-
-
 def write_layout(layout, table, root):
     """`table` in a layout: (data set, its path)."""
     pictures = {key: np.round(record["image"] * 255).astype(np.uint8)
@@ -450,35 +446,59 @@ def write_layout(layout, table, root):
             file["images"] = np.stack([record["image"] for record in table.values()])
             file["lidc_masks"], file["uids"] = masks.transpose(0, 2, 3, 1), groups
         return "lidc", root / "a.hdf5"
-    first = int(layout[-1]) if layout.startswith("tree") else 0
+    image, label = TREES[layout]
+    table = [["name", "group", "image", *[f"label_{a}" for a in range(masks.shape[1])]]]
     for key, group, drawn in zip(keys, groups, masks):
-        if layout == "folder":
-            save_picture(root / "images" / f"{key}.png", pictures[key])
-        else:
-            save_picture(root / "train/images" / group / f"{key}.png", pictures[key])
-        for annotator, mask in enumerate(drawn):
-            file = f"train/gt/{group}/{key}_l{annotator + first}.png"
-            if layout == "folder":
-                file = f"labels/annotator {annotator}/{key}.png"
-            save_picture(root / file, mask)
-    if layout == "folder":
+        fields = dict(key=key, group=group)
+        files = [image.format(**fields), *[label.format(a=a, b=a + 1, **fields)
+                                           for a in range(len(drawn))]]
+        table.append([key, group, *files])
+        for file, array in zip(files, [pictures[key], *drawn]):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            if file.endswith(".npy"):
+                np.save(root / file, array)
+            elif file.endswith(".nii.gz"):
+                nibabel = pytest.importorskip("nibabel")
+                nibabel.save(nibabel.Nifti1Image(array.T[..., None], LPS), root / file)
+            else:
+                scale = 255 if layout in ("kaggle", "tree1") and array is not pictures[key] else 1
+                save_picture(root / file, array * np.uint8(scale))
+    if "{group}" not in image:
         (root / "groups.csv").write_text("name,group\n" + "".join(
             f"{key},{group}\n" for key, group in zip(keys, groups)))
-    return ("folder" if layout == "folder" else "lidc"), root
+    if layout == "csv":
+        (root / "cases.csv").write_text("\n".join(map(",".join, table)))
+    return ("lidc" if "{group}" in image else "folder"), root
 
 
-@pytest.mark.parametrize("layout", ["npz", "folder", "tree0", "tree1", "hdf5"])
+TREES = {  # image and label of a case, its fields filled in; annotators from 0 (a) or from 1 (b)
+    "folders": ("images/{key}.png", "labels/annotator {a}/{key}.png"),
+    "npy": ("images/{key}.npy", "labels/{a}/{key}.npy"),
+    "csv": ("scans/{key}-x.png", "drawn/{a}-{key}.png"),
+    "tree0": ("train/images/{group}/{key}.png", "train/gt/{group}/{key}_l{a}.png"),
+    "tree1": ("train/images/{group}/{key}.png", "train/gt/{group}/{key}_l{b}.png"),
+    "kaggle": ("{group}/nodule-1/images/{key}.png", "{group}/nodule-1/mask-{a}/{key}.png"),
+    "qubiq": ("{key}/image.nii.gz", "{key}/task01_seg{b:02}.nii.gz"),
+    "curvas": ("{key}/image.nii.gz", "{key}/annotation_{b}.nii.gz")}
+
+
+@pytest.mark.parametrize("layout", ["npz", "hdf5", *TREES])
 def test_every_layout_gives_the_same_tensors(tmp_path, layout):
     table = grey_records()
     want = data.load("lidc", "all", path=write(tmp_path / "a.pickle", table))
     root = tmp_path / "Küche mit [Leerzeichen]"
     root.mkdir()
     name, path = write_layout(layout, table, root)
-    got = data.load(name, "all", path=path)
+    options = {"csv": "cases.csv"} if layout == "csv" else {}
+    got = data.load(name, "all", path=path, **options)
     if layout == "hdf5":
         got.names = want.names  # it holds none
     rows = [[n.split("/")[-1] for n in got.names].index(name) for name in want.names]
     assert sorted(rows) == list(range(len(want)))
+    if layout in ("qubiq", "curvas"):  # NIfTI images have mean 0 and standard deviation 1
+        inside = np.ones((9, 9), bool)
+        want.images = torch.stack([torch.from_numpy(sources.files.standardised(
+            (image * np.float32(255)).round(), inside)) for image in want.images.numpy()])
     assert torch.equal(got.images[rows], want.images)
     assert torch.equal(got.labels[rows], want.labels) and got.num_classes == want.num_classes == 2
     assert [got.groups[i] for i in rows] == want.groups and got.weights is None
@@ -708,7 +728,7 @@ BAD_FOLDERS = {
     "colour label": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
         (8, 7, 3), np.uint8)), ["case 1.png", "RGB", "palette"]),
     "sizes": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
-        (7, 8), np.uint8)), ["'case 1'", "mask 1", "7 x 8", "8 x 7"]),
+        (7, 8), np.uint8)), ["ben/case 1.png is 7 x 8", "images/case 1.png 8 x 7"]),
     "fractions": (lambda root: ((root / "labels/ben/case 1.png").unlink(), save_picture(
         root / "labels/ben/case 1.tif", np.full((8, 7), 0.5, np.float32))), ["'case 1'", "0.5"]),
     "class 300": (lambda root: save_picture(root / "labels/ben/case 1.png", np.full(
@@ -934,7 +954,8 @@ def test_flips_are_drawn_in_batches_by_their_odds(tmp_path):
     _, label = next(data.batches(train, 4, 0, augmentation=augmentation))
     assert int(label[label != 255].max()) < 24
     assert train.to("meta").flips.device.type == "meta"
-    assert data._summary(train)["annotators"] == "32"
+    rows = data._summary(train, data._distances(train))
+    assert rows["annotators"] == "32" and "annotator 0" not in rows  # modes are nobody's
 
 
 def test_cityscapes_cars(tmp_path):

@@ -150,7 +150,7 @@ def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validatio
     out = run("--data", "folder", "--path", tmp_path, "--data-args",
               f"split_file={tmp_path / 'split.json'}", "--batch-size", 2, "--steps", 1, *TINY[-6:],
               "--out", tmp_path / "run", capsys=capsys).out
-    assert out.splitlines()[1].startswith("no test split")
+    assert out.splitlines()[2].startswith("no test split")
     assert reports[-1][1]["split"] == "val"
 
 

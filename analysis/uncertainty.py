@@ -1,0 +1,267 @@
+"""Is the uncertainty right? Calibration, failure detection, and sets of samples against annotators.
+
+Calibration of the mean of the samples' probabilities, p, against the annotators' mean, q, for every
+foreground class at every pixel that an annotator labelled:
+    ece            |mean p - mean q| in 20 equally wide bins of p, averaged by pixels (Naeini et al.
+                   2015). Over all pixels it is small wherever background is easy.
+    adaptive_ece   the same in 20 bins of equally many pixels (Nguyen and O'Connor 2015)
+    ..._foreground where p or q is above 0.05; ..._band: where p or q lies between 0.05 and 0.95.
+                   Few annotators make both too high, as pixels are chosen by q too.
+    brier          mean over pixels of sum_k E_y (p_k - y_k)^2, all classes (Brier 1950): 0 to 2
+CURVAS and torchmetrics' multiclass ECE bin the confidence of the likeliest class, background
+included, in 5 and 15 bins: do not compare with these. Samples too few for a smooth p raise ece, so
+compare it for the same number of samples. Halve brier for the Brier score of two classes.
+
+Failure detection: does an image's score tell how wrong the mean prediction is (1 - dice_mean)?
+    aurc           mean risk of the images that are kept, as more and more of higher score are;
+                   e_aurc: less that of the ideal order (Geifman et al. 2019)
+    augrc          the same with the risk divided by all images, not by those kept (Traub et al.
+                   2024): 0 to 0.5
+The scores are variance, entropy and mutual_information, each the highest mean of its map over a
+window of 10 pixels (in per_case.csv: ..._patch), as ValUES (Kahl et al. 2024) does lest the score
+grow with the object; and disagreement, 1 - Dice of samples and mean prediction, like the pairwise
+Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare e_aurc,
+and all of them on the same images only.
+
+Sets, some for the first n samples. dice_max and dice_match grow with n: compare them for one n.
+    dice_max       mean over annotators of the best sample's Dice: D_max (maximum Dice matching) of
+                   CIMD (Rahman et al. 2023) and P2SAM; Dice_max_reverse in D-Persona's code
+    dice_nearest   mean over samples of the nearest annotator's Dice; D-Persona's Dice_max in code
+    dice_match     every annotator has a sample of its own: D-Persona's Dice_match (Wu et al. 2024)
+    dice_soft      Dice of p and q above 0.1, 0.3, 0.5, 0.7 and 0.9, mean: D-Persona's Dice_soft
+    volume_crps    CRPS of the foreground's volume in pixels, from all samples, mean over annotators
+    volume_crps_curvas  CURVAS's: the normal distribution of the annotators' volumes against the sum
+                   of p. It rewards a right mean volume, not a right spread, and is no rival of
+                   volume_crps. Its code also cuts the integral at 3 standard deviations.
+Where a set weights its label maps, the means over annotators are weighted too.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import metrics
+from analysis.pictures import COLORS, LINES, new_plot, save_figure
+from common import IGNORE
+
+BINS, FINE = 20, 200  # of the curves; finer ones, from which bins of equal mass are made
+REGIONS = ("", "_foreground", "_band")
+SURE = 0.05  # a class is ruled out below this probability, and certain above 1 - SURE
+WINDOW = 10  # pixels a side; ValUES's
+SCORES = ("variance_patch", "entropy_patch", "mutual_information_patch", "disagreement")
+
+
+# ---- measures of each case ----------------------------------------------------------------------
+
+def annotators_mean(labels, num_classes, weights):
+    """q (B, K, *S): the share, by weights (B, A) that add up to 1, of those annotators who do not
+    ignore the pixel; and where there is one (B, *S) bool, elsewhere q is 0. labels (B, A, *S)."""
+    weights = weights.view(*weights.shape, *[1] * (labels.dim() - 2))
+    mean = torch.stack([(weights * (labels == k)).sum(1) for k in range(num_classes)], 1)
+    total = (weights * (labels != IGNORE)).sum(1, keepdim=True)
+    return mean / total.clamp(min=1e-12), total[:, 0] > 0
+
+
+def set_measures(pairs, n, counts):
+    """dice_max, dice_nearest and dice_match for each of `counts`, volume_crps of the first n maps
+    of metrics.Pairs: {name: (B,)}."""
+    weights = pairs.weights
+    dice = pairs.dice[:, :, pairs.n :, :n].mean(0)  # (B, A, n)
+    there = (weights > 0)[:, :, None]
+    out = {}
+    for m in counts:
+        first = dice[:, :, :m]
+        out[f"dice_max_{m}"] = (weights * first.amax(2)).sum(1)
+        nearest = first.masked_fill(~there, 0).amax(1).mean(1)
+        out[f"dice_nearest_{m}"] = nearest + 0 * weights.sum(1)  # NaN without annotators
+    value = F.pad(weights[:, :, None].nan_to_num() * dice, (0, 0, 0, 1)).double().cpu().numpy()
+    known = there[:, :, 0].double().cpu().numpy()
+    for m in counts:
+        # Every annotator takes one sample, 1/m, and a last one all others, which are worth nothing.
+        # There is no such matching of fewer samples than annotators.
+        rest = 1 - known.sum(1, keepdims=True) / m
+        takes = np.where((rest < -1e-9) | (rest > 1 - 1e-9), math.nan, np.c_[known / m, rest])
+        matched = metrics.transport(value[:, :, :m], takes.clip(0))
+        out[f"dice_match_{m}"] = torch.from_numpy(m * matched).to(weights)
+    size = pairs.size.sum(0).double()  # (B, N, N), of all foreground classes
+    drawn = size[:, :n, pairs.n :].sort(1).values  # (B, n, A), where the annotator labelled
+    truth = size.diagonal(dim1=1, dim2=2)[:, pairs.n :]  # (B, A)
+    rank = (2 * torch.arange(n, device=drawn.device) + 1 - n)[:, None] / n**2
+    crps = abs(drawn - truth[:, None]).mean(1) - (rank * drawn).sum(1)  # less E|V - V'| / 2
+    return out | {"volume_crps": (weights * crps).sum(1)}
+
+
+def pixel_measures(probs, labels, weights):
+    """What compares p, probs (B, K, *S), with the annotators' mean: {name: (B,)}, and
+    "reliability" (B, regions, FINE, 3): sums of p, of q, and pixels, by p."""
+    q, valid = annotators_mean(labels, probs.shape[1], weights)
+    p, q, valid = probs.flatten(2), q.flatten(2), valid.flatten(1)  # (B, K, P), (B, P)
+    pixels = valid.sum(1).where(valid.any(1), math.nan)
+    out = {"brier": ((1 + (p * (p - 2 * q)).sum(1)) * valid).sum(1) / pixels}
+    p, q = (x[:, 1:] * valid[:, None] for x in (p, q))
+    dices = []
+    for threshold in (0.1, 0.3, 0.5, 0.7, 0.9):
+        a, b = p > threshold, q > threshold + 1e-6  # three of ten is not above 0.3
+        dices.append((2 * (a & b).sum(2) / (a.sum(2) + b.sum(2))).nan_to_num(nan=1.0).mean(1))
+    out["dice_soft"] = torch.stack(dices).mean(0) + 0 * pixels
+    volumes = (weights * ((labels > 0) & (labels != IGNORE)).flatten(2).sum(2)).double()  # (B, A)
+    mean = volumes.sum(1)
+    square = (weights * (volumes / weights.clamp(min=1e-12) - mean[:, None]).square()).sum(1)
+    out["volume_crps_curvas"] = _crps_of_normal(mean, square.sqrt(), p.double().sum((1, 2)))
+
+    unsure = [(x > SURE) & (x < 1 - SURE) for x in (p, q)]
+    region = ((p > SURE) | (q > SURE)).long() + (unsure[0] | unsure[1])
+    row = region * FINE + (p * FINE).long().clamp(max=FINE - 1)
+    row = torch.where(valid[:, None], row, 3 * FINE)  # a row for what does not count
+    sums = sums_by(row.flatten(1), [p.flatten(1), q.flatten(1)], 3 * FINE)
+    sums = sums.view(len(p), 3, FINE, 3)
+    return out | {"reliability": sums.flip(1).cumsum(1).flip(1)}  # one region holds the next
+
+
+def sums_by(row, values, rows):
+    """Sums of values [(B, P)] and, last, of ones, by row (B, P), as (B, rows, values + 1) float64;
+    what is of the row `rows` is left out."""
+    flat = (row + (rows + 1) * torch.arange(len(row), device=row.device)[:, None]).flatten()
+    sums = [torch.zeros(len(row) * (rows + 1), dtype=torch.float64, device=row.device)
+            .index_add_(0, flat, value.double().flatten()) for value in (*values, row * 0 + 1)]
+    return torch.stack(sums, 1).view(len(row), rows + 1, -1)[:, :rows]
+
+
+def _crps_of_normal(mean, std, x):
+    """CRPS of N(mean, std) at x (Gneiting and Raftery 2007, Sec. 4.2); of std 0, |x - mean|."""
+    z = (x - mean) / std.clamp(min=1e-12)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    crps = std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
+    return torch.where(std > 1e-6, crps, abs(x - mean))
+
+
+def score_measures(moments, labels):
+    """What needs no annotator, over pixels that one labelled: entropy, expected_entropy and
+    mutual_information, means in nats a pixel, and the scores of the most uncertain window, (B,)."""
+    valid = (labels != IGNORE).any(1)
+    maps = {"variance": moments.variance, "entropy": metrics.entropy_map(moments),
+            "expected_entropy": moments.mean_entropy,
+            "mutual_information": metrics.mutual_information_map(moments)}
+    maps = {name: values * valid for name, values in maps.items()}
+    pixels = valid.flatten(1).sum(1)
+    out = {name: maps[name].flatten(1).sum(1) / pixels for name in maps if name != "variance"}
+    return out | {name: worst_window(maps[name.removesuffix("_patch")]) for name in SCORES[:3]}
+
+
+def worst_window(maps, side=WINDOW):
+    """The highest mean of maps (B, *S) over a window, or over the whole of a shorter axis, (B,)."""
+    for axis in range(1, maps.dim()):
+        maps = maps.unfold(axis, min(side, maps.shape[axis]), 1).mean(-1)
+    return maps.flatten(1).amax(1)
+
+
+# ---- measures of a whole split ------------------------------------------------------------------
+
+def calibration(reliability) -> dict:
+    """ece and adaptive_ece of each region, with standard errors by resampling cases, from the
+    "reliability" of all cases (N, regions, FINE, 3)."""
+    cases, out = len(reliability), {}
+    again = np.random.default_rng(0).multinomial(cases, [1 / cases] * cases, size=200)
+    sums = np.concatenate([reliability.sum(0)[None], np.tensordot(again, reliability, 1)])
+    for name, error in (("ece", calibration_error), ("adaptive_ece", adaptive_error)):
+        for i, region in enumerate(REGIONS):
+            first, *others = map(error, sums[:, i])
+            if not math.isnan(first):
+                out[name + region] = {"mean": first, "stderr": np.nanstd(others), "n": cases}
+    return out
+
+
+def calibration_error(sums) -> float:
+    """ECE in BINS equally wide bins, from sums (FINE, 3) of p, of q, and pixels; or NaN."""
+    gap = (sums[:, 0] - sums[:, 1]).reshape(BINS, -1).sum(1)
+    return abs(gap).sum() / total if (total := sums[:, 2].sum()) else math.nan
+
+
+def adaptive_error(sums) -> float:
+    """The same in BINS bins of equally many pixels. A fine bin that lies in two of these is divided
+    between them, as pixels of the same probability have no order."""
+    total = np.concatenate([np.zeros((1, 3)), sums.cumsum(0)])
+    if not total[-1, 2]:
+        return math.nan
+    edges = np.linspace(0, total[-1, 2], BINS + 1)
+    gap = np.interp(edges, total[:, 2], total[:, 0] - total[:, 1])
+    return abs(np.diff(gap)).sum() / total[-1, 2]
+
+
+def risk_coverage(scores, risks):
+    """Risks of those images that are kept (n,): by themselves and per image of all, when 1 .. n
+    images of the lowest score are. Images of equal score come in a random order: its mean."""
+    _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
+    mean = np.bincount(group, risks) / size
+    kept = np.cumsum(np.repeat(mean, size))
+    return kept / np.arange(1, len(kept) + 1), kept / len(kept)
+
+
+def areas(scores, risks) -> tuple[float, float, float]:
+    """AURC, its excess over that of the ideal order, and AUGRC, by trapezoids as in Traub et al.'s
+    code: at coverage 0 the first risk is that of the first image, the second one 0."""
+    risk, general = risk_coverage(scores, risks)
+    ideal, _ = risk_coverage(risks, risks)
+    aurc, least, augrc = ((curve.sum() + (start - curve[-1]) / 2) / len(risks) for start, curve in
+                          ((risk[0], risk), (ideal[0], ideal), (0, general)))
+    return aurc, aurc - least, augrc
+
+
+def failure_detection(values) -> dict:
+    """aurc_<score>, e_aurc_<score> and augrc_<score> of the cases' values {name: (N,)}."""
+    risks, out, rng = 1 - values["dice_mean"], {}, np.random.default_rng(0)
+    there = ~np.isnan(risks)
+    cases = int(there.sum())
+    if not cases:
+        return {}
+    again = rng.integers(cases, size=(200, cases))
+    for score in SCORES:
+        scores, risk = values[score][there], risks[there]
+        errors = np.std([areas(scores[rows], risk[rows]) for rows in again], 0)
+        for name, mean, error in zip(("aurc", "e_aurc", "augrc"), areas(scores, risk), errors):
+            out[f"{name}_{score.removesuffix('_patch')}"] = {"mean": mean, "stderr": error,
+                                                             "n": cases}
+    return out
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+def plot_reliability(path, reliability) -> None:
+    """Draw the annotators' mean against p in BINS equally wide bins, and how many pixels they hold.
+    """
+    sums = reliability.sum(0).reshape(3, BINS, -1, 3).sum(2)  # (regions, BINS, 3)
+    figure, axes = new_plot(1, 2, size=(6.4, 3.2))
+    curve, counts = axes[0]
+    curve.plot([0, 1], [0, 1], color=COLORS[7])
+    colors = COLORS[5], COLORS[6], COLORS[2]
+    for (p, q, pixels), region, color in zip(sums.transpose(0, 2, 1), REGIONS, colors):
+        some = pixels > 0
+        label = region.strip("_") or "all pixels"
+        error = abs(p - q).sum() / max(pixels.sum(), 1)
+        curve.plot(p[some] / pixels[some], q[some] / pixels[some], "o-", color=color, markersize=3,
+                   label=f"{label}: ECE {error:.3f}")
+        counts.step((np.arange(BINS) + 0.5) / BINS, pixels, where="mid", color=color, label=label)
+    curve.set(xlabel="mean of the samples' probabilities", ylabel="mean of the annotators")
+    counts.set(yscale="log", xlabel="mean of the samples' probabilities", ylabel="pixels")
+    curve.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def plot_risk_coverage(path, values) -> None:
+    """Draw 1 - Dice of the images that are kept, by every score and in the ideal order."""
+    there = ~np.isnan(values["dice_mean"])
+    risks = 1 - values["dice_mean"][there]
+    figure, axes = new_plot(size=(5, 3.4))
+    ax = axes[0, 0]
+    share = np.arange(1, len(risks) + 1) / max(len(risks), 1)
+    for name, color in zip((*SCORES, "ideal"), LINES):
+        scores = risks if name == "ideal" else values[name][there]
+        label = name.removesuffix("_patch").replace("_", " ")
+        ax.plot(share, risk_coverage(scores, risks)[0], label=label, color=color,
+                linestyle="--" if name == "ideal" else "-", marker="." if len(share) < 30 else "")
+    ax.set(xlabel="share of the images that is kept", ylabel="their mean 1 - Dice")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=7)
+    save_figure(figure, path)

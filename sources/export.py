@@ -1,0 +1,126 @@
+"""Writes any data set as an .npz, a folder of pictures or the LIDC pickle, for other codebases."""
+
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common import IGNORE
+from sources.base import Split, check_known
+from sources.files import DataError
+
+LAYOUTS = ("npz", "png", "pickle")
+
+
+def export(whole: Split, out, layout: str = "") -> str:
+    """Writes all cases of a set to `out`, and its splits beside them; returns how to read them.
+
+    layout  npz     the arrays that `own.read_npz` describes
+            png     images/NAME.png, labels/ANNOTATOR/NAME.png and groups.csv; what a PNG does not
+                    hold exactly (volumes, most floats) becomes an .npy
+            pickle  LIDC's {key: {image, masks, series_uid}}: one channel, 2D, two classes
+            ""      what the ending of `out` says; without an ending, png
+    All appears whole or not at all. Raises DataError if `out` is there or cannot hold the set.
+    """
+    out, whole = Path(out), whole.all_maps()
+    said = {".npz": "npz", ".pickle": "pickle", ".pkl": "pickle", "": "png"}
+    layout = check_known("layout", layout or said.get(out.suffix, out.suffix), LAYOUTS)
+    if layout != "png" and said.get(out.suffix) != layout:
+        out = Path(f"{out}.{layout}")
+    splits = out / "split.json" if layout == "png" else out.with_suffix(".split.json")
+    for path in (out, splits):
+        if os.path.lexists(path):
+            raise DataError(f"{path} is there: delete it, or give another name")
+    images, labels, names = whole.images.numpy(), whole.labels.numpy(), whole.names
+    if images.ndim < 4:
+        raise DataError(f"{out}: lines have no layout; images or volumes are needed")
+    if layout == "pickle" and (images.ndim > 4 or images.shape[1] > 1 or whole.num_classes > 2):
+        raise DataError(f"{out}: the pickle holds images of one channel and two classes; use .npz")
+
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    work.mkdir()
+    try:
+        if layout == "npz":
+            arrays = dict(images=_small(images), labels=labels, groups=np.array(whole.groups),
+                          names=np.array(names), num_classes=np.array(whole.num_classes))
+            if whole.weights is not None:
+                arrays["weights"] = whole.weights.numpy()
+            np.savez_compressed(work / "out.npz", **arrays)
+        elif layout == "pickle":
+            table = {name: dict(image=image[0].astype(float), masks=list(maps), series_uid=group)
+                     for name, image, maps, group in zip(names, images, labels, whole.groups)}
+            (work / "out.pickle").write_bytes(pickle.dumps(table, 4))
+        else:
+            names = _write_folder(work, whole)
+        shown = dict(zip(whole.names, names))
+        if whole.parts and all(name in shown for part in whole.parts.values() for name in part):
+            (work / "split.json").write_text(json.dumps(
+                {split: [shown[name] for name in part] for split, part in whole.parts.items()}))
+        if layout == "png":
+            work.rename(out)
+        else:
+            for file in sorted(work.iterdir(), reverse=True):  # the set itself comes last
+                file.rename(splits if file.suffix == ".json" else out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+    how = {"npz": "npz", "pickle": "lidc", "png": "folder"}[layout] + f" --path {out} --data-args"
+    how += f" num_classes={whole.num_classes}" * (layout == "png")
+    how += f" split_file={splits}" * splits.exists()
+    present = whole.present.float()
+    if layout != "npz" and whole.weights is not None and not np.allclose(
+            whole.weights, present / present.sum(1, keepdim=True)):
+        how += " (the probabilities of its label maps have no place in this layout)"
+    return f"wrote {out}, {len(whole)} cases, to be read with --data {how}"
+
+
+def _small(images: np.ndarray, most: int = 16) -> np.ndarray:
+    """The images as whole numbers of 8 bits, or of up to `most`, if these read as the same floats;
+    else as they are."""
+    for kind in (np.uint8, np.uint16)[:most // 8]:
+        top, small = np.float32(np.iinfo(kind).max), np.empty(images.shape, kind)
+        for i, image in enumerate(images):
+            small[i] = np.rint(image.clip(0, 1) * top)
+            if not np.array_equal(small[i] / top, image):
+                break
+        else:
+            return small
+    return images
+
+
+def _write_folder(root: Path, whole: Split) -> list[str]:
+    """Writes the layout "folders" of `templates.PRESETS`; returns the cases' file names."""
+    names: dict[str, str] = {}
+    for name, group in zip(whole.names, whole.groups):
+        safe = re.sub(r"[^\w.-]+|^\.", "_", name)[:60]
+        while safe in names:
+            safe += "_"
+        names[safe] = group
+    for i, name in enumerate(names):
+        image = whole.images[i].numpy()
+        flat, small = image.ndim == 3, _small(image, 16 if len(image) == 1 else 8)
+        picture = flat and len(image) in (1, 3) and small.dtype.kind == "u"
+        if picture:
+            small = small[0] if len(small) == 1 else small.transpose(1, 2, 0)
+        _write(root / "images" / name, small, picture)
+        for annotator, label in enumerate(whole.labels[i].numpy()):
+            if (label != IGNORE).any():
+                _write(root / "labels" / str(annotator) / name, label, flat)
+    with open(root / "groups.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("name", "group"), *names.items()])
+    return list(names)
+
+
+def _write(file: Path, array: np.ndarray, picture: bool) -> None:
+    """A PNG (H, W) or (H, W, 3), or an .npy of any array."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if picture:
+        Image.fromarray(array).save(f"{file}.png")
+    else:
+        np.save(f"{file}.npy", array)

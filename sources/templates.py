@@ -1,0 +1,307 @@
+"""Folders of pictures, NIfTI volumes and .npy arrays, found by path templates or by a table.
+
+    image = "{group}/{nodule}/images/{name}.png"
+    label = "{group}/{nodule}/mask-{annotator}/{name}.png"
+
+A field in braces stands for text within one file's or folder's name. The image's fields, joined,
+are the case's name; the label's template repeats them, so that every label finds its image. Some
+fields have a meaning:
+
+    {group}      the patient or scene, through which no split cuts; without it, the case itself
+    {split}      train, val or test (training, validation and testing are the same)
+    {annotator}  of labels: who drew the label map
+    {class}      of labels: each class has a binary file; where these overlap, the last one wins
+
+A template that ends in a field takes files of every ending that can be read (`files.ENDINGS`).
+"""
+
+import csv as tables
+import glob
+import os
+import re
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from common import say
+from sources.base import SPLITS, Case, Listing, check_known, split_groups
+from sources.files import (ENDINGS, DataError, count_slices, holds, read_array, readable,
+                           same_grid, size_text)
+
+
+class Layout(NamedTuple):
+    """A known tree of files, and what its masks mean: see `read_folder`."""
+
+    image: str
+    label: str
+    masks: str = "classes"
+    empty: str = "stored"
+
+
+# In LIDC every annotator saw every scan: who has no mask of a nodule drew nothing.
+PRESETS = {
+    "folders": Layout("images/{name}", "labels/{annotator}/{name}"),
+    "hpunet": Layout("{split}/images/{group}/{name}.png",
+                     "{split}/gt/{group}/{name}_l{annotator}.png", "binary", "nothing"),
+    "kaggle-lidc": Layout("{group}/{nodule}/images/{name}.png",
+                          "{group}/{nodule}/mask-{annotator}/{name}.png", "binary", "nothing"),
+    "qubiq": Layout("{name}/image.nii.gz", "{name}/task{class}_seg{annotator}.nii.gz"),
+    "curvas": Layout("{name}/image.nii.gz", "{name}/annotation_{annotator}.nii.gz")}
+MARKS = tuple(re.sub(r"{\w+}", "*", layout.image) for layout in PRESETS.values())
+ENDING = f"(?i:{'|'.join(map(re.escape, ENDINGS))})"
+# Annotator, class and split are as short as they can be, other fields as long.
+FORMS = {"annotator": "[^/]+?", "class": "[^/]+?",
+         "split": "(?i:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)"}
+
+
+class Template:
+    """A path with fields in braces, as a pattern for `glob` and as a regular expression."""
+
+    def __init__(self, text: str):
+        parts = re.split(r"{([a-zA-Z_]\w*)}", text)  # text, field, text, field, ..., text
+        self.text, self.fields = text, list(dict.fromkeys(parts[1::2]))
+        self.any_ending = text.endswith("}")
+        if (not self.fields or re.search(r"[{}\0]", "".join(parts[::2])) or text.startswith("/")
+                or ".." in text.split("/") or "}{" in text
+                or not text.lower().endswith(("}", *ENDINGS))):
+            raise DataError(f"template {text[:99]!r}: give a path below the folder with fields in "
+                            f"braces, with text between them, such as images/{{name}}.png; it ends "
+                            f"in a field or in one of {', '.join(ENDINGS)}")
+        pattern = ""
+        for i, part in enumerate(parts):
+            again = part in parts[1:i:2]
+            pattern += (re.escape(part) if i % 2 == 0 else f"(?P={part})" if again
+                        else f"(?P<{part}>{FORMS.get(part, '[^/]+')})")
+        self.pattern = re.compile(pattern + ENDING * self.any_ending)
+        self.glob = "".join("*" if i % 2 else glob.escape(part) for i, part in enumerate(parts))
+
+    def fits(self, root: Path) -> bool:
+        """Tells whether any file below `root` has this form."""
+        return any(map(self.pattern.fullmatch, glob.iglob(self.glob, root_dir=root)))
+
+    def find(self, root: Path) -> dict[tuple[str, ...], Path]:
+        """Finds {values of `fields`: file} of all files of this form, in alphabetical order."""
+        found: dict[tuple[str, ...], Path] = {}
+        for name in sorted(glob.glob(self.glob, root_dir=root)):
+            file = root / name
+            if match := self.pattern.fullmatch(name):
+                other = found.setdefault(match.groups(), file)
+                if other is not file:
+                    raise DataError(f"{file}: {other.name} beside it has the same name; rename one")
+            elif self.any_ending and not file.is_dir():
+                raise DataError(f"{file}: not one of {', '.join(ENDINGS)}; convert or remove it")
+        return found
+
+    def fill(self, values: dict[str, str]) -> str:
+        """Returns the path of a file with these values of the fields."""
+        return re.sub(r"{(\w+)}", lambda field: values.get(field[1], field[0]), self.text)
+
+    def explain(self, root: Path) -> str:
+        """Says why nothing was found: the first path that was tried, and what is there."""
+        here, globs = root, self.glob.split("/")
+        for depth in range(1, len(globs)):
+            below = sorted(glob.glob("/".join(globs[:depth]) + "/", root_dir=root))
+            if not below:
+                break
+            here = root / below[0]
+        part = self.text.split("/")[len(here.relative_to(root).parts)]
+        return f"{root}: {self.text} matches nothing: tried {here / part}, and {holds(here)}"
+
+
+class Row(NamedTuple):
+    """A case that was found: its files, and what its path or the table says of it."""
+
+    name: str
+    group: str
+    split: str
+    image: Path
+    labels: dict[str, dict[str, Path]]  # {annotator: {class: file}}; the class may be ""
+
+
+def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout: str = "",
+                image: str = "", label: str = "", csv: str = "", num_classes: int = 0,
+                masks: Literal["auto", "classes", "binary"] = "auto",
+                empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
+                slices: Literal["none", "axial"] = "none") -> Listing:
+    """Lists the cases in a folder of any layout.
+
+    layout       one of `PRESETS`; without it, the first that the folder looks like
+    image label  two path templates, as this file's docstring describes them, for any other tree
+    csv          a table in the folder instead: columns image, label or label_<annotator>, and
+                 optionally name, group and split; files are relative to the folder
+    masks        classes: values are classes, 255 ignored; binary: whatever is not 0 is class 1
+    empty        what an empty mask of one annotator means, and no file at all. stored: who has an
+                 empty mask drew nothing, who has no file is missing (255); nothing: both drew
+                 nothing; missing: both are missing
+    slices       axial: every slice of a volume is a case, and the volume its group
+
+    What is "auto" is as the layout has it, else classes and stored. Annotators are numbered in the
+    order of their names, 2 before 10. Where no path and no table tells the group, groups.csv may:
+    lines NAME,GROUP. Channels of NIfTI volumes are brought to mean 0 and standard deviation 1; one
+    of a single slice is 2D. Raises DataError in one line that names the path that was tried.
+    """
+    if csv and (layout or image or label):
+        raise DataError(f"{path}: give csv= alone, without layout=, image= and label=")
+    if csv:
+        kind, chosen = "a table", Layout(f"{csv}:image", f"{csv}:label_{{annotator}}")
+        rows = _rows_of_table(path, path / csv)
+    else:
+        kind, chosen = _choose(path, layout, image, label)
+        rows = _rows_of_templates(path, Template(chosen.image), Template(chosen.label))
+    if (path / "groups.csv").exists() and all(row.group == row.name for row in rows):
+        groups = _read_groups(path / "groups.csv", {row.name for row in rows})
+        rows = [row._replace(group=groups[row.name]) for row in rows]
+    masks = chosen.masks if masks == "auto" else masks
+    empty = chosen.empty if empty == "auto" else empty
+
+    annotators, classes = (
+        {name: number for number, name in enumerate(sorted(names, key=_natural))} for names in
+        ({a for row in rows for a in row.labels},
+         {c for row in rows for files in row.labels.values() for c in files}))
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, of the annotators "
+            + (", ".join(annotators) or "(no name)"))
+    cases, splits = [], {split: [] for split in SPLITS}
+    for row in rows:
+        labels = {annotators[a]: sorted((1 + classes[c], file) for c, file in files.items())
+                  for a, files in row.labels.items()}
+        read = partial(read_case, row.image, labels, annotators=range(len(annotators)), empty=empty,
+                       paint=masks == "binary" or any(classes), slices=slices)
+        here = [Case(row.name, row.group, read)]
+        if slices == "axial":
+            volume = Volume(read, count_slices(row.image))
+            here = [Case(f"{row.name}/z{z:04d}", row.group, partial(volume.slice, z))
+                    for z in range(volume.left)]
+        for split in SPLITS:
+            if row.split.lower()[:3] == split[:3]:
+                splits[split] += range(len(cases), len(cases) + len(here))
+        cases += here
+    if not any(row.split for row in rows):
+        return Listing(cases, split_groups([case.group for case in cases], val), num_classes)
+    return Listing(cases, splits, num_classes, apart=num_classes > 0,
+                   if_empty=f"nothing is at {chosen.image}")
+
+
+def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]:
+    """Returns the layout that was asked for, or the one that the folder looks like, by its name."""
+    if bool(image) != bool(label) or name and image:
+        raise DataError(f"{root}: give two templates, image= and label=, or one layout=")
+    if image:
+        return "templates", Layout(image, label)
+    if name:
+        return name, PRESETS[check_known("layout", name, PRESETS)]
+    like = [name for name, layout in PRESETS.items() if Template(layout.image).fits(root)]
+    if not like:
+        raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
+                        f"{holds(root)}; give the templates image= and label=, or csv=")
+    name = next((name for name in like if Template(PRESETS[name].label).fits(root)), like[0])
+    return name, PRESETS[name]
+
+
+def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row]:
+    own = {"annotator", "class"}
+    if own & set(image.fields) or set(label.fields) - own != set(image.fields):
+        raise DataError(f"{root}: image={image.text} label={label.text}: both need the same "
+                        "fields, and the label may have {annotator} and {class} besides")
+    images, labels = image.find(root), label.find(root)
+    for template, found in ((image, images), (label, labels)):
+        if not found:
+            raise DataError(template.explain(root))
+    drawn: dict[tuple[str, ...], dict[str, dict[str, Path]]] = {}
+    for values, file in labels.items():
+        fields = dict(zip(label.fields, values))
+        key = tuple(fields[field] for field in image.fields)
+        if key not in images:
+            tried = root / image.fill(fields)
+            raise DataError(f"{file}: there is no image {tried} for it: {holds(tried.parent)}")
+        files = drawn.setdefault(key, {}).setdefault(fields.get("annotator", ""), {})
+        files[fields.get("class", "")] = file
+    rows = []
+    for values, file in images.items():
+        name, fields = "/".join(values), dict(zip(image.fields, values))
+        rows.append(Row(name, fields.get("group", name), fields.get("split", ""), file,
+                        drawn.get(values, {})))
+    return rows
+
+
+def _rows_of_table(root: Path, file: Path) -> list[Row]:
+    with readable(file, "table (CSV)"), open(file, newline="", encoding="utf-8-sig") as text:
+        table = tables.DictReader(text)
+        columns, lines = table.fieldnames or [], list(table)
+    labels = [column for column in columns if re.fullmatch("label(_.+)?", column)]
+    if "image" not in columns or not labels:
+        raise DataError(f"{file}: has the columns {', '.join(columns[:20]) or '(none)'}; image, "
+                        "and label or label_<annotator>, are needed")
+    rows = []
+    for line in lines:
+        image, split = line["image"], line.get("split") or ""
+        if not image or split and not re.fullmatch(FORMS["split"], split):
+            raise DataError(f"{file}: row {len(rows) + 1}: give an image, and as its split train, "
+                            f"val or test, not {split!r}")
+        name = line.get("name") or re.sub(f"{ENDING}$", "", image)
+        rows.append(Row(name, line.get("group") or name, split, root / image,
+                        {column[6:]: {"": root / line[column]} for column in labels
+                         if line[column]}))
+    return rows
+
+
+def _read_groups(file: Path, names: set[str]) -> dict[str, str]:
+    """Reads {name: group} from the table `file`, which has to list every image."""
+    with readable(file, "table of name,group"):
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        table = dict(tables.reader(filter(None, lines)))
+    table.pop("name", None)  # the heading
+    if odd := sorted(table.keys() ^ names):
+        fault = "does not list" if odd[0] in names else "there is no image of"
+        raise DataError(f"{file}: {fault} {odd[0]!r}; list every image once")
+    return table
+
+
+def _natural(name: str) -> str:
+    """Returns a key that sorts the numbers in names by their value."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
+
+
+def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotators: Sequence[int],
+              paint: bool, empty: str, slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Reads a case of a folder, as `Case.read` does, from {annotator: [(class, file)]}. paint: if
+    whatever is not 0 in a file is of its class. empty, slices: see `read_folder`."""
+    dims = 3 if slices == "axial" else None
+    array, grid = read_array(image, dims=dims)
+    maps: dict[int, np.ndarray] = {}
+    for annotator, files in labels.items():
+        for value, file in files:
+            mask, other = read_array(file, label=True, dims=dims)
+            if mask.shape != array.shape[-mask.ndim:]:
+                raise DataError(f"{file} is {size_text(mask.shape)} and {image} "
+                                f"{size_text(array.shape[-mask.ndim:])}; they must be of one size")
+            if grid and other:
+                same_grid(grid, other, file)
+            maps[annotator] = (np.where(mask != 0, value, maps.get(annotator, 0)) if paint
+                               else mask)
+    if empty == "missing":
+        maps = {annotator: mask for annotator, mask in maps.items() if mask.any()}
+    if maps and empty == "nothing":
+        maps = {annotator: np.zeros_like(mask) for annotator in annotators} | maps
+    if maps and array.ndim == mask.ndim:  # an .npy without channels
+        array = array[None]
+    return array, maps
+
+
+class Volume:
+    """A volume that is read once for all its slices, and freed with the last of them."""
+
+    def __init__(self, read, left: int):
+        self.read, self.left, self.kept, self.lock = read, left, None, threading.Lock()
+
+    def slice(self, z: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Returns slice z, as `Case.read` does."""
+        with self.lock:
+            self.kept = array, maps = self.kept or self.read()
+            self.left -= 1
+            self.kept = self.kept if self.left else None
+        return array[:, z], {annotator: mask[z] for annotator, mask in maps.items()}
