@@ -87,16 +87,15 @@ def load(path, device="cpu") -> nn.Module:
 
 
 def place(model, device) -> nn.Module:
-    """Move the model to the device; 2D ones to channels_last too, where convolutions are faster."""
+    """Move the model to the device. 2D models become channels_last: faster convolutions."""
     if model.config.dims == 2:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
 
 def sample_batches(model, split, n, seed=0, rank=0, world=1):
-    """Yield (batch of `split` as a Split, iterator over its samples from `sample_chunks`) for the
-    whole split or, under torchrun, for every world-th batch. Use up the iterator before the next
-    batch.
+    """Yield (batch of `split` as a Split, its `sample_chunks`, to be used up before the next batch)
+    for the whole split or, under torchrun, for every world-th batch.
 
     A batch has at most 32 cases, fewer if their logits would need more than 128 MiB. The samples
     depend on (seed, batch) only.
@@ -119,9 +118,9 @@ def sample_chunks(model, image, n, num_classes, generator, **options):
 
 
 def labels_of(scores, axis: int):
-    """The class of the highest score, of equals the first, uint8.
+    """The class with the highest score, or the first of equal ones, as uint8.
 
-    (Along an axis of few classes, torch.max is 4 times slower on a CPU, and argmax 100 times.)
+    On a CPU and along an axis of few classes, torch.max is 4 times slower and argmax 100 times.
     """
     best, *others = scores.unbind(axis)
     label = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
