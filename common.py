@@ -3,6 +3,7 @@
 All files write shapes with the same letters:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
+A "3-wide" convolution has a kernel of 3 pixels along every spatial axis.
 
 Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / progress.
 """
