@@ -4,11 +4,12 @@ One image, many plausible masks. An ordinary network predicts one logit map, and
 the pixels as independent, so labels drawn from it are grainy noise. An SSN predicts a normal
 distribution over the whole logit map eta:
         eta | x ~ N(mu(x), P(x) P(x)^T + D(x)).                                        (Eq. 5)
-Mean mu, factor P and diagonal D are three 1-wide convolutions on the features of any network. Each
-of the R columns of P is a map along which all logits vary together, which makes samples spatially
-coherent. The network runs once for an image; a sample then only costs a matrix-vector product.
-Training maximises the likelihood, estimated from M samples eta^m of this distribution:
-        log p(y | x) ~ logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) - log M.        (Eq. 7)
+Mean mu, factor P and diagonal D are the outputs of three 1-wide convolutions (1x1 in 2D) on the
+features of any network. Each of the R columns of P is a map along which all logits vary together,
+so samples are spatially coherent. The network runs once for an image; a further sample only costs a
+matrix-vector product. Training minimises the negative log-likelihood of an annotator's mask y,
+estimated from M samples eta^m of the distribution, with pixels i:
+        -log p(y | x) ~ -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.      (Eq. 7)
 What varies between samples is aleatoric uncertainty: what the image leaves open.
 
 The paper's three experiments:
@@ -77,8 +78,8 @@ class SSNConfig:
 class SSN(nn.Module):
     """A backbone and three 1-wide convolutions that predict the normal distribution of Eq. 5.
 
-    `forward` is `loss`, Eq. 7. `sample` draws logit maps from the distribution, `predict` takes its
-    mean, and `distribution` returns it for anything else.
+    `loss`, which is also `forward`, draws M logit maps and returns Eq. 7. `sample` draws logit maps
+    for you, `predict` uses the mean, and `distribution` returns the distribution itself.
 
     backbone: a network of your own, image (B, in_channels, *S) -> features (B, F, *S), with F in
         its attribute `out_channels`; None builds the one that `config` names.
@@ -139,7 +140,7 @@ class SSN(nn.Module):
         return LowRankNormal(mean, factor, diagonal + self.config.diagonal_min)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Negative Eq. 7, in nats, summed over pixels and averaged over the batch: (loss, terms).
+        """Eq. 7 in nats, summed over pixels and averaged over the batch: (loss, terms).
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
         With DeepMedic, the loss is that of one random patch of every volume.
