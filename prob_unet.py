@@ -6,13 +6,15 @@ vector z of a few numbers encodes which of the masks is meant. A prior net predi
 how likely each z is, and f_comb, three 1x1 convolutions, turns U-Net features and z into a mask:
         z_i ~ P(. | X) = N(mu_prior(X), diag(sigma_prior(X)^2)),                       (Eq. 1)
         S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
-U-Net and prior net run once for an image; a further sample only costs a pass of f_comb. In training
-a posterior net also reads an annotator's mask Y and predicts which z stand for it, Q(z | Y, X)
-(Eq. 3). The loss asks that such a z reproduces Y, and that prior and posterior agree:
-        L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) ).    (Eq. 4)
-For beta = 1 it is the negative ELBO. The second term teaches the prior, which has to do without Y,
-to cover the z of all masks that annotators drew on such images. What varies between samples is
-aleatoric uncertainty: what the image leaves open.
+U-Net and prior net run once for an image; a further sample i only costs a pass of f_comb.
+
+Nobody knows which z belongs to which mask. In training, a posterior net therefore reads the image
+and an annotator's mask Y, and predicts which z stand for this mask, Q(z | Y, X) (Eq. 3). The loss
+        L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) )     (Eq. 4)
+asks that such a z reproduces Y (P_c is the softmax of S in every pixel), and that prior and
+posterior agree, so the prior learns to cover the z of all masks that annotators draw on an image.
+For beta = 1 it is the negative ELBO. What varies between samples is aleatoric uncertainty: what the
+image leaves open.
 
 The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) change three things, which are the
 last three fields of the config: what prior and posterior are given, and where z enters the U-Net.
@@ -23,8 +25,8 @@ Differences from the paper
      computed as conv(features) + linear(z), so that all samples share conv(features).
   2. The nets predict log sigma, and it is bounded (common.bounded_log_std) so that the KL cannot
      overflow. The authors take exp of an unbounded number.
-  3. The learning rate falls from 1e-4 to 1e-6 "in 5 steps" in the paper, which says neither when
-     nor how far. Here it is multiplied by 10^-0.4 every 40k steps.
+  3. The learning rate falls from 1e-4 to 1e-6 "in 5 steps" in the paper, which does not say
+     when. Here it is multiplied by 10^-0.4 every 40k steps.
   4. Up-sampling is bilinear without `align_corners`, which the authors' code sets. Down-sampling is
      average pooling, which equals the paper's bilinear down-sampling for even sizes.
   5. Initial weights are orthogonal, as the paper says; the authors' code uses He's normal ones.
@@ -70,8 +72,9 @@ class ProbUNetConfig:
 class ProbUNet(nn.Module):
     """U-Net, prior net, posterior net and f_comb.
 
-    `forward` is `loss`, Eq. 4. `sample` draws z from the prior and returns logit maps, `predict`
-    uses the prior's mean. `decode` takes your own z; `reconstruct` finds the z of a given mask.
+    `loss`, which is also `forward`, draws z from the posterior and returns Eq. 4. `sample` draws z
+    from the prior and returns logit maps; `predict` uses the prior's mean. `decode` takes a z of
+    your choice, and `reconstruct` the posterior's mean for a given mask.
     Default: 27.50 M parameters, 19.64 M of them for sampling.
     """
 
@@ -246,7 +249,7 @@ if __name__ == "__main__":
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
-    # After so few steps the posteriors leave gaps in the prior; beta above 1 widens them.
+    # beta above 1 widens the posteriors; after so few steps they would leave gaps in the prior
     model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(16, 32, 64), convs=1, latent_dim=2,
                                     beta=3.0))
     batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["shapes"].augmentation)
