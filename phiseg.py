@@ -15,9 +15,9 @@ same form but also reads an annotator's mask, so it can find the latents that st
 (Eq. 4). The likelihood net p(s | z) turns latents into masks. The loss is
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
         + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_l+1, s, x) || p(z_l | z_l+1, x) ) ]         (Eq. 2)
-plus the cross-entropies of the coarser levels' masks (deep supervision), which keep every level at
-work. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. To sample, latents are drawn from the
-prior. What varies between samples is aleatoric uncertainty: what the image leaves open.
+plus the cross-entropies of the coarser levels' masks (deep supervision), without which a level may
+ignore the mask. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. What varies between samples
+is aleatoric uncertainty: what the image leaves open.
 
 Differences from the paper
   1. In the text, z_1 has the resolution of the image. In the authors' code, and so in the published
@@ -72,9 +72,9 @@ class PHiSegConfig:
 class PHiSeg(nn.Module):
     """Prior, posterior and likelihood net. Default: 17.81 M parameters, 11.83 M for sampling.
 
-    `forward` is `loss`, Eq. 2 with deep supervision. `sample` draws latents from the prior and
-    returns the logits of their masks, `predict` uses the prior's means, and `reconstruct` those of
-    the posterior for a given mask.
+    `loss`, which is also `forward`, draws latents from the posterior and returns Eq. 2 plus deep
+    supervision. `sample` draws latents from the prior and returns the logits of their masks.
+    `predict` uses the prior's means, and `reconstruct` the posterior's for a given mask.
     Dicts {l: ...} have the paper's level numbers as keys and run from the coarsest, L, to 1.
     """
 
@@ -220,9 +220,9 @@ class LatentNet(nn.Module):
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
         """From coarse to fine: the normal of z_L, then z_L, then the normal of z_L-1 given z_L, ...
 
-        z_l is `latents[l]` if latents are given (say, those of the other net), else a sample from
-        noise[l], and without either the mean. Both dicts hold (n * B, D, *S_l). Returns ({l: z_l},
-        {l: normal of z_l}).
+        z_l is `latents[l]` if latents are given (say, those of the other net), else a sample made
+        with noise[l], and without either the mean. Both dicts hold (n * B, D, *S_l).
+        Returns ({l: z_l}, {l: normal of z_l}).
         """
         chosen, normals, given = {}, {}, latents or noise
         for l, x in features.items():
