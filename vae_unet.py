@@ -103,8 +103,9 @@ class VAEUNetConfig:
 class VAEUNet(nn.Module):
     """A U-Net (or Swin-Unet) with a `LatentSkip` on every skip connection.
 
-    `forward` is `loss`. `sample` draws the latents from the image's distribution p and returns
-    logit maps; `predict` uses the means of p, `reconstruct` those of a given mask's q.
+    `loss`, which is also `forward`, draws the latents from the mask's q and returns the loss L.
+    `sample` draws them from the image's p and returns logit maps; `predict` uses the means of p,
+    `reconstruct` those of the q of a given mask.
     Default: 11.78 M parameters.
     """
 
