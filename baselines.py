@@ -106,9 +106,9 @@ def build_unet(c: UNetConfig) -> nn.Module:
 class Mixture(nn.Module):
     """M outputs of equal probability: p(y | x) = 1/M sum_m prod_i softmax(eta_m)[i, y_i].
 
-    `forward` is `loss`, `sample` returns the outputs in turn, and `predict` averages them. A
-    subclass defines `count` (M), `loss`, and outputs(image, n): the logits (n, B, K, *S) of the
-    first n <= M outputs.
+    `sample` returns the outputs in turn, and `predict` averages their probabilities. A subclass
+    defines `count` (M), `loss` (which `forward` calls), and outputs(image, n), the logits
+    (n, B, K, *S) of the first n <= M outputs.
     """
 
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
