@@ -4,7 +4,7 @@ arXiv:1906.04045).
 One image, many plausible masks: a conditional variational autoencoder whose latents are maps at L
 resolutions, so that large and small structures of a mask can vary separately. Levels are numbered
 from the finest, 1, to the coarsest, L. The latent map z_l of a level is drawn given the image x and
-the coarser map z_l+1:
+the coarser map z_{l+1}:
         p(s | x) = int p(s | z_1 .. z_L) p(z_1 | z_2, x) ... p(z_L | x) dz_1 .. dz_L        (Eq. 1)
 The mask s is built like a Laplacian pyramid: every level adds a residual to the logits of the
 coarser levels. The image influences the mask through the latents alone.
@@ -14,7 +14,7 @@ distribution of z_l at each of its L coarsest levels (Eq. 3). The posterior net 
 same form but also reads an annotator's mask, so it can find the latents that stand for this mask
 (Eq. 4). The likelihood net p(s | z) turns latents into masks. The loss is
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
-        + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_l+1, s, x) || p(z_l | z_l+1, x) ) ]         (Eq. 2)
+        + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_{l+1}, s, x) || p(z_l | z_{l+1}, x) ) ]     (Eq. 2)
 plus the cross-entropies of the coarser levels' masks (deep supervision), without which a level may
 ignore the mask. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. What varies between samples
 is aleatoric uncertainty: what the image leaves open.
@@ -205,7 +205,7 @@ class LatentNet(nn.Module):
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.up, self.join, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         features = c.channels[-c.latent_levels :]  # widths of the encoder at levels 1 .. L
-        given = latents * c.channels[0]  # channels that z_l+1 is expanded to
+        given = latents * c.channels[0]  # channels that z_{l+1} is expanded to
         for l in range(1, c.latent_levels):
             width = c.channels[l - 1]
             self.up[str(l)] = conv_block(c.dims, latents, given, convs=2)
@@ -218,7 +218,7 @@ class LatentNet(nn.Module):
         return dict(zip(range(self.latent_levels, 0, -1), reversed(encode(self.encoder, x))))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
-        """From coarse to fine: the normal of z_L, then z_L, then the normal of z_L-1 given z_L, ...
+        """From coarse to fine: the normal of z_L, then z_L, then the normal of z_{L-1} given z_L, ...
 
         z_l is `latents[l]` if latents are given (say, those of the other net), else a sample made
         with noise[l], and without either the mean. Both dicts hold (n * B, D, *S_l).
