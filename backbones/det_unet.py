@@ -1,4 +1,4 @@
-"""The U-Net with batch norm under SSN: the deterministic baseline `det_unet2D` of PHiSeg's code."""
+"""SSN's U-Net, with batch norm: the deterministic baseline `det_unet2D` of PHiSeg's code."""
 
 from torch import nn
 
