@@ -38,8 +38,10 @@ iou_rec, of reconstructions. Where the probabilities are known: mode_tv_<n>, the
 between the modes drawn for a case and their probabilities (n true draws have some too);
 mode_pooled_tv_<n>, the same with both averaged over the cases first, and mode_gap_<n>, the worst
 mode's difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects
-clustered from n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), and rand_error_components
-of the prediction's connected parts.
+clustered from n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), rand_error_components of
+the prediction's connected parts, coherence of the samples (the share of an object's pixels in its
+commonest colour), and in nats colour_nats (objects x ln(colours)) beside kl and kl_<i>, by latent
+map, which must carry at least that.
 """
 
 import argparse
@@ -64,8 +66,8 @@ from analysis.ambiguity import ambiguity
 from analysis.calibration import mode_rows, plot_modes, pooled, total_variation
 from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
-from analysis.instances import (find_instances, instance_scores, instances_to_show, plot_instances,
-                                rand_errors)
+from analysis.instances import (find_instances, instance_scores, instances_to_show, kl_terms,
+                                plot_instances, rand_errors)
 from analysis.ood import ood
 from analysis.page import write_page
 from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
@@ -182,7 +184,9 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
         n, alpha = cluster
         found = find_instances(hard[:n], alpha, batch.fixed)
         ending = f"{n}_{alpha}" if alpha else f"{n}"
-        rows |= instance_scores(batch, found, prediction, drawn.moments.mean, ending)
+        rows |= instance_scores(batch, found, prediction, drawn.moments.mean, hard, ending)
+        if hasattr(model, "reconstruct"):
+            rows |= kl_terms(model, batch)
         rows["instances_shown"] = instances_to_show(model, batch, shown, found, hard)
     elif classes:
         rows |= class_rows(batch, prediction, hard)

@@ -218,7 +218,7 @@ class LatentNet(nn.Module):
         return dict(zip(range(self.latent_levels, 0, -1), reversed(encode(self.encoder, x))))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
-        """From coarse to fine: the normal of z_L, then z_L, then the normal of z_{L-1} given z_L, ...
+        """From coarse to fine: the normal of z_L, then z_L, the normal of z_{L-1} given z_L, ...
 
         z_l is `latents[l]` if latents are given (say, those of the other net), else a sample made
         with noise[l], and without either the mean. Both dicts hold (n * B, D, *S_l).
