@@ -48,8 +48,8 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.det_unet import DetUNet
-from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, encode,
-                    halve, init_orthogonal, pad_to_multiple, valid_label)
+from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, halve,
+                    init_orthogonal, pad_to_multiple, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ class MHeads(Mixture):
             raise ValueError(f"heads={config.heads}, epsilon={config.epsilon}: heads is at least "
                              "2, epsilon at least 0 and below 1")
         check_choice("backbone", config.backbone, ("unet",))
-        self.config, self.count, c = config, config.heads, config
+        self.config = c = config
+        self.count = c.heads
         self.unet = build_unet(c)
         self.heads = CONV[c.dims](self.unet.out_channels, c.heads * c.num_classes, 1)
         if c.norm == "none":
@@ -259,14 +260,14 @@ class DropoutUNet(DeterministicUNet):
         check_choice("backbone", c.backbone, ("unet",))
         super().__init__(c)
 
-    def outer(self, image: Tensor) -> list[Tensor]:
+    def before_dropout(self, image: Tensor) -> list[Tensor]:
         """Features of the encoder's levels before the first dropout, fine to coarse."""
         blocks = self.unet.encoder[: -self.config.dropout_blocks]
-        return encode(blocks, pad_to_multiple(image, self.unet.multiple))
+        return run_encoder(blocks, pad_to_multiple(image, self.unet.multiple))
 
-    def inner(self, features: list[Tensor], size,
-              generator: torch.Generator | None = None) -> Tensor:
-        """The rest: features from `outer` -> logits (B, K, *size), under a new dropout mask."""
+    def with_dropout(self, features: list[Tensor], size,
+                     generator: torch.Generator | None = None) -> Tensor:
+        """The rest: from the features of `before_dropout`, logits (B, K, *size) under a new mask."""
         c = self.config
         *skips, x = features
         for block in self.unet.encoder[-c.dropout_blocks :]:
@@ -279,20 +280,21 @@ class DropoutUNet(DeterministicUNet):
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Cross-entropy, each case under a random mask; arguments as DeterministicUNet.loss."""
-        logits = self.inner(self.outer(image), image.shape[2:])
+        logits = self.with_dropout(self.before_dropout(image), image.shape[2:])
         loss = cross_entropy(logits, valid_label(label, mask)).mean()
         return loss, {"cross_entropy": loss.detach()}
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Logits (n, B, K, *S). Every sample of every case has its own mask."""
-        features = self.outer(image)
-        return torch.stack([self.inner(features, image.shape[2:], generator) for _ in range(n)])
+        features, size = self.before_dropout(image), image.shape[2:]
+        return torch.stack([self.with_dropout(features, size, generator) for _ in range(n)])
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
         """log of the mean of p(y | x) over n masks, in nats, (B,): a lower bound on average."""
-        features, label = self.outer(image), valid_label(label, mask)
-        log_prob = [-cross_entropy(self.inner(features, image.shape[2:]), label) for _ in range(n)]
+        features, label = self.before_dropout(image), valid_label(label, mask)
+        log_prob = [-cross_entropy(self.with_dropout(features, label.shape[1:]), label)
+                    for _ in range(n)]
         return torch.stack(log_prob).logsumexp(0) - math.log(n)

@@ -290,7 +290,7 @@ def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1
     return nn.Sequential(*layers)
 
 
-def encode(blocks, x: Tensor) -> list[Tensor]:
+def run_encoder(blocks, x: Tensor) -> list[Tensor]:
     """Apply `blocks` with `halve` in between; returns every level's features, fine to coarse."""
     features = []
     for block in blocks:
@@ -318,29 +318,33 @@ class UNet(nn.Module):
     dims: number of spatial axes, 1 to 3.
     norm: "batch" (SSN, VAE U-Net) or "none" (Probabilistic U-Net).
     wide: decoder levels have the width of the next coarser level (SSN) instead of their own.
+    joined: channels that the caller concatenates to every skip connection before `decode`.
+    decoder: False leaves the decoder out.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
-                 convs: int = 3, norm: str = "batch", wide: bool = False):
+                 convs: int = 3, norm: str = "batch", wide: bool = False, joined: int = 0,
+                 decoder: bool = True):
         super().__init__()
         check_choice("norm", norm, ("batch", "none"))
         if not channels:
             raise ValueError("channels is empty: give one number for each resolution level")
-        self.multiple = 2 ** (len(channels) - 1)
+        self.channels, self.multiple = channels, 2 ** (len(channels) - 1)
         self.encoder = nn.ModuleList(
             conv_block(dims, before, after, convs=convs, norm=norm)
             for before, after in zip((in_channels, *channels), channels))
         self.decoder = nn.ModuleList()  # coarse to fine
         width = channels[-1]
         for coarser, skip in zip(channels[:0:-1], channels[-2::-1]):
-            after = coarser if wide else skip
-            self.decoder.append(conv_block(dims, width + skip, after, convs=convs, norm=norm))
+            before, after = width + skip + joined, coarser if wide else skip
+            if decoder:
+                self.decoder.append(conv_block(dims, before, after, convs=convs, norm=norm))
             width = after
         self.out_channels = width
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every level, fine to coarse. Image sides are multiples of `multiple`."""
-        return encode(self.encoder, x)
+        return run_encoder(self.encoder, x)
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """Upsample from the coarsest level, concatenating the features of each finer one."""

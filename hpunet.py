@@ -46,9 +46,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy, encode,
+from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy,
                     hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, predict_normal, valid_label)
+                    pad_to_multiple, predict_normal, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class LatentUNet(nn.Module):
     def encode(self, x: Tensor) -> list:
         """Image (B, C, *S), sizes multiples of 2^(levels - 1) -> all that samples share: the
         coarsest features, then every finer level's share of its skip connection."""
-        *skips, x = encode(self.encoder, x)
+        *skips, x = run_encoder(self.encoder, x)
         return [x, *(join.encode(skip) for join, skip in zip(self.joins, reversed(skips)))]
 
     def forward(self, shared: list, *, noise=None, latents=None):

@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
-                    encode, hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple,
-                    predict_normal, valid_label)
+                    hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
+                    run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class LatentNet(nn.Module):
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
         """Image (B, C, *S), sides multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
-        return dict(zip(range(self.latent_levels, 0, -1), reversed(encode(self.encoder, x))))
+        return dict(zip(range(self.latent_levels, 0, -1), reversed(run_encoder(self.encoder, x))))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
         """From coarse to fine: the normal of z_L, then z_L, the normal of z_{L-1} given z_L, ...

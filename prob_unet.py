@@ -48,8 +48,8 @@ import torch
 from torch import Tensor, nn
 
 from common import (CONV, DiagonalNormal, UNet, check_choice, concatenate, conv_block,
-                    cross_entropy, encode, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, predict_normal, samples_at_once, standard_normal, valid_label)
+                    cross_entropy, importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
+                    predict_normal, run_encoder, samples_at_once, standard_normal, valid_label)
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class ProbUNet(nn.Module):
                          convs=c.convs, norm="none")
         width = self.unet.out_channels
         self.prior_net = GaussianNet(c, c.in_channels) if c.prior == "conditional" else None
-        given = c.num_classes + (c.in_channels if c.posterior == "image_and_mask" else 0)
-        self.posterior_net = GaussianNet(c, given)
+        image_channels = c.in_channels if c.posterior == "image_and_mask" else 0
+        self.posterior_net = GaussianNet(c, image_channels + c.num_classes)
 
         # f_comb, whose first layer is split in two: difference 1
         self.from_features = CONV[c.dims](width, width, 1)
@@ -229,7 +229,7 @@ class GaussianNet(nn.Module):
         self.head = nn.Linear(c.channels[-1], 2 * c.latent_dim)
 
     def forward(self, x):
-        coarsest = encode(self.levels, x)[-1]
+        coarsest = run_encoder(self.levels, x)[-1]
         return predict_normal(self.head, coarsest.flatten(2).mean(2))  # (B, N)
 
 

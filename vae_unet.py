@@ -70,8 +70,8 @@ from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
 from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, concatenate,
-                    conv_block, cross_entropy, importance_log_ratio, one_hot, pad_to_multiple,
-                    predict_normal, samples_at_once, train_small, valid_label)
+                    cross_entropy, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
+                    samples_at_once, train_small, valid_label)
 
 
 @dataclass(frozen=True)
@@ -311,13 +311,8 @@ def build_backbone(c: VAEUNetConfig, in_channels: int, decoder: bool = True) -> 
         return SwinUNet(in_channels, width=c.width, depths=c.depths, heads=c.heads, patch=c.patch,
                         window=c.window, joined=c.latent_dim, drop_path=c.drop_path,
                         decoder=decoder)
-    unet = UNet(in_channels, c.channels, dims=c.dims, convs=c.convs)
-    unet.channels, unet.out_channels, unet.decoder = c.channels, c.channels[0], nn.ModuleList()
-    if decoder:
-        for coarser, skip in zip(c.channels[:0:-1], c.channels[-2::-1]):
-            unet.decoder.append(conv_block(c.dims, coarser + skip + c.latent_dim, skip,
-                                           convs=c.convs))
-    return unet
+    return UNet(in_channels, c.channels, dims=c.dims, convs=c.convs, joined=c.latent_dim,
+                decoder=decoder)
 
 
 if __name__ == "__main__":
