@@ -457,9 +457,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # with its index, as in tensor.device
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
-                            "devices that PyTorch can see; use --device cpu, or install a CUDA "
-                            "build")
+            raise UserError(f"--device {name}: PyTorch can see {torch.cuda.device_count()} CUDA "
+                            "devices; use --device cpu, or install a CUDA build")
     return device
 
 
