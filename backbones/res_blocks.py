@@ -46,7 +46,7 @@ class UpBlock(ResBlock):
                 convolve(self.side, skip, skip_channels, self.side.bias))
 
     def forward(self, x, encoded):
-        """x (m * B, ...) is of the coarser level; `encoded` is what `encode` returned for B cases."""
+        """x (m * B, ...) of the coarser level; `encoded` as `encode` returned it for B cases."""
         x_channels = slice(x.shape[1])
         first = convolve(self.first, F.interpolate(x.relu(), scale_factor=2), x_channels)
         side = F.interpolate(convolve(self.side, x, x_channels), scale_factor=2)
