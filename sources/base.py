@@ -112,6 +112,7 @@ class Case:
     name: str
     group: str
     read: Callable[[], tuple[np.ndarray, dict[int, np.ndarray]]]
+    split: str = ""  # train, val or test, where the set has splits of its own
 
     def __post_init__(self):
         # File names may hold bytes that are not UTF-8, and damaged arrays of text what is no
@@ -125,14 +126,14 @@ class Listing:
     """The cases of a set, not read yet, and what else makes a Split of them."""
 
     cases: list[Case]
-    splits: dict[str, list[int]]  # the case indices of train, val and test
     num_classes: int = 0  # 0: the largest label + 1
+    # Of sets without splits of their own: the shares that `split_groups` takes.
+    val: float = 0.2
+    test: float = 0.2
     # Whether only the splits asked for are read. Otherwise all are, so that each has the number of
     # classes and the size of the whole set.
     apart: bool = False
-    # Why the set may have no case of {split}.
-    if_empty: str = ("{groups} groups (patients, scenes) are too few to split; give more, or use "
-                     "'all'")
+    if_empty: str = ""  # why the set may have no case of {split}
     weights: np.ndarray | None = None  # (N, A)
     flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `flip_modes`
     fixed: int | None = None  # given where the label maps are instance ids, see Split
@@ -184,22 +185,29 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
 
     Raises DataError for two cases of one name, a group in two splits, an empty split in `wanted`.
     """
-    cases, splits, why = listing.cases, listing.splits, listing.if_empty
+    cases, groups = listing.cases, [case.group for case in listing.cases]
     name, count = Counter(case.name for case in cases).most_common(1)[0]
     if count > 1:
         raise DataError(f"{place}: two cases are named {name!r}; rename one")
+    why = listing.if_empty or (f"{len(set(groups))} groups (patients, scenes) are too few to "
+                               "split; give more, or use 'all'")
     if split_file:
         place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
+    elif any(case.split for case in cases):
+        splits = {split: [i for i, case in enumerate(cases) if case.split == split]
+                  for split in SPLITS}
+    else:
+        splits = split_groups(groups, listing.val, listing.test)
     home: dict[str, str] = {}
     for split, rows in splits.items():
-        for group in [cases[i].group for i in rows]:
+        for group in [groups[i] for i in rows]:
             if home.setdefault(group, split) != split:
                 raise DataError(f"{place}: {group!r} is in {home[group]} and in {split}; all cases "
                                 "of a group (patient, scene) must be in one")
     for split in wanted:
         if split != "all" and not splits[split]:
-            why = why.replace("{split}", split).replace("{groups}", str(len(set(home))))
-            raise DataError(f"{place}: no case is left for {split!r}: {why}")
+            raise DataError(f"{place}: no case is left for {split!r}: "
+                            + why.replace("{split}", split))
     return splits
 
 
@@ -338,16 +346,16 @@ def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
     return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
 
 
-def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
-    """Draws label maps (N, count, *S) of a split with instances; those of a case depend on its name
-    alone."""
+def _fixed_maps(whole: Split) -> Tensor:
+    """Draws four label maps a case, (N, 4, *S), of a split with instances. Those of a case depend
+    on its name alone."""
     maps = []
     for ids, name in zip(whole.instances, whole.names):
-        for number in range(count):
+        for number in range(4):
             table = random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes,
                                    seeded_generator(number, *name.encode()))
             maps.append(relabel(ids[None], table))
-    return torch.cat(maps).unflatten(0, (-1, count))
+    return torch.cat(maps).unflatten(0, (-1, 4))
 
 
 # ----------------------------------------------------------------------- shared by several files

@@ -34,11 +34,10 @@ def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256) -> Listing:
     count, *size = images.shape
     tenth = math.ceil(count / 10)
     steps = [range(0, side - tile + 1, tile) if tile else (0,) for side in size]
-    cases, splits = [], {"train": [], "val": [], "test": []}
+    cases = []
     for i, y, x in itertools.product(range(count), *steps):
         split = "train" if i < count - 2 * tenth else "val" if i < count - tenth else "test"
         section = f"section-{i:04d}"
-        splits[split].append(len(cases))
-        cases.append(Case(f"{section}/y{y:04d}-x{x:04d}" if tile else section, section,
-                          partial(read, i, y, x)))
-    return Listing(cases, splits, 16, fixed=1)
+        name = f"{section}/y{y:04d}-x{x:04d}" if tile else section
+        cases.append(Case(name, section, partial(read, i, y, x), split))
+    return Listing(cases, 16, fixed=1)

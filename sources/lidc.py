@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.base import SPLITS, Case, Listing, split_groups
+from sources.base import SPLITS, Case, Listing
 from sources.files import DataError, check_claim, optional_package, readable, size_text
 from sources.own import read_npz, read_row
 from sources.pickles import read_pickle
@@ -48,7 +48,7 @@ def _read_pickle(path: Path) -> Listing:
         if not isinstance(uid, (str, bytes, int, float, np.generic)):
             raise DataError(f"{path}: {key!r}: series_uid is a {type(uid).__name__}; give a text")
         cases.append(Case(str(key), str(uid), partial(read, key)))
-    return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
+    return Listing(cases, 2)
 
 
 def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
@@ -59,7 +59,7 @@ def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
     every case is a group of its own. Names may begin with lidc_.
     """
     h5py = optional_package("h5py", path)
-    cases, splits = [], {split: [] for split in SPLITS}
+    cases = []
     with readable(path, "HDF5 file"), h5py.File(path, "r") as file:
         groups = {split: file[split] for split in SPLITS if split in file}
         for split, group in (groups or {"": file}).items():
@@ -82,9 +82,7 @@ def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
             names = [f"{split or 'case'}/{i:05d}" for i in range(len(images))]
             uids = found["uids"][()].tolist() if "uids" in found else names
             for i, (name, uid) in enumerate(zip(names, uids, strict=True)):
-                splits.setdefault(split, []).append(len(cases))
                 uid = uid.decode() if isinstance(uid, bytes) else str(uid)
-                cases.append(Case(name, uid, partial(read_row, images, labels, i)))
-    if groups:
-        return Listing(cases, splits, 2, apart=True, if_empty="the file has no such group")
-    return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
+                cases.append(Case(name, uid, partial(read_row, images, labels, i), split))
+    return Listing(cases, 2, apart=bool(groups),
+                   if_empty="the file has no such group" if groups else "")

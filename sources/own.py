@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.base import Case, Listing, split_groups
+from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, readable, size_text
 
 
@@ -44,7 +44,7 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
         groups = [str(group) for group in arrays.get("groups", names)]
     cases = [Case(name, group, partial(read_row, images, labels, i))
              for i, (name, group) in enumerate(zip(names, groups))]
-    return Listing(cases, split_groups(groups, val), num_classes, weights=arrays.get("weights"))
+    return Listing(cases, num_classes, val, weights=arrays.get("weights"))
 
 
 def read_row(images: np.ndarray, labels: np.ndarray, i: int):
