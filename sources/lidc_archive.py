@@ -104,7 +104,7 @@ def read_dicom(path: str, pixels: bool = False) -> CTSlice | None:
 def read_xml(file: str) -> tuple[str, list[list[dict[tuple, list]]]] | None:
     """Reads (series UID, sessions) from XML; None if it is no reading of a CT scan.
 
-    sessions[annotator][nodule] = {(slice UID, z): [(part of the nodule, not a hole; [(x, y)])]}.
+    sessions[annotator][nodule] = {(slice UID, z): [(whether it is no hole, [(x, y)])]}.
     Entities that explode are refused by Expat itself, from 2.4.1 on.
     """
     root = ElementTree.fromstring(Path(file).read_bytes())
@@ -214,6 +214,9 @@ class Series(NamedTuple):
     reading: str  # XML file
     slices: dict[tuple, CTSlice]  # of each outlined place (slice UID, z)
 
+    def __str__(self):
+        return f"series {self.uid} ({self.patient})"
+
 
 def cut_series(series: Series, size: int, window, border: str, read: Callable) -> dict:
     """Cuts a scan: images (n, size, size), labels (n, A, size, size), z and lesion (n,) of n cases,
@@ -314,70 +317,60 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
     for half in work.glob(".*.tmp"):  # what a kill left
         half.unlink()
 
-    tasks, refused = find_series(src, workers, read)
+    refused: list[str] = []
+    tasks = find_series(src, workers, read, refused)
     build = functools.partial(build_series, work=work, read=read, size=size, window=window,
                               border=border)
-    files = {}
-    for task, (file, why) in zip(tasks, run(build, tasks, workers, "series")):
-        if why:
-            refused.append((f"series {task.uid} ({task.patient})", why))
-        else:
-            files[file] = task.patient
-    for name, why in sorted(refused):
-        say(f"refused: {name}: {why}")
-    write_npz(work / "result.npz", collect(files))
+    files = {file: task.patient for task, file in run(build, tasks, workers, "series", refused)}
+    for line in sorted(refused):
+        say(f"refused: {line}")
+    write_npz(work / "result.npz", join_series(files))
     (work / "result.npz").rename(dst)
     say(f"wrote {dst}")
 
 
-def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1) -> list:
-    """Returns (function(item), None) of every item, or (None, why) where it fails, and shows the
-    progress. Threads are enough: one core cuts the whole archive in about seven minutes."""
+def run(function: Callable, items: list, workers: int, what: str, refused: list[str]) -> list:
+    """Returns (item, function(item)) of every item, but for those where it fails: these go to
+    `refused`, with the reason. Shows the progress. Threads are enough: one core cuts the whole
+    archive in about seven minutes."""
+    def attempt(item):
+        try:
+            return item, function(item), ""
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes can raise nearly anything
+            return item, None, str(error) if isinstance(error, DataError) else error_line(error)
+
     progress, results = Progress(len(items)), []
     with ThreadPool(max(workers, 1)) as pool:
-        for result in pool.imap(functools.partial(attempt, function), items, chunk):
-            results.append(result)
-            progress.update(len(results), what)
-    progress.say(f"{len(results)} {what}")
+        for done, (item, result, fault) in enumerate(pool.imap(attempt, items), start=1):
+            if fault:
+                refused.append(f"{item}: {fault}")
+            else:
+                results.append((item, result))
+            progress.update(done, what)
+    progress.say(f"{len(items)} {what}")
     return results
 
 
-def attempt(function: Callable, item) -> tuple:
-    """Returns (function(item), None), or (None, why it failed in one line)."""
-    try:
-        return function(item), None
-    except MemoryError:
-        raise
-    except DataError as error:
-        return None, str(error)
-    except Exception as error:  # damaged bytes can raise nearly anything
-        return None, error_line(error)
+def find_series(src: Path, workers: int, read: Callable, refused: list[str]) -> list[Series]:
+    """Finds the series to cut. What else is there goes to `refused`, with the reason."""
+    def look(file: str):
+        """Returns a slice of a CT scan, or a reading's series and outlined places, or None."""
+        if not file.lower().endswith(".xml"):
+            return read(file)
+        reading = read_xml(file)
+        return reading and (reading[0], outlined_places(reading[1]))
 
-
-def look(file: str, read: Callable) -> CTSlice | tuple[str, set[tuple]] | None:
-    """Returns a slice of a CT scan, or a reading's series and outlined places, or None."""
-    if not file.lower().endswith(".xml"):
-        return read(file)
-    if os.path.getsize(file) > 2**26:
-        raise DataError("is larger than any reading")
-    reading = read_xml(file)
-    return reading and (reading[0], outlined_places(reading[1]))
-
-
-def find_series(src: Path, workers: int, read: Callable) -> tuple[list[Series], list]:
-    """Finds the series to cut, and (name, why) of what is refused."""
     files = sorted(str(path) for path in src.rglob("*") if path.is_file())  # no pipe, no dead link
-    refused, readings, scans = [], {}, {}
-    for file, (found, why) in zip(files, run(functools.partial(look, read=read), files, workers,
-                                             "files", 64)):
-        if why:
-            refused.append((file, why))
-        elif isinstance(found, CTSlice):
+    readings, scans = {}, {}
+    for file, found in run(look, files, workers, "files", refused):
+        if isinstance(found, CTSlice):
             scans.setdefault(found.series, []).append(found)
         elif found:
             readings.setdefault(found[0], {})[file] = found[1]
     if astray := readings.keys() - scans.keys():
-        refused.append((f"{len(astray)} XML files", f"no slices of series {min(astray)}, ..."))
+        refused.append(f"{len(astray)} XML files: no slices of series {min(astray)}, ...")
 
     tasks = []
     for uid, slices in scans.items():
@@ -390,14 +383,14 @@ def find_series(src: Path, workers: int, read: Callable) -> tuple[list[Series], 
         if files:
             # The patient's name becomes that of a folder.
             patient = re.sub(r"[^\w-]+", "_", slices[0].patient) or uid
-            tasks.append(Series(uid, patient, files[0], locate(outlined[files[0]], slices)))
+            tasks.append(Series(uid, patient, files[0], find_slices(outlined[files[0]], slices)))
         else:
             why = "its XML files contradict each other" if outlined else "no XML of its annotators"
-            refused.append((f"series {uid} ({slices[0].patient})", why))
-    return sorted(tasks, key=lambda task: (task.patient, task.uid)), refused
+            refused.append(f"series {uid} ({slices[0].patient}): {why}")
+    return sorted(tasks, key=lambda task: (task.patient, task.uid))
 
 
-def locate(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
+def find_slices(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
     """Finds the slice of each place (slice UID, z) of a reading; some places have none."""
     several, located = Counter(uid for uid, _ in places), {}
     for uid, z in places:
@@ -410,7 +403,7 @@ def locate(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
     return located
 
 
-def collect(series: dict[Path, str]) -> dict[str, np.ndarray]:
+def join_series(series: dict[Path, str]) -> dict[str, np.ndarray]:
     """Joins the series {file: patient} to images, labels, groups and names, and prints a table."""
     scans, names, groups, lesions = [], [], [], Counter()
     for file, patient in series.items():
