@@ -1,7 +1,7 @@
 """What every data set becomes, a `Split`, and how the cases found in files become one.
 
-A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
-it. `collect` reads only the cases asked for, after `assign` has checked the splits.
+A set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads it.
+`assign` shares them out to train, val and test, and `collect` reads those that are asked for.
 """
 
 import json
@@ -232,7 +232,7 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     """Reads the cases at `rows` on several threads, checks them and stacks them."""
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
-    cases, images, maps, largest = [listing.cases[i] for i in rows], [], [], 0.0
+    cases, images, maps = [listing.cases[i] for i in rows], [], []
     progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
@@ -243,17 +243,17 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
                 raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
                                 f"{size_text(images[0].shape)}; all must have as many")
-            if image.dtype.kind == "f":
-                largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
             if time.monotonic() - progress.start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - progress.start > SLOW:
         progress.say(f"{place}: {len(cases)} cases read")
+    whole = _stack(place, listing, rows, images, maps)
+    largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
     if largest > LARGE and not progress.quiet:
         print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
               "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
               file=sys.stderr)
-    return _stack(place, listing, rows, images, maps)
+    return whole
 
 
 def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
@@ -286,20 +286,19 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
                         "set folder reads them with --data-args masks=binary)")
     whole.num_classes = listing.num_classes or highest + 1
-    weights = whole.present.numpy()  # (N, A)
-    uniform = listing.weights is None and weights.all()
+    weights = whole.present.double()  # (N, A)
     if listing.weights is not None:
-        weights = weights * listing.weights[rows]
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise DataError(f"{place}: weights: some are negative or not finite")
-    total = weights.sum(1, keepdims=True)
+        weights = weights * torch.from_numpy(listing.weights[rows])
+    total = weights.sum(1, keepdim=True)
     if not total.all():
         raise DataError(f"{place}: {whole.names[int(total.argmin())]!r}: no mask of any annotator "
                         "(or only of weight 0); give one, or leave the case out")
     if listing.flips:
         table, weights = (part.expand(len(whole), *part.shape) for part in listing.flips)
         return replace(whole, flips=table, weights=weights.float(), exact=True)
-    return whole if uniform else replace(whole, weights=torch.from_numpy(weights / total).float())
+    if listing.weights is not None or not weights.all():
+        whole.weights = (weights / total).float()
+    return whole
 
 
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
