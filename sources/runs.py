@@ -144,7 +144,7 @@ def save(path, name, model, optimizer, step, best) -> None:
     buffer.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment and the comment
     buffer.write((len(DIGEST) + 64).to_bytes(2, "little"))
     buffer.write(DIGEST + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    write_atomically(path, lambda temporary: Path(temporary).write_bytes(buffer.getbuffer()))
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path) -> dict:
