@@ -21,7 +21,7 @@ VALIDATION = ("darmstadt", "monchengladbach", "ulm")
 
 def read_cityscapes(path: Path, wanted: Sequence[str], *,
                     task: Literal["modes", "cars"] = "modes", factor: int = 0) -> Listing:
-    """List the scenes of Cityscapes in leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
+    """Lists the scenes of Cityscapes in leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
 
     Test is the published val; validation is Darmstadt, Moenchengladbach and Ulm of train, as in
     both papers. Void classes are 255. Images are shrunk by `factor` (0: as much as in the paper).

@@ -11,9 +11,9 @@ from sources.files import DataError, read_npz_arrays, read_pages, size_text
 
 
 def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256) -> Listing:
-    """Sections of electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
+    """Lists electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
 
-    An .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
+    It is an .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
     train-labels.tif in a folder. Cases are the tiles of `tile` pixels a side that fit into a
     section, whole sections with tile=0. The last tenth of the sections (rounded up) is test, the
     tenth before it validation: the paper's 80 / 10 / 10 of 100 sections, 1280 / 160 / 160 tiles.

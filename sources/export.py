@@ -82,8 +82,7 @@ def export(whole: Split, out, layout: str = "") -> str:
 
 
 def _small(images: np.ndarray) -> np.ndarray:
-    """The images as whole numbers of 8 or 16 bits, if these read as the same floats; else as they
-    are."""
+    """Returns the images as whole numbers of 8 or 16 bits if these read as the same floats."""
     for kind in (np.uint8, np.uint16):
         top, small = np.float32(np.iinfo(kind).max), np.empty(images.shape, kind)
         for i, image in enumerate(images):

@@ -14,7 +14,7 @@ from PIL import Image, ImageSequence
 
 from common import UserError
 
-# What `read_array` reads, by its name.
+# The endings of the files that `read_array` reads.
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
 EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
 
@@ -34,7 +34,8 @@ def size_text(shape: Sequence[int]) -> str:
 def holds(folder: Path) -> str:
     """Says what a folder holds, for a message."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
+    shown = names[:6] + ["..."] if len(names) > 6 else names
+    return f"{folder} holds {', '.join(shown) or 'nothing'}"
 
 
 @contextlib.contextmanager
@@ -166,7 +167,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
 
 def is_nifti(file: Path) -> bool:
-    """Whether the file's name ends as a NIfTI file's does."""
+    """Tells whether the file's name is that of a NIfTI file."""
     return file.name.lower().endswith(ENDINGS[-2:])
 
 

@@ -28,8 +28,8 @@ OPERATIONS = (
 
 
 def read_pickle(file):
-    """The content of a pickle of any protocol, by Python 2 or 3 and any NumPy: dict, list, tuple,
-    str, bytes, numbers, None and arrays. DataError for all else; nothing in the file is run."""
+    """Returns the content of a pickle of any protocol, by Python 2 or 3 and any NumPy: dict, list,
+    tuple, str, bytes, numbers, None and arrays. Raises DataError for all else."""
     with readable(file, "pickle of arrays"), open(file, "rb") as raw:
         return ArrayUnpickler(raw, encoding="latin1").load()
 
@@ -65,7 +65,7 @@ class ArrayUnpickler(pickle._Unpickler):  # the one in Python, whose operations 
         self.set_items(self.pop_mark())
 
     def set_items(self, items: list):
-        """items: key, value, key, value, ..., of the dict on top of the stack."""
+        """Sets `items`, which are key, value, key, value, ..., in the dict on top of the stack."""
         _expect(type(self.stack[-1]) is dict and len(items) % 2 == 0,
                 "it sets items of what is no dict")
         for key, value in zip(items[::2], items[1::2]):
