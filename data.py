@@ -443,7 +443,7 @@ def main(argv=None) -> int:
                       "give it before --data-args")
     copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
-                              description=build_lidc.__doc__.partition("`read`")[0])
+                              description=build_lidc.__doc__)
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
     cut.add_argument("dst", metavar="DST", help="the .npz to write")
     cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")

@@ -218,7 +218,7 @@ class Series(NamedTuple):
         return f"series {self.uid} ({self.patient})"
 
 
-def cut_series(series: Series, size: int, window, border: str, read: Callable) -> dict:
+def cut_series(series: Series, size: int, window, border: str) -> dict:
     """Cuts a scan: images (n, size, size), labels (n, A, size, size), z and lesion (n,) of n cases,
     and the number of outlined slices that were dropped."""
     sessions = read_xml(series.reading)[1]
@@ -248,7 +248,7 @@ def cut_series(series: Series, size: int, window, border: str, read: Callable) -
     images, labels, where = [], [], []
     for z in sorted({z for _, voxels in nodules for z in voxels[:, 0].tolist()}):
         found = max([found for found in outlined if found.z == z], key=outlined.get)
-        hu = read(found.file, pixels=True).hu
+        hu = read_dicom(found.file, pixels=True).hu
         for number, lesion in enumerate(lesions):
             masks = np.zeros((LIDC_ANNOTATORS, size, size), np.uint8)
             for annotator, voxels in lesion:
@@ -277,7 +277,7 @@ def position_agrees(found: CTSlice) -> bool:
     return found.location is None or abs(abs(found.location) - abs(found.z)) <= 0.01
 
 
-def build_series(series: Series, work: Path, read: Callable, **settings) -> Path:
+def build_series(series: Series, work: Path, **settings) -> Path:
     """Writes the result of `cut_series` to a file of `work`, unless it is there. The file's name
     changes with everything that decides its content, this source code included."""
     files = [series.reading, *sorted({found.file for found in series.slices.values()})]
@@ -285,7 +285,7 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
     digest = hashlib.sha256(Path(__file__).read_bytes() + ascii((settings, stamps)).encode())
     target = work / f"{digest.hexdigest()[:32]}.npz"
     if not target.exists():
-        write_npz(target, cut_series(series, read=read, **settings))
+        write_npz(target, cut_series(series, **settings))
     return target
 
 
@@ -293,14 +293,12 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
 
 
 def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_WINDOW,
-               border: str = "exclude", workers: int = 1, read: Callable = read_dicom) -> None:
+               border: str = "exclude", workers: int = 1) -> None:
     """Cuts LIDC-IDRI, as the archive serves it, from the folder `src` into `dst`, an .npz.
 
     Folders may nest in any way; a series and its XML file are matched by their UIDs. `dst` appears
     whole or not at all. Finished series are kept in the folder `dst`.work, so rerun to resume;
     delete it when `dst` is there. A bad file or series is reported and skipped.
-
-    `read` is the function that reads a file: tests replace it.
     """
     src, dst = Path(src), Path(dst)
     if not src.is_dir() or dst.suffix != ".npz":
@@ -310,17 +308,15 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
     if size < 2 or not -math.inf < window[0] < window[1] < math.inf:
         raise DataError(f"size {size}, window {window}: give at least 2 pixels, and a lower and a "
                         "higher number of HU")
-    if read is read_dicom:
-        optional_package("pydicom", src)
+    optional_package("pydicom", src)
     work = dst.with_name(dst.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     for half in work.glob(".*.tmp"):  # what a kill left
         half.unlink()
 
     refused: list[str] = []
-    tasks = find_series(src, workers, read, refused)
-    build = functools.partial(build_series, work=work, read=read, size=size, window=window,
-                              border=border)
+    tasks = find_series(src, workers, refused)
+    build = functools.partial(build_series, work=work, size=size, window=window, border=border)
     files = {file: task.patient for task, file in run(build, tasks, workers, "series", refused)}
     for line in sorted(refused):
         say(f"refused: {line}")
@@ -353,12 +349,12 @@ def run(function: Callable, items: list, workers: int, what: str, refused: list[
     return results
 
 
-def find_series(src: Path, workers: int, read: Callable, refused: list[str]) -> list[Series]:
+def find_series(src: Path, workers: int, refused: list[str]) -> list[Series]:
     """Finds the series to cut. What else is there goes to `refused`, with the reason."""
     def look(file: str):
         """Returns a slice of a CT scan, or a reading's series and outlined places, or None."""
         if not file.lower().endswith(".xml"):
-            return read(file)
+            return read_dicom(file)
         reading = read_xml(file)
         return reading and (reading[0], outlined_places(reading[1]))
 
