@@ -75,9 +75,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     else:
         try:
             place = locate(name, path, source)
-            # A split file may move any case to any split.
-            needed = SPLITS if split_file or "all" in wanted else wanted
-            listing = source.read(place, needed, **options)
+            listing = source.read(place, **options)
         except OSError as error:  # such as a folder that may not be opened
             raise DataError(f"{path or name}: not a readable data set: {error_line(error)}"
                             ) from error

@@ -37,7 +37,7 @@ def read_patient(folder: Path, kinds: Sequence[str] = BRATS):
     return volumes, brain, source
 
 
-def read_brats(path: Path, wanted: Sequence[str]) -> Listing:
+def read_brats(path: Path) -> Listing:
     """Lists the patients of BraTS (SSN, Sec. 5.3), each in a folder of its own with the files
     *_flair, *_t1, *_t1ce, *_t2 and *_seg.nii.gz.
 

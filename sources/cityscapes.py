@@ -1,6 +1,5 @@
 """Cityscapes: street scenes, in the folders and files in which they are published."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,8 +18,8 @@ CAR = 26
 VALIDATION = ("darmstadt", "monchengladbach", "ulm")
 
 
-def read_cityscapes(path: Path, wanted: Sequence[str], *,
-                    task: Literal["modes", "cars"] = "modes", factor: int = 0) -> Listing:
+def read_cityscapes(path: Path, *, task: Literal["modes", "cars"] = "modes",
+                    factor: int = 0) -> Listing:
     """Lists the scenes of Cityscapes in leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
 
     Test is the published val; validation is Darmstadt, Moenchengladbach and Ulm of train, as in

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, read_pages, size_text
 
 
-def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256) -> Listing:
+def read_em(path: Path, *, tile: int = 256) -> Listing:
     """Lists electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
 
     It is an .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and

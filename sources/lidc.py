@@ -1,6 +1,5 @@
 """LIDC-IDRI in the layouts that people share. (`lidc_archive` builds it from DICOM and XML.)"""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from sources.templates import read_folder
 HDF5 = (".h5", ".hdf5")
 
 
-def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
+def read_lidc(path: Path) -> Listing:
     """Lists LIDC-IDRI in a pickle, HDF5, an .npz, or a folder in a layout of `templates`."""
     if path.is_dir():
-        return read_folder(path, wanted, num_classes=2, val=0.2)
+        return read_folder(path, num_classes=2, val=0.2)
     if path.suffix in HDF5:
-        return _read_hdf5(path, wanted)
+        return _read_hdf5(path)
     if path.suffix == ".npz":
-        return read_npz(path, wanted, num_classes=2, val=0.2)
+        return read_npz(path, num_classes=2, val=0.2)
     return _read_pickle(path)
 
 
@@ -51,7 +50,7 @@ def _read_pickle(path: Path) -> Listing:
     return Listing(cases, 2)
 
 
-def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
+def _read_hdf5(path: Path) -> Listing:
     """Lists HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
 
     At the top, or in groups train, val and test: images (N, H, W), floats as they are; labels or
@@ -72,13 +71,12 @@ def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
             if len(size) != 3 or size not in (shape, shape[:-1], shape[:1] + shape[2:]):
                 raise DataError(f"{path}: /{split}: images are {size_text(size)} and labels "
                                 f"{size_text(shape)}; (N, H, W) and (N, H, W, A) are needed")
-            if split in wanted or not split:
-                check_claim(path, images.nbytes + labels.nbytes)
-                images, labels = images[()][:, None], labels[()]
-                if len(shape) == 3:
-                    labels = labels[:, None]
-                elif shape[:3] == size:
-                    labels = np.moveaxis(labels, -1, 1)
+            check_claim(path, images.nbytes + labels.nbytes)
+            images, labels = images[()][:, None], labels[()]
+            if len(shape) == 3:
+                labels = labels[:, None]
+            elif shape[:3] == size:
+                labels = np.moveaxis(labels, -1, 1)
             names = [f"{split or 'case'}/{i:05d}" for i in range(len(images))]
             uids = found["uids"][()].tolist() if "uids" in found else names
             for i, (name, uid) in enumerate(zip(names, uids, strict=True)):

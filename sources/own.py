@@ -1,6 +1,5 @@
 """A user's own cases in an .npz. (`templates` reads folders.)"""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, readable, size_text
 
 
-def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
-             num_classes: int = 0) -> Listing:
+def read_npz(path: Path, val: float = 0.25, *, num_classes: int = 0) -> Listing:
     """Lists the cases of a user's own .npz.
 
       images   (N, H, W), (N, C, H, W) or (N, C, D, H, W), of a kind that `as_float_image` takes

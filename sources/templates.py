@@ -119,8 +119,8 @@ class Row(NamedTuple):
     labels: dict[str, dict[str, Path]]  # {annotator: {class: file}}; the class may be ""
 
 
-def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout: str = "",
-                image: str = "", label: str = "", csv: str = "", num_classes: int = 0,
+def read_folder(path: Path, val: float = 0.25, *, layout: str = "", image: str = "",
+                label: str = "", csv: str = "", num_classes: int = 0,
                 masks: Literal["auto", "classes", "binary"] = "auto",
                 empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
                 slices: Literal["none", "axial"] = "none") -> Listing:
