@@ -127,8 +127,8 @@ class Listing:
 
     cases: list[Case]
     num_classes: int = 0  # 0: the largest label + 1
-    # Of sets without splits of their own: the shares that `split_groups` takes.
-    val: float = 0.2
+    # Of sets without splits of their own: the shares that `split_groups` takes, here 60/20/20.
+    val: float = 0.25
     test: float = 0.2
     # Whether only the splits asked for are read. Otherwise all are, so that each has the number of
     # classes and the size of the whole set.

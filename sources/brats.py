@@ -59,5 +59,4 @@ def read_brats(path: Path) -> Listing:
     # Patients in folders of their own, or in HGG/ and LGG/.
     cases = [Case(file.parent.name, file.parent.name, partial(read, file.parent))
              for depth in ("*/", "*/*/") for file in sorted(path.glob(f"{depth}*_seg.nii*"))]
-    return Listing(cases, 4, val=1 / 7, test=0.3, apart=True, if_empty="too few patients",
-                   pad="constant")
+    return Listing(cases, 4, val=1 / 7, test=0.3, apart=True, pad="constant")

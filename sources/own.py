@@ -9,7 +9,7 @@ from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, readable, size_text
 
 
-def read_npz(path: Path, val: float = 0.25, *, num_classes: int = 0) -> Listing:
+def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
     """Lists the cases of a user's own .npz.
 
       images   (N, H, W), (N, C, H, W) or (N, C, D, H, W), of a kind that `as_float_image` takes
@@ -44,7 +44,7 @@ def read_npz(path: Path, val: float = 0.25, *, num_classes: int = 0) -> Listing:
         groups = [str(group) for group in arrays.get("groups", names)]
     cases = [Case(name, group, partial(read_row, images, labels, i))
              for i, (name, group) in enumerate(zip(names, groups))]
-    return Listing(cases, num_classes, val, weights=weights if "weights" in arrays else None)
+    return Listing(cases, num_classes, weights=weights if "weights" in arrays else None)
 
 
 def read_row(images: np.ndarray, labels: np.ndarray, i: int):

@@ -119,8 +119,8 @@ class Row(NamedTuple):
     labels: dict[str, dict[str, Path]]  # {annotator: {class: file}}; the class may be ""
 
 
-def read_folder(path: Path, val: float = 0.25, *, layout: str = "", image: str = "",
-                label: str = "", csv: str = "", num_classes: int = 0,
+def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "", csv: str = "",
+                num_classes: int = 0,
                 masks: Literal["auto", "classes", "binary"] = "auto",
                 empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
                 slices: Literal["none", "axial"] = "none") -> Listing:
@@ -176,7 +176,7 @@ def read_folder(path: Path, val: float = 0.25, *, layout: str = "", image: str =
             cases += [Case(f"{row.name}/z{z:04d}", group, partial(volume.slice, z), split)
                       for z in range(volume.left)]
     own = any(case.split for case in cases)
-    return Listing(cases, num_classes, val, apart=own and num_classes > 0,
+    return Listing(cases, num_classes, apart=own and num_classes > 0,
                    if_empty=f"nothing is at {chosen.image}" if own else "")
 
 
