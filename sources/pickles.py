@@ -23,7 +23,7 @@ OPERATIONS = (
     "PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE "
     "NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING "
     "SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
-    "BINBYTES8 BYTEARRAY8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_DICT GLOBAL STACK_GLOBAL REDUCE").split()
 
 
@@ -51,6 +51,10 @@ class ArrayUnpickler(pickle._Unpickler):  # the one in Python, whose operations 
         _expect((module, name) in NAMES, f"it calls for {module:.50}.{name:.50}, which no array "
                 "needs and which could run anything; it was not run")
         return NAMES[module, name]
+
+    def load_bytearray8(self):
+        self.load_binbytes8()  # does not set memory aside for bytes that are not there
+        self.stack[-1] = bytearray(self.stack[-1])
 
     def load_dict(self):
         items = self.pop_mark()
@@ -97,8 +101,9 @@ class ArrayUnpickler(pickle._Unpickler):  # the one in Python, whose operations 
     dispatch = {ord(operation.code): pickle._Unpickler.dispatch[ord(operation.code)]
                 if operation.name in OPERATIONS else partial(_refuse, operation.name)
                 for operation in pickletools.opcodes}
-    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem,
-                 pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build}
+    dispatch |= {pickle.BYTEARRAY8[0]: load_bytearray8, pickle.DICT[0]: load_dict,
+                 pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+                 pickle.BUILD[0]: load_build}
 
 
 # ------------------------------------------------------------- what the names in a pickle stand for

@@ -197,6 +197,7 @@ FORGED = {
     "a long key": b"\x80\x02}X" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"K\x01s.",
     "a long number": b"\x80\x02}\x8b" + struct.pack("<I", 10**5) + b"\x7f" * 10**5 + b"K\x01s.",
     "more bytes than there are": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x",
+    "more changeable bytes than there are": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x",
     "an unknown memo": b"g9\n.",
     "a mark too few": b"t.",
     "nothing on the stack": b"R.",
