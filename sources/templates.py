@@ -74,9 +74,12 @@ class Template:
                             f"in a field or in one of {', '.join(ENDINGS)}")
         pattern = ""
         for i, part in enumerate(parts):
-            again = part in parts[1:i:2]
-            pattern += (re.escape(part) if i % 2 == 0 else f"(?P={part})" if again
-                        else f"(?P<{part}>{FORMS.get(part, '[^/]+')})")
+            if i % 2 == 0:
+                pattern += re.escape(part)
+            elif part in parts[1:i:2]:  # a field that comes again has the same value
+                pattern += f"(?P={part})"
+            else:
+                pattern += f"(?P<{part}>{FORMS.get(part, '[^/]+')})"
         self.pattern = re.compile(pattern + ENDING * self.any_ending)
         self.glob = "".join("*" if i % 2 else glob.escape(part) for i, part in enumerate(parts))
 
@@ -197,6 +200,7 @@ def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]
 
 
 def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row]:
+    """Finds the cases that two templates describe."""
     own = {"annotator", "class"}
     if own & set(image.fields) or set(label.fields) - own != set(image.fields):
         raise DataError(f"{root}: image={image.text} label={label.text}: both need the same "
@@ -205,7 +209,7 @@ def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row
     for template, found in ((image, images), (label, labels)):
         if not found:
             raise DataError(template.explain(root))
-    drawn: dict[tuple[str, ...], dict[str, dict[str, Path]]] = {values: {} for values in images}
+    drawn = {values: {} for values in images}  # {values: {annotator: {class: file}}}
     for values, file in labels.items():
         fields = dict(zip(label.fields, values))
         key = tuple(fields[field] for field in image.fields)
@@ -217,12 +221,13 @@ def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row
     rows = []
     for values, file in images.items():
         name, fields = "/".join(values), dict(zip(image.fields, values))
-        rows.append(Row(name, fields.get("group", name), fields.get("split", ""), file,
-                        drawn[values]))
+        group, split = fields.get("group", name), fields.get("split", "")
+        rows.append(Row(name, group, split, file, drawn[values]))
     return rows
 
 
 def _rows_of_table(root: Path, file: Path) -> list[Row]:
+    """Reads the cases that a table lists."""
     with readable(file, "table (CSV)"), open(file, newline="", encoding="utf-8-sig") as text:
         table = tables.DictReader(text)
         columns, lines = table.fieldnames or [], list(table)
@@ -237,9 +242,8 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
             raise DataError(f"{file}: row {len(rows) + 1}: give an image, and as its split train, "
                             f"val or test, not {split!r}")
         name = line.get("name") or re.sub(f"{ENDING}$", "", image)
-        rows.append(Row(name, line.get("group") or name, split, root / image,
-                        {column[6:]: {"": root / line[column]} for column in labels
-                         if line[column]}))
+        files = {column[6:]: {"": root / line[column]} for column in labels if line[column]}
+        rows.append(Row(name, line.get("group") or name, split, root / image, files))
     return rows
 
 
@@ -256,14 +260,14 @@ def _read_groups(file: Path, names: Set[str]) -> dict[str, str]:
 
 
 def _natural(name: str) -> str:
-    """Returns a key that sorts the numbers in names by their value."""
+    """Returns a key by which the numbers in names are sorted by their value."""
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
 def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotators: Sequence[int],
               paint: bool, empty: str, slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Reads a case of a folder, as `Case.read` does, from {annotator: [(class, file)]}. paint: if
-    whatever is not 0 in a file is of its class. empty, slices: see `read_folder`."""
+    """Reads a case of a folder, as `Case.read` does, from {annotator: [(class, file)]}. `paint`
+    tells whether all that is not 0 in a file is of its class; the rest is as in `read_folder`."""
     dims = 3 if slices == "axial" else None
     array, grid = read_array(image, dims=dims)
     maps: dict[int, np.ndarray] = {}
