@@ -51,7 +51,7 @@ from sources.warp import Augmentation, Warp, apply_warp, draw_warp
 
 
 def load(name: str, split: str | Sequence[str] = "train", path=None, /, **options):
-    """The `split` ("train", "val", "test" or "all") of the data set `name`, as a `Split`.
+    """Returns the `split` ("train", "val", "test" or "all") of the data set `name`, as a `Split`.
 
     A sequence of splits gives a list and reads the source once. `path` is the file or folder of a
     real set; without it, datasets/<name> in the working folder. `options` are the keyword arguments
@@ -75,9 +75,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     else:
         try:
             place = locate(name, path, source)
-            # A split file may move any case to any split.
-            needed = SPLITS if split_file or "all" in wanted else wanted
-            listing = source.read(place, needed, **options)
+            listing = source.read(place, **options)
         except OSError as error:  # such as a folder that may not be opened
             raise DataError(f"{path or name}: not a readable data set: {error_line(error)}"
                             ) from error
@@ -85,7 +83,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
             raise DataError(f"{place}: holds no cases; it should be {source.layout}")
         splits = assign(place, listing, wanted, split_file)
         rows, order = splits, list(range(len(listing.cases)))
-        if "all" not in wanted:  # read split after split, so that `subset` can give views
+        if "all" not in wanted:  # reads split after split, so that `subset` can give views
             rows, order = {}, []
             for one in SPLITS:
                 if one in wanted or not listing.apart:
@@ -120,8 +118,8 @@ def _check_options(name: str, source: "Source", given: dict) -> None:
 
 
 def hide(split: Split, percent: int, copies: int = 4) -> Split:
-    """The task of HPU-Net's Fig. 5: a part of every image is hidden, and the labels of the rest are
-    given. A model segments what it is shown and completes what it is not.
+    """Makes the task of HPU-Net's Fig. 5: a part of every image is hidden, and the labels of the
+    rest are given. A model segments what it is shown and completes what it is not.
 
     Each case comes `copies` times, each time with another label map, drawn by its probability, and
     hidden from another random side. Images (N * copies, C + K + 1, *S): the image and its one-hot
@@ -181,14 +179,14 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
             annotators: Sequence[int] | None = None, augmentation: Augmentation | None = None,
             size: int | Sequence[int] | None = None, rank: int = 0, world: int = 1,
             ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless training batches: images (B, C, *S) float32 and label maps (B, *S) int64.
+    """Yields training batches without end: images (B, C, *S) float32 and label maps (B, *S) int64.
 
     Cases come in seeded permutations chained end to end. Each draws one annotator by `weights`,
     among `annotators` (indices) where given; a set with instances draws new classes for them.
     `size` is the output window: at a random place where it is smaller than the image, centred and
     padded where it is larger. Batch `step` depends on (seed, step) alone; the stream begins at
     `start`. `batch_size` counts the rows of all `world` processes; this one gets those of `rank`.
-    All is drawn on the host, so it is the same on every device, and sent ahead without waiting.
+    Everything is drawn on the host, so it is the same on every device, and sent without waiting.
     Raises DataError where a batch cannot be cut evenly, or a case has none of the annotators.
     """
     if batch_size % world:
@@ -424,7 +422,7 @@ def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps
 
 
 def main(argv=None) -> int:
-    """The command line; a user's mistake is one line on stderr and exit status 2."""
+    """Runs the command line. A user's mistake is one line on stderr and exit status 2."""
     sets = "\n".join(f"  {name:12}{source.doc}" for name, source in DATASETS.items())
     parser = argparse.ArgumentParser(
         prog="python data.py", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -443,7 +441,7 @@ def main(argv=None) -> int:
                       "give it before --data-args")
     copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
-                              description=build_lidc.__doc__.partition("`read`")[0])
+                              description=build_lidc.__doc__)
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
     cut.add_argument("dst", metavar="DST", help="the .npz to write")
     cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")

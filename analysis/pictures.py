@@ -41,7 +41,7 @@ def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
 
 def save_figure(figure, path) -> None:
     """Write the figure as a PNG, whole or not at all."""
-    write_atomically(path, lambda name: figure.savefig(name, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def paint_image(image) -> Tensor:

@@ -66,7 +66,7 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
         pictures |= {f"probability_{k}": grey_picture(probability)
                      for k, probability in enumerate(arrays["probabilities"])}
         for kind, content in pictures.items():
-            write_atomically(out / f"{name}_{kind}.png", lambda path: content.save(path, "PNG"))
+            write_atomically(out / f"{name}_{kind}.png", lambda file: content.save(file, "PNG"))
         return picture, out / f"{name}.npz", sizes
     for kind, array in arrays.items():
         whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)

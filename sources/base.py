@@ -1,7 +1,7 @@
 """What every data set becomes, a `Split`, and how the cases found in files become one.
 
-A file set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads
-it. `collect` reads only the cases asked for, after `assign` has checked the splits.
+A set's reader only *lists* its cases: a `Listing` of `Case`s, each with a function that reads it.
+`assign` shares them out to train, val and test, and `collect` reads those that are asked for.
 """
 
 import json
@@ -112,6 +112,7 @@ class Case:
     name: str
     group: str
     read: Callable[[], tuple[np.ndarray, dict[int, np.ndarray]]]
+    split: str = ""  # train, val or test, where the set has splits of its own
 
     def __post_init__(self):
         # File names may hold bytes that are not UTF-8, and damaged arrays of text what is no
@@ -125,14 +126,14 @@ class Listing:
     """The cases of a set, not read yet, and what else makes a Split of them."""
 
     cases: list[Case]
-    splits: dict[str, list[int]]  # the case indices of train, val and test
     num_classes: int = 0  # 0: the largest label + 1
+    # Of sets without splits of their own: the shares that `split_groups` takes, here 60/20/20.
+    val: float = 0.25
+    test: float = 0.2
     # Whether only the splits asked for are read. Otherwise all are, so that each has the number of
     # classes and the size of the whole set.
     apart: bool = False
-    # Why the set may have no case of {split}.
-    if_empty: str = ("{groups} groups (patients, scenes) are too few to split; give more, or use "
-                     "'all'")
+    if_empty: str = ""  # why the set may have no case of {split}
     weights: np.ndarray | None = None  # (N, A)
     flips: tuple[Tensor, Tensor] | None = None  # (A, 256) and (A,), of every case: `flip_modes`
     fixed: int | None = None  # given where the label maps are instance ids, see Split
@@ -184,22 +185,29 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
 
     Raises DataError for two cases of one name, a group in two splits, an empty split in `wanted`.
     """
-    cases, splits, why = listing.cases, listing.splits, listing.if_empty
+    cases, groups = listing.cases, [case.group for case in listing.cases]
     name, count = Counter(case.name for case in cases).most_common(1)[0]
     if count > 1:
         raise DataError(f"{place}: two cases are named {name!r}; rename one")
+    why = listing.if_empty or (f"{len(set(groups))} groups (patients, scenes) are too few to "
+                               "split; give more, or use 'all'")
     if split_file:
         place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
+    elif any(case.split for case in cases):
+        splits = {split: [i for i, case in enumerate(cases) if case.split == split]
+                  for split in SPLITS}
+    else:
+        splits = split_groups(groups, listing.val, listing.test)
     home: dict[str, str] = {}
     for split, rows in splits.items():
-        for group in [cases[i].group for i in rows]:
+        for group in [groups[i] for i in rows]:
             if home.setdefault(group, split) != split:
                 raise DataError(f"{place}: {group!r} is in {home[group]} and in {split}; all cases "
                                 "of a group (patient, scene) must be in one")
     for split in wanted:
         if split != "all" and not splits[split]:
-            why = why.replace("{split}", split).replace("{groups}", str(len(set(home))))
-            raise DataError(f"{place}: no case is left for {split!r}: {why}")
+            raise DataError(f"{place}: no case is left for {split!r}: "
+                            + why.replace("{split}", split))
     return splits
 
 
@@ -224,7 +232,7 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     """Reads the cases at `rows` on several threads, checks them and stacks them."""
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
-    cases, images, maps, largest = [listing.cases[i] for i in rows], [], [], 0.0
+    cases, images, maps = [listing.cases[i] for i in rows], [], []
     progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
@@ -235,17 +243,17 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
                 raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
                                 f"{size_text(images[0].shape)}; all must have as many")
-            if image.dtype.kind == "f":
-                largest = max(largest, float(np.linalg.norm(image)) / math.sqrt(image.size))
             if time.monotonic() - progress.start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - progress.start > SLOW:
         progress.say(f"{place}: {len(cases)} cases read")
+    whole = _stack(place, listing, rows, images, maps)
+    largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
     if largest > LARGE and not progress.quiet:
         print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
               "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
               file=sys.stderr)
-    return _stack(place, listing, rows, images, maps)
+    return whole
 
 
 def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
@@ -278,20 +286,19 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
                         f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
                         "set folder reads them with --data-args masks=binary)")
     whole.num_classes = listing.num_classes or highest + 1
-    weights = whole.present.numpy()  # (N, A)
-    uniform = listing.weights is None and weights.all()
+    weights = whole.present.double()  # (N, A)
     if listing.weights is not None:
-        weights = weights * listing.weights[rows]
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise DataError(f"{place}: weights: some are negative or not finite")
-    total = weights.sum(1, keepdims=True)
+        weights = weights * torch.from_numpy(listing.weights[rows])
+    total = weights.sum(1, keepdim=True)
     if not total.all():
         raise DataError(f"{place}: {whole.names[int(total.argmin())]!r}: no mask of any annotator "
                         "(or only of weight 0); give one, or leave the case out")
     if listing.flips:
         table, weights = (part.expand(len(whole), *part.shape) for part in listing.flips)
         return replace(whole, flips=table, weights=weights.float(), exact=True)
-    return whole if uniform else replace(whole, weights=torch.from_numpy(weights / total).float())
+    if listing.weights is not None or not weights.all():
+        whole.weights = (weights / total).float()
+    return whole
 
 
 def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -338,16 +345,16 @@ def _as_instances(ids: np.ndarray, fixed: int, where: str) -> np.ndarray:
     return np.where(ids < fixed, ids, fixed + np.searchsorted(found, ids)).astype(np.int32)
 
 
-def _fixed_maps(whole: Split, count: int = 4) -> Tensor:
-    """Draws label maps (N, count, *S) of a split with instances; those of a case depend on its name
-    alone."""
+def _fixed_maps(whole: Split) -> Tensor:
+    """Draws four label maps a case, (N, 4, *S), of a split with instances. Those of a case depend
+    on its name alone."""
     maps = []
     for ids, name in zip(whole.instances, whole.names):
-        for number in range(count):
+        for number in range(4):
             table = random_classes(1, int(ids.max()) + 1, whole.fixed, whole.num_classes,
                                    seeded_generator(number, *name.encode()))
             maps.append(relabel(ids[None], table))
-    return torch.cat(maps).unflatten(0, (-1, count))
+    return torch.cat(maps).unflatten(0, (-1, 4))
 
 
 # ----------------------------------------------------------------------- shared by several files

@@ -1,6 +1,5 @@
 """Cityscapes: street scenes, in the folders and files in which they are published."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from common import IGNORE
-from sources.base import SPLITS, Case, Listing
+from sources.base import Case, Listing
 from sources.files import read_label, read_picture, resample_case
 from sources.synthetic import flip_modes
 
@@ -19,9 +18,9 @@ CAR = 26
 VALIDATION = ("darmstadt", "monchengladbach", "ulm")
 
 
-def read_cityscapes(path: Path, wanted: Sequence[str], *,
-                    task: Literal["modes", "cars"] = "modes", factor: int = 0) -> Listing:
-    """List the scenes of Cityscapes in leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
+def read_cityscapes(path: Path, *, task: Literal["modes", "cars"] = "modes",
+                    factor: int = 0) -> Listing:
+    """Lists the scenes of Cityscapes in leftImg8bit/{train,val}/<city>/ and gtFine/ beside it.
 
     Test is the published val; validation is Darmstadt, Moenchengladbach and Ulm of train, as in
     both papers. Void classes are 255. Images are shrunk by `factor` (0: as much as in the paper).
@@ -46,17 +45,16 @@ def read_cityscapes(path: Path, wanted: Sequence[str], *,
             return image, {0: np.where(ids // 1000 == CAR, len(classes) + ids % 1000, label)}
         return image, {0: np.where(label < 0, IGNORE, label)}
 
-    cases, splits = [], {split: [] for split in SPLITS}
+    cases = []
     kind = "instanceIds" if task == "cars" else "labelIds"
     for half in ("train", "val"):
         for file in sorted((path / "leftImg8bit" / half).glob("*/*_leftImg8bit.png")):
             city, name = file.parent.name, file.stem.removesuffix("_leftImg8bit")
             truth = path / "gtFine" / half / city / f"{name}_gtFine_{kind}.png"
             split = "test" if half == "val" else "val" if city in VALIDATION else "train"
-            splits[split].append(len(cases))
-            cases.append(Case(name, city, partial(read, file, truth)))
+            cases.append(Case(name, city, partial(read, file, truth), split))
     twins = range(len(classes), len(classes) + 5)
-    listing = Listing(cases, splits, twins.stop, apart=True,
+    listing = Listing(cases, twins.stop, apart=True,
                       if_empty="leftImg8bit/ holds none of its cities")
     if task == "cars":
         listing.fixed, listing.scored = twins.start, tuple(twins)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +10,10 @@ from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, read_pages, size_text
 
 
-def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256,
-            colours: Annotated[int, 2] = 15) -> Listing:
-    """Sections of electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
+def read_em(path: Path, *, tile: int = 256, colours: Annotated[int, 2] = 15) -> Listing:
+    """Lists electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
 
-    An .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
+    It is an .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
     train-labels.tif in a folder. Cases are the tiles of `tile` pixels a side that fit into a
     section, whole sections with tile=0; an instance has one of so many `colours`. The last tenth of
     the sections (rounded up) is test, the tenth before it validation: the paper's 80 / 10 / 10 of
@@ -37,11 +35,10 @@ def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256,
     count, *size = images.shape
     tenth = math.ceil(count / 10)
     steps = [range(0, side - tile + 1, tile) if tile else (0,) for side in size]
-    cases, splits = [], {"train": [], "val": [], "test": []}
+    cases = []
     for i, y, x in itertools.product(range(count), *steps):
         split = "train" if i < count - 2 * tenth else "val" if i < count - tenth else "test"
         section = f"section-{i:04d}"
-        splits[split].append(len(cases))
-        cases.append(Case(f"{section}/y{y:04d}-x{x:04d}" if tile else section, section,
-                          partial(read, i, y, x)))
-    return Listing(cases, splits, colours + 1, fixed=1)
+        name = f"{section}/y{y:04d}-x{x:04d}" if tile else section
+        cases.append(Case(name, section, partial(read, i, y, x), split))
+    return Listing(cases, colours + 1, fixed=1)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sources.base import Split, check_known
 from sources.files import DataError
 
 LAYOUTS = ("npz", "png", "pickle")
+PICTURES = ((1, np.uint8), (1, np.uint16), (3, np.uint8))  # channels and kinds that a PNG holds
 
 
 def export(whole: Split, out, layout: str = "") -> str:
@@ -59,7 +61,7 @@ def export(whole: Split, out, layout: str = "") -> str:
         else:
             names = _write_folder(work, whole)
         shown = dict(zip(whole.names, names))
-        if whole.parts and all(name in shown for part in whole.parts.values() for name in part):
+        if whole.parts and set().union(*whole.parts.values()) <= shown.keys():
             (work / "split.json").write_text(json.dumps(
                 {split: [shown[name] for name in part] for split, part in whole.parts.items()}))
         if layout == "png":
@@ -73,17 +75,15 @@ def export(whole: Split, out, layout: str = "") -> str:
     how = {"npz": "npz", "pickle": "lidc", "png": "folder"}[layout] + f" --path {out} --data-args"
     how += f" num_classes={whole.num_classes}" * (layout == "png")
     how += f" split_file={splits}" * splits.exists()
-    present = whole.present.float()
-    if layout != "npz" and whole.weights is not None and not np.allclose(
-            whole.weights, present / present.sum(1, keepdim=True)):
+    uniform = replace(whole, weights=None).probabilities
+    if layout != "npz" and not np.allclose(whole.probabilities, uniform):
         how += " (the probabilities of its label maps have no place in this layout)"
     return f"wrote {out}, {len(whole)} cases, to be read with --data {how}"
 
 
-def _small(images: np.ndarray, most: int = 16) -> np.ndarray:
-    """The images as whole numbers of 8 bits, or of up to `most`, if these read as the same floats;
-    else as they are."""
-    for kind in (np.uint8, np.uint16)[:most // 8]:
+def _small(images: np.ndarray) -> np.ndarray:
+    """Returns the images as whole numbers of 8 or 16 bits if these read as the same floats."""
+    for kind in (np.uint8, np.uint16):
         top, small = np.float32(np.iinfo(kind).max), np.empty(images.shape, kind)
         for i, image in enumerate(images):
             small[i] = np.rint(image.clip(0, 1) * top)
@@ -104,8 +104,8 @@ def _write_folder(root: Path, whole: Split) -> list[str]:
         names[safe] = group
     for i, name in enumerate(names):
         image = whole.images[i].numpy()
-        flat, small = image.ndim == 3, _small(image, 16 if len(image) == 1 else 8)
-        picture = flat and len(image) in (1, 3) and small.dtype.kind == "u"
+        flat, small = image.ndim == 3, _small(image)
+        picture = flat and (len(small), small.dtype) in PICTURES
         if picture:
             small = small[0] if len(small) == 1 else small.transpose(1, 2, 0)
         _write(root / "images" / name, small, picture)
@@ -118,7 +118,7 @@ def _write_folder(root: Path, whole: Split) -> list[str]:
 
 
 def _write(file: Path, array: np.ndarray, picture: bool) -> None:
-    """A PNG (H, W) or (H, W, 3), or an .npy of any array."""
+    """Writes a PNG (H, W) or (H, W, 3), or an .npy of any array."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if picture:
         Image.fromarray(array).save(f"{file}.png")

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import importlib
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -15,7 +14,7 @@ from PIL import Image, ImageSequence
 
 from common import UserError
 
-# What `read_array` reads, by its name.
+# The endings of the files that `read_array` reads.
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
 EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
 
@@ -35,7 +34,8 @@ def size_text(shape: Sequence[int]) -> str:
 def holds(folder: Path) -> str:
     """Says what a folder holds, for a message."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return f"{folder} holds {', '.join([*names[:6], *['...'][:len(names) > 6]]) or 'nothing'}"
+    shown = names[:6] + ["..."] if len(names) > 6 else names
+    return f"{folder} holds {', '.join(shown) or 'nothing'}"
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
 
 
 def is_nifti(file: Path) -> bool:
-    """Whether the file's name ends as a NIfTI file's does."""
+    """Tells whether the file's name is that of a NIfTI file."""
     return file.name.lower().endswith(ENDINGS[-2:])
 
 
@@ -229,7 +229,7 @@ def write_nifti(path, array: np.ndarray, source) -> None:
                                 source.header)
     image.header.set_data_dtype(array.dtype)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the window of the original's values
-    write_atomically(path, lambda name: Path(name).write_bytes(gzip.compress(image.to_bytes())))
+    write_atomically(path, lambda file: file.write(gzip.compress(image.to_bytes())))
 
 
 def same_grid(source, other, file) -> None:
@@ -271,35 +271,29 @@ def bounding_box(inside: np.ndarray) -> tuple[slice, ...]:
 
 
 def write_atomically(path, write) -> None:
-    """Calls write(temporary name), flushes to disk and renames to `path`. A kill or a full disk
-    leaves what stood at `path` before. Only regular files are replaced, no device or folder."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    """Calls write(file) for a temporary file, open for bytes, flushes it to disk and renames it to
+    `path`. A kill or a full disk leaves what stood at `path` before. Only regular files are
+    replaced, no device or folder."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
         raise DataError(f"{path}: not a regular file, so it is not replaced; give another name")
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(".tmp", f".{os.path.basename(path)}.", folder)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # mkstemp makes private files; a result should have usual rights
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_npz(path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a compressed .npz, whole or not at all; the same arrays make the same bytes."""
-    def write(name):
-        with open(name, "wb") as file:  # given a name, NumPy would add ".npz" to it
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def write_text(path, text: str) -> None:
     """Writes `text`, whole or not at all."""
-    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda file: file.write(text.encode()))

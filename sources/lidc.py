@@ -1,12 +1,11 @@
 """LIDC-IDRI in the layouts that people share. (`lidc_archive` builds it from DICOM and XML.)"""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from sources.base import SPLITS, Case, Listing, split_groups
+from sources.base import SPLITS, Case, Listing
 from sources.files import DataError, check_claim, optional_package, readable, size_text
 from sources.own import read_npz, read_row
 from sources.pickles import read_pickle
@@ -15,15 +14,16 @@ from sources.templates import read_folder
 HDF5 = (".h5", ".hdf5")
 
 
-def read_lidc(path: Path, wanted: Sequence[str]) -> Listing:
+def read_lidc(path: Path) -> Listing:
     """Lists LIDC-IDRI in a pickle, HDF5, an .npz, or a folder in a layout of `templates`."""
     if path.is_dir():
-        return read_folder(path, wanted, num_classes=2, val=0.2)
-    if path.suffix in HDF5:
-        return _read_hdf5(path, wanted)
-    if path.suffix == ".npz":
-        return read_npz(path, wanted, num_classes=2, val=0.2)
-    return _read_pickle(path)
+        listing = read_folder(path, num_classes=2)
+    elif path.suffix == ".npz":
+        listing = read_npz(path, num_classes=2)
+    else:
+        listing = _read_hdf5(path) if path.suffix in HDF5 else _read_pickle(path)
+    listing.val = 0.2  # 64/16/20, the split that recent papers share
+    return listing
 
 
 def _read_pickle(path: Path) -> Listing:
@@ -48,10 +48,10 @@ def _read_pickle(path: Path) -> Listing:
         if not isinstance(uid, (str, bytes, int, float, np.generic)):
             raise DataError(f"{path}: {key!r}: series_uid is a {type(uid).__name__}; give a text")
         cases.append(Case(str(key), str(uid), partial(read, key)))
-    return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
+    return Listing(cases, 2)
 
 
-def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
+def _read_hdf5(path: Path) -> Listing:
     """Lists HDF5 made from the LIDC pickle (by PHiSeg's code, UNet-Zoo and what follows them).
 
     At the top, or in groups train, val and test: images (N, H, W), floats as they are; labels or
@@ -59,7 +59,7 @@ def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
     every case is a group of its own. Names may begin with lidc_.
     """
     h5py = optional_package("h5py", path)
-    cases, splits = [], {split: [] for split in SPLITS}
+    cases = []
     with readable(path, "HDF5 file"), h5py.File(path, "r") as file:
         groups = {split: file[split] for split in SPLITS if split in file}
         for split, group in (groups or {"": file}).items():
@@ -72,19 +72,16 @@ def _read_hdf5(path: Path, wanted: Sequence[str]) -> Listing:
             if len(size) != 3 or size not in (shape, shape[:-1], shape[:1] + shape[2:]):
                 raise DataError(f"{path}: /{split}: images are {size_text(size)} and labels "
                                 f"{size_text(shape)}; (N, H, W) and (N, H, W, A) are needed")
-            if split in wanted or not split:
-                check_claim(path, images.nbytes + labels.nbytes)
-                images, labels = images[()][:, None], labels[()]
-                if len(shape) == 3:
-                    labels = labels[:, None]
-                elif shape[:3] == size:
-                    labels = np.moveaxis(labels, -1, 1)
+            check_claim(path, images.nbytes + labels.nbytes)
+            images, labels = images[()][:, None], labels[()]
+            if len(shape) == 3:
+                labels = labels[:, None]
+            elif shape[:3] == size:
+                labels = np.moveaxis(labels, -1, 1)
             names = [f"{split or 'case'}/{i:05d}" for i in range(len(images))]
             uids = found["uids"][()].tolist() if "uids" in found else names
             for i, (name, uid) in enumerate(zip(names, uids, strict=True)):
-                splits.setdefault(split, []).append(len(cases))
                 uid = uid.decode() if isinstance(uid, bytes) else str(uid)
-                cases.append(Case(name, uid, partial(read_row, images, labels, i)))
-    if groups:
-        return Listing(cases, splits, 2, apart=True, if_empty="the file has no such group")
-    return Listing(cases, split_groups([case.group for case in cases], val=0.2), 2)
+                cases.append(Case(name, uid, partial(read_row, images, labels, i), split))
+    return Listing(cases, 2, apart=bool(groups),
+                   if_empty="the file has no such group" if groups else "")

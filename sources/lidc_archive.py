@@ -104,7 +104,7 @@ def read_dicom(path: str, pixels: bool = False) -> CTSlice | None:
 def read_xml(file: str) -> tuple[str, list[list[dict[tuple, list]]]] | None:
     """Reads (series UID, sessions) from XML; None if it is no reading of a CT scan.
 
-    sessions[annotator][nodule] = {(slice UID, z): [(part of the nodule, not a hole; [(x, y)])]}.
+    sessions[annotator][nodule] = {(slice UID, z): [(whether it is no hole, [(x, y)])]}.
     Entities that explode are refused by Expat itself, from 2.4.1 on.
     """
     root = ElementTree.fromstring(Path(file).read_bytes())
@@ -214,8 +214,11 @@ class Series(NamedTuple):
     reading: str  # XML file
     slices: dict[tuple, CTSlice]  # of each outlined place (slice UID, z)
 
+    def __str__(self):
+        return f"series {self.uid} ({self.patient})"
 
-def cut_series(series: Series, size: int, window, border: str, read: Callable) -> dict:
+
+def cut_series(series: Series, size: int, window, border: str) -> dict:
     """Cuts a scan: images (n, size, size), labels (n, A, size, size), z and lesion (n,) of n cases,
     and the number of outlined slices that were dropped."""
     sessions = read_xml(series.reading)[1]
@@ -245,7 +248,7 @@ def cut_series(series: Series, size: int, window, border: str, read: Callable) -
     images, labels, where = [], [], []
     for z in sorted({z for _, voxels in nodules for z in voxels[:, 0].tolist()}):
         found = max([found for found in outlined if found.z == z], key=outlined.get)
-        hu = read(found.file, pixels=True).hu
+        hu = read_dicom(found.file, pixels=True).hu
         for number, lesion in enumerate(lesions):
             masks = np.zeros((LIDC_ANNOTATORS, size, size), np.uint8)
             for annotator, voxels in lesion:
@@ -274,7 +277,7 @@ def position_agrees(found: CTSlice) -> bool:
     return found.location is None or abs(abs(found.location) - abs(found.z)) <= 0.01
 
 
-def build_series(series: Series, work: Path, read: Callable, **settings) -> Path:
+def build_series(series: Series, work: Path, **settings) -> Path:
     """Writes the result of `cut_series` to a file of `work`, unless it is there. The file's name
     changes with everything that decides its content, this source code included."""
     files = [series.reading, *sorted({found.file for found in series.slices.values()})]
@@ -282,7 +285,7 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
     digest = hashlib.sha256(Path(__file__).read_bytes() + ascii((settings, stamps)).encode())
     target = work / f"{digest.hexdigest()[:32]}.npz"
     if not target.exists():
-        write_npz(target, cut_series(series, read=read, **settings))
+        write_npz(target, cut_series(series, **settings))
     return target
 
 
@@ -290,14 +293,12 @@ def build_series(series: Series, work: Path, read: Callable, **settings) -> Path
 
 
 def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_WINDOW,
-               border: str = "exclude", workers: int = 1, read: Callable = read_dicom) -> None:
+               border: str = "exclude", workers: int = 1) -> None:
     """Cuts LIDC-IDRI, as the archive serves it, from the folder `src` into `dst`, an .npz.
 
     Folders may nest in any way; a series and its XML file are matched by their UIDs. `dst` appears
     whole or not at all. Finished series are kept in the folder `dst`.work, so rerun to resume;
     delete it when `dst` is there. A bad file or series is reported and skipped.
-
-    `read` is the function that reads a file: tests replace it.
     """
     src, dst = Path(src), Path(dst)
     if not src.is_dir() or dst.suffix != ".npz":
@@ -307,77 +308,65 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
     if size < 2 or not -math.inf < window[0] < window[1] < math.inf:
         raise DataError(f"size {size}, window {window}: give at least 2 pixels, and a lower and a "
                         "higher number of HU")
-    if read is read_dicom:
-        optional_package("pydicom", src)
+    optional_package("pydicom", src)
     work = dst.with_name(dst.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     for half in work.glob(".*.tmp"):  # what a kill left
         half.unlink()
 
-    tasks, refused = find_series(src, workers, read)
-    build = functools.partial(build_series, work=work, read=read, size=size, window=window,
-                              border=border)
-    files = {}
-    for task, (file, why) in zip(tasks, run(build, tasks, workers, "series")):
-        if why:
-            refused.append((f"series {task.uid} ({task.patient})", why))
-        else:
-            files[file] = task.patient
-    for name, why in sorted(refused):
-        say(f"refused: {name}: {why}")
-    write_npz(work / "result.npz", collect(files))
+    refused: list[str] = []
+    tasks = find_series(src, workers, refused)
+    build = functools.partial(build_series, work=work, size=size, window=window, border=border)
+    files = {file: task.patient for task, file in run(build, tasks, workers, "series", refused)}
+    for line in sorted(refused):
+        say(f"refused: {line}")
+    write_npz(work / "result.npz", join_series(files))
     (work / "result.npz").rename(dst)
     say(f"wrote {dst}")
 
 
-def run(function: Callable, items: list, workers: int, what: str, chunk: int = 1) -> list:
-    """Returns (function(item), None) of every item, or (None, why) where it fails, and shows the
-    progress. Threads are enough: one core cuts the whole archive in about seven minutes."""
+def run(function: Callable, items: list, workers: int, what: str, refused: list[str]) -> list:
+    """Returns (item, function(item)) of every item, but for those where it fails: these go to
+    `refused`, with the reason. Shows the progress. Threads are enough: one core cuts the whole
+    archive in about seven minutes."""
+    def attempt(item):
+        try:
+            return item, function(item), ""
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged bytes can raise nearly anything
+            return item, None, str(error) if isinstance(error, DataError) else error_line(error)
+
     progress, results = Progress(len(items)), []
     with ThreadPool(max(workers, 1)) as pool:
-        for result in pool.imap(functools.partial(attempt, function), items, chunk):
-            results.append(result)
-            progress.update(len(results), what)
-    progress.say(f"{len(results)} {what}")
+        for done, (item, result, fault) in enumerate(pool.imap(attempt, items), start=1):
+            if fault:
+                refused.append(f"{item}: {fault}")
+            else:
+                results.append((item, result))
+            progress.update(done, what)
+    progress.say(f"{len(items)} {what}")
     return results
 
 
-def attempt(function: Callable, item) -> tuple:
-    """Returns (function(item), None), or (None, why it failed in one line)."""
-    try:
-        return function(item), None
-    except MemoryError:
-        raise
-    except DataError as error:
-        return None, str(error)
-    except Exception as error:  # damaged bytes can raise nearly anything
-        return None, error_line(error)
+def find_series(src: Path, workers: int, refused: list[str]) -> list[Series]:
+    """Finds the series to cut. What else is there goes to `refused`, with the reason."""
+    def look(file: str):
+        """Returns a slice of a CT scan, or a reading's series and outlined places, or None."""
+        if not file.lower().endswith(".xml"):
+            return read_dicom(file)
+        reading = read_xml(file)
+        return reading and (reading[0], outlined_places(reading[1]))
 
-
-def look(file: str, read: Callable) -> CTSlice | tuple[str, set[tuple]] | None:
-    """Returns a slice of a CT scan, or a reading's series and outlined places, or None."""
-    if not file.lower().endswith(".xml"):
-        return read(file)
-    if os.path.getsize(file) > 2**26:
-        raise DataError("is larger than any reading")
-    reading = read_xml(file)
-    return reading and (reading[0], outlined_places(reading[1]))
-
-
-def find_series(src: Path, workers: int, read: Callable) -> tuple[list[Series], list]:
-    """Finds the series to cut, and (name, why) of what is refused."""
     files = sorted(str(path) for path in src.rglob("*") if path.is_file())  # no pipe, no dead link
-    refused, readings, scans = [], {}, {}
-    for file, (found, why) in zip(files, run(functools.partial(look, read=read), files, workers,
-                                             "files", 64)):
-        if why:
-            refused.append((file, why))
-        elif isinstance(found, CTSlice):
+    readings, scans = {}, {}
+    for file, found in run(look, files, workers, "files", refused):
+        if isinstance(found, CTSlice):
             scans.setdefault(found.series, []).append(found)
         elif found:
             readings.setdefault(found[0], {})[file] = found[1]
     if astray := readings.keys() - scans.keys():
-        refused.append((f"{len(astray)} XML files", f"no slices of series {min(astray)}, ..."))
+        refused.append(f"{len(astray)} XML files: no slices of series {min(astray)}, ...")
 
     tasks = []
     for uid, slices in scans.items():
@@ -390,14 +379,14 @@ def find_series(src: Path, workers: int, read: Callable) -> tuple[list[Series], 
         if files:
             # The patient's name becomes that of a folder.
             patient = re.sub(r"[^\w-]+", "_", slices[0].patient) or uid
-            tasks.append(Series(uid, patient, files[0], locate(outlined[files[0]], slices)))
+            tasks.append(Series(uid, patient, files[0], find_slices(outlined[files[0]], slices)))
         else:
             why = "its XML files contradict each other" if outlined else "no XML of its annotators"
-            refused.append((f"series {uid} ({slices[0].patient})", why))
-    return sorted(tasks, key=lambda task: (task.patient, task.uid)), refused
+            refused.append(f"series {uid} ({slices[0].patient}): {why}")
+    return sorted(tasks, key=lambda task: (task.patient, task.uid))
 
 
-def locate(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
+def find_slices(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
     """Finds the slice of each place (slice UID, z) of a reading; some places have none."""
     several, located = Counter(uid for uid, _ in places), {}
     for uid, z in places:
@@ -410,7 +399,7 @@ def locate(places: set[tuple], slices: list[CTSlice]) -> dict[tuple, CTSlice]:
     return located
 
 
-def collect(series: dict[Path, str]) -> dict[str, np.ndarray]:
+def join_series(series: dict[Path, str]) -> dict[str, np.ndarray]:
     """Joins the series {file: patient} to images, labels, groups and names, and prints a table."""
     scans, names, groups, lesions = [], [], [], Counter()
     for file, patient in series.items():

@@ -1,21 +1,18 @@
 """A user's own cases in an .npz. (`templates` reads folders.)"""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from sources.base import Case, Listing, split_groups
+from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, readable, size_text
 
 
-def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
-             num_classes: int = 0) -> Listing:
+def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
     """Lists the cases of a user's own .npz.
 
-      images   (N, H, W), (N, C, H, W) or (N, C, D, H, W): floats, or uint8 or uint16, as
-               `as_float_image` scales them
+      images   (N, H, W), (N, C, H, W) or (N, C, D, H, W), of a kind that `as_float_image` takes
       labels   (N, A, H, W) or (N, A, D, H, W), always with the annotator axis: 0..K-1, 255 = ignore
     and optionally: weights (N, A), normalised row by row; groups (N,), such as the patient of each
     case; names (N,); num_classes, else the largest label + 1. An annotator's map of nothing but
@@ -36,6 +33,9 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
         if arrays[key].shape != sizes[key] or not number:
             raise DataError(f"{path}: {key} is {size_text(arrays[key].shape)} of "
                             f"{arrays[key].dtype}; {size_text(sizes[key])} is needed")
+    weights = np.asarray(arrays.get("weights", ()), float)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise DataError(f"{path}: weights: some are negative or not finite")
     if not float(arrays.get("num_classes", 0)).is_integer():
         raise DataError(f"{path}: num_classes is {arrays['num_classes']}; give a whole number")
     num_classes = num_classes or int(arrays.get("num_classes", 0))
@@ -44,7 +44,7 @@ def read_npz(path: Path, wanted: Sequence[str], val: float = 0.25, *,
         groups = [str(group) for group in arrays.get("groups", names)]
     cases = [Case(name, group, partial(read_row, images, labels, i))
              for i, (name, group) in enumerate(zip(names, groups))]
-    return Listing(cases, split_groups(groups, val), num_classes, weights=arrays.get("weights"))
+    return Listing(cases, num_classes, weights=weights if "weights" in arrays else None)
 
 
 def read_row(images: np.ndarray, labels: np.ndarray, i: int):

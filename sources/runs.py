@@ -36,7 +36,8 @@ SETTINGS = dict(
 
 
 def read_config(folder: Path) -> dict:
-    """The run's config.json, settings it lacks at their defaults; UserError where it is broken."""
+    """Returns the run's config.json, with defaults for settings that it lacks. UserError where it
+    is missing or broken."""
     try:
         config = json.loads((folder / "config.json").read_text())
         config["settings"]["data"]  # without which there is no run
@@ -51,13 +52,13 @@ def read_config(folder: Path) -> dict:
 
 
 def plain(value):
-    """As it comes back from JSON: tuples are lists."""
+    """Returns `value` as it comes back from JSON, with lists for tuples."""
     return json.loads(json.dumps(value))
 
 
 @contextlib.contextmanager
 def own(folder: Path):
-    """Hold the folder's lock, so that no other run writes here. It ends with the process."""
+    """Holds the folder's lock, so that no other run writes here. It ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as lock:
         try:
@@ -80,7 +81,7 @@ def own(folder: Path):
 
 
 def begin(folder, settings, training, model, split, start) -> None:
-    """config.json, split.json, and log.jsonl cut back to the step the run resumes at."""
+    """Writes config.json and split.json, and cuts log.jsonl back to the step `start`."""
     for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
         half.unlink()
     changes = read_config(folder)["changes"] if start else []
@@ -99,7 +100,7 @@ def begin(folder, settings, training, model, split, start) -> None:
 
 @contextlib.contextmanager
 def writing(path, step):
-    """A full disk is one line: what could not be written, when, and what stands."""
+    """Turns a full disk into one line: what could not be written, when, and what stands."""
     try:
         yield
     except OSError as error:
@@ -109,13 +110,13 @@ def writing(path, step):
 
 
 def append(path, entry: dict) -> None:
-    """One more line of JSON."""
+    """Appends a line of JSON."""
     with writing(path, entry["step"]), open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_log(folder) -> list[dict]:
-    """The log's entries; lines that a kill or a full disk cut short are left out."""
+    """Returns the log's entries, but for lines that a kill or a full disk cut short."""
     entries, log = [], folder / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -135,8 +136,8 @@ MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
 
 
 def save(path, name, model, optimizer, step, best) -> None:
-    """One checkpoint that torch.load reads, whole or not at all; OSError where there is no room.
-    Its zip comment is the SHA-256 of all bytes before the comment."""
+    """Writes a checkpoint that torch.load reads, whole or not at all; OSError where there is no
+    room. Its zip comment is the SHA-256 of all bytes before the comment."""
     content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
                    optimizer=optimizer.state_dict(), step=step, best=best)
     buffer = io.BytesIO()  # torch.save to a full disk raises many kinds of errors
@@ -144,11 +145,11 @@ def save(path, name, model, optimizer, step, best) -> None:
     buffer.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment and the comment
     buffer.write((len(DIGEST) + 64).to_bytes(2, "little"))
     buffer.write(DIGEST + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    write_atomically(path, lambda temporary: Path(temporary).write_bytes(buffer.getbuffer()))
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path) -> dict:
-    """What `save` wrote, checked against its digest if it has one; nothing in the file is run."""
+    """Reads what `save` wrote, and checks it by its digest, if it has one. Runs nothing in it."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with train.py")
     raw = Path(path).read_bytes()
@@ -170,7 +171,7 @@ def load_checkpoint(path) -> dict:
 
 
 def restore(path, settings, model, optimizer) -> tuple[int, float]:
-    """Load a checkpoint of this run; returns its step and the best validation GED so far."""
+    """Loads a checkpoint of this run; returns its step and the best validation GED so far."""
     content = load_checkpoint(path)
     if (content["model"], plain(content["config"])) != (
             settings["model"], plain(dataclasses.asdict(model.config))):
@@ -183,7 +184,7 @@ def restore(path, settings, model, optimizer) -> tuple[int, float]:
 
 
 def check_state(path, model, state: dict) -> None:
-    """UserError unless `state` has the model's names, with their shapes and dtypes."""
+    """Raises UserError unless `state` has the model's names, with their shapes and dtypes."""
     expected = model.state_dict()
     for name in [*expected, *state]:
         if not same_kind(state.get(name), expected.get(name)):
@@ -192,14 +193,14 @@ def check_state(path, model, state: dict) -> None:
 
 
 def same_kind(found, expected: torch.Tensor | None) -> bool:
-    """Whether `found` is an ordinary tensor of the shape and dtype of `expected`."""
+    """Tells whether `found` is an ordinary tensor of the shape and dtype of `expected`."""
     return (isinstance(found, torch.Tensor) and found.layout == torch.strided
             and expected is not None
             and (found.shape, found.dtype) == (expected.shape, expected.dtype))
 
 
 def restore_optimizer(path, optimizer, saved: dict) -> None:
-    """Load the moments of `saved`; UserError unless they fit the optimiser's parameters. Options
+    """Loads the moments of `saved`; UserError unless they fit the optimiser's parameters. Options
     such as the learning rate come from the run's settings, not from the file."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for name in MOMENTS[type(optimizer)]

@@ -1,7 +1,5 @@
 """Synapse's abdominal CT."""
 
-import importlib.util
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +9,8 @@ from sources.base import Case, Listing, split_groups
 from sources.files import optional_package, read_npz_arrays, readable, resample_case
 
 
-def read_synapse(path: Path, wanted: Sequence[str], *, size: int = 224) -> Listing:
-    """Synapse's abdominal CT as TransUNet's authors share it: eight organs, slice by slice.
+def read_synapse(path: Path, *, size: int = 224) -> Listing:
+    """Lists Synapse's abdominal CT as TransUNet's authors share it: eight organs, slice by slice.
 
     train_npz/caseXXXX_sliceYYY.npz of image and label (H, W); test_vol_h5/caseXXXX.npy.h5 of the
     same (D, H, W), taken slice by slice. A fifth of the training volumes is validation. Slices are
@@ -31,16 +29,15 @@ def read_synapse(path: Path, wanted: Sequence[str], *, size: int = 224) -> Listi
         return image, {0: label}
 
     files = sorted((path / "train_npz").glob("case????_slice*.npz"))
-    cases = [Case(file.stem, file.stem[:8], partial(read, file)) for file in files]
-    splits = split_groups([case.group for case in cases], val=0.2, test=0)
-    volumes = sorted((path / "test_vol_h5").glob("case????.npy.h5"))
-    if volumes and ("test" in wanted or importlib.util.find_spec("h5py")):
-        h5py = optional_package("h5py", volumes[0])
-        for file in volumes:
-            with readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
-                count = len(volume["image"])
-            cases += [Case(f"{file.name[:8]}_slice{i:03d}", file.name[:8], partial(read, file, i))
-                      for i in range(count)]
-    splits["test"] = list(range(len(files), len(cases)))
-    return Listing(cases, splits, 9, apart=True,
+    splits = split_groups([file.stem[:8] for file in files], val=0.2, test=0)
+    cases = [Case(files[i].stem, files[i].stem[:8], partial(read, files[i]), split)
+             for split, rows in splits.items() for i in rows]
+    for file in sorted((path / "test_vol_h5").glob("case????.npy.h5")):
+        h5py = optional_package("h5py", file)
+        with readable(file, "HDF5 file"), h5py.File(file, "r") as volume:
+            count = len(volume["image"])
+        case = file.name[:8]
+        cases += [Case(f"{case}_slice{i:03d}", case, partial(read, file, i), "test")
+                  for i in range(count)]
+    return Listing(cases, 9, apart=True,
                    if_empty="train_npz/ (train, val) or test_vol_h5/ (test) is empty")

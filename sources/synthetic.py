@@ -77,8 +77,8 @@ def make_lesions3d(*, n: Annotated[int, 3] = 60, size: Annotated[int, 32] = 48, 
 
 
 def _two_objects(uniform: Callable, normal: Callable, size: int, dims: int, exponent=None):
-    """What `make_shapes` describes, without the class: images (n, 1, *S); each object as drawn in
-    the three styles, (n, 3, *S) bool; the probabilities (n, 6) of style * 2 + drawn."""
+    """Draws what `make_shapes` describes, without the class: images (n, 1, *S), each object in the
+    three styles (n, 3, *S) bool, and the probabilities (n, 6) of style * 2 + drawn."""
     unit, u, v = size / 64, uniform(0, 1), uniform(0, 1)
     axis = F.normalize(normal(dims), dim=1)  # the objects stand on either side of the centre
     middle = size / 2 - 0.5 + unit * uniform(-2, 2, dims)
@@ -153,7 +153,7 @@ def make_modes(*, n: Annotated[int, 3] = 500, size: Annotated[int, 48] = 64, see
 
 
 def flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
-    """The 32 label maps of `FLIPS`: (table (32, 256) uint8, probabilities (32,)).
+    """Returns the 32 label maps of `FLIPS`: a table (32, 256) uint8 and probabilities (32,).
 
     values: the class of each name of `FLIPS`. In label map m class c becomes table[m, c]: values[j]
     flips to twin + j where bit j of m is set. A map's probability is the product over the five.
@@ -237,7 +237,8 @@ def make_organs(*, n: Annotated[int, 12] = 400, size: Annotated[int, 48] = 96, s
 
 
 def _draws(n: int, seed: int):
-    """Seeded draws for n cases: uniform(low, high, *more) and normal(*more), each (n, *more)."""
+    """Returns two seeded draws for n cases, each (n, *more): uniform(low, high, *more) and
+    normal(*more)."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *more: int) -> Tensor:
@@ -250,20 +251,20 @@ def _draws(n: int, seed: int):
 
 
 def _either(visible: Tensor) -> Tensor:
-    """Probabilities (n, 2) of no and yes: P(yes) = 0.1 + 0.8 visible."""
+    """Returns the probabilities (n, 2) of no and yes: P(yes) = 0.1 + 0.8 visible."""
     return torch.stack([0.9 - 0.8 * visible, 0.1 + 0.8 * visible], 1)
 
 
 def _broadcast(values: Tensor, dims: int) -> Tensor:
-    """(n,) -> (n, 1, ...), to broadcast over maps of `dims` axes."""
+    """Reshapes (n,) to (n, 1, ...), to broadcast over maps of `dims` axes."""
     return values.view(-1, *[1] * dims)
 
 
 def _distance(size: int, centre: Tensor, radii: Tensor, turn=None, exponent=None) -> Tensor:
-    """About the signed distance, in pixels, to a superellipse: (n, d), (n, d) -> (n, *[size] * d).
+    """Returns about the signed distance, in pixels, to a superellipse: (n, *[size] * d).
 
-    (f - 1) times the mean radius, f = (sum_i |x_i / r_i|^p)^(1/p); `exponent` p (n,) is 2 if not
-    given. `turn` (n,), radians, is in the last two axes.
+    It is (f - 1) times the mean radius, f = (sum_i |x_i / r_i|^p)^(1/p). centre and radii are
+    (n, d), the exponent p is (n,), or 2, and turn (n,) is in radians, in the last two axes.
     """
     dims = centre.shape[1]
     grid = [torch.arange(size).view(*[-1 if i == axis else 1 for i in range(dims)])
@@ -281,7 +282,8 @@ def _distance(size: int, centre: Tensor, radii: Tensor, turn=None, exponent=None
 
 
 def _texture(normal: Callable, size: int, bumps: int, dims: int = 2) -> Tensor:
-    """Smooth noise (n, *[size] * dims), mean 0, spread about 1, so many `bumps` along a side."""
+    """Draws smooth noise (n, *[size] * dims) of mean 0 and deviation about 1, with that many
+    `bumps` along a side."""
     knots = normal(1, *[bumps + 3] * dims)
     return spline(knots, [size] * dims)[:, 0] / 0.69**dims  # 0.69: rms of a cubic B-spline
 

@@ -20,7 +20,7 @@ import glob
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from common import say
-from sources.base import SPLITS, Case, Listing, check_known, split_groups
+from sources.base import Case, Listing, check_known
 from sources.files import (ENDINGS, DataError, count_slices, holds, read_array, readable,
                            same_grid, size_text)
 
@@ -56,6 +56,7 @@ ENDING = f"(?i:{'|'.join(map(re.escape, ENDINGS))})"
 # Annotator, class and split are as short as they can be, other fields as long.
 FORMS = {"annotator": "[^/]+?", "class": "[^/]+?",
          "split": "(?i:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)"}
+SPLIT = {"": "", "tra": "train", "val": "val", "tes": "test"}  # by its first letters
 
 
 class Template:
@@ -73,9 +74,12 @@ class Template:
                             f"in a field or in one of {', '.join(ENDINGS)}")
         pattern = ""
         for i, part in enumerate(parts):
-            again = part in parts[1:i:2]
-            pattern += (re.escape(part) if i % 2 == 0 else f"(?P={part})" if again
-                        else f"(?P<{part}>{FORMS.get(part, '[^/]+')})")
+            if i % 2 == 0:
+                pattern += re.escape(part)
+            elif part in parts[1:i:2]:  # a field that comes again has the same value
+                pattern += f"(?P={part})"
+            else:
+                pattern += f"(?P<{part}>{FORMS.get(part, '[^/]+')})"
         self.pattern = re.compile(pattern + ENDING * self.any_ending)
         self.glob = "".join("*" if i % 2 else glob.escape(part) for i, part in enumerate(parts))
 
@@ -95,10 +99,6 @@ class Template:
             elif self.any_ending and not file.is_dir():
                 raise DataError(f"{file}: not one of {', '.join(ENDINGS)}; convert or remove it")
         return found
-
-    def fill(self, values: dict[str, str]) -> str:
-        """Returns the path of a file with these values of the fields."""
-        return re.sub(r"{(\w+)}", lambda field: values.get(field[1], field[0]), self.text)
 
     def explain(self, root: Path) -> str:
         """Says why nothing was found: the first path that was tried, and what is there."""
@@ -122,8 +122,8 @@ class Row(NamedTuple):
     labels: dict[str, dict[str, Path]]  # {annotator: {class: file}}; the class may be ""
 
 
-def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout: str = "",
-                image: str = "", label: str = "", csv: str = "", num_classes: int = 0,
+def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "", csv: str = "",
+                num_classes: int = 0,
                 masks: Literal["auto", "classes", "binary"] = "auto",
                 empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
                 slices: Literal["none", "axial"] = "none") -> Listing:
@@ -152,38 +152,35 @@ def read_folder(path: Path, wanted: Sequence[str], val: float = 0.25, *, layout:
     else:
         kind, chosen = _choose(path, layout, image, label)
         rows = _rows_of_templates(path, Template(chosen.image), Template(chosen.label))
+    groups = {row.name: row.group for row in rows}
     if (path / "groups.csv").exists() and all(row.group == row.name for row in rows):
-        groups = _read_groups(path / "groups.csv", {row.name for row in rows})
-        rows = [row._replace(group=groups[row.name]) for row in rows]
+        groups = _read_groups(path / "groups.csv", groups.keys())
+
     masks = chosen.masks if masks == "auto" else masks
     empty = chosen.empty if empty == "auto" else empty
-
-    annotators, classes = (
-        {name: number for number, name in enumerate(sorted(names, key=_natural))} for names in
-        ({a for row in rows for a in row.labels},
-         {c for row in rows for files in row.labels.values() for c in files}))
+    annotators = sorted({name for row in rows for name in row.labels}, key=_natural)
+    classes = sorted({name for row in rows for files in row.labels.values() for name in files},
+                     key=_natural)
     if os.environ.get("RANK", "0") == "0":
         say(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, of the annotators "
             + (", ".join(annotators) or "(no name)"))
-    cases, splits = [], {split: [] for split in SPLITS}
+    cases = []
     for row in rows:
-        labels = {annotators[a]: sorted((1 + classes[c], file) for c, file in files.items())
-                  for a, files in row.labels.items()}
+        labels = {annotators.index(name): sorted((1 + classes.index(c), file)
+                                                 for c, file in files.items())
+                  for name, files in row.labels.items()}
         read = partial(read_case, row.image, labels, annotators=range(len(annotators)), empty=empty,
                        paint=masks == "binary" or any(classes), slices=slices)
-        here = [Case(row.name, row.group, read)]
-        if slices == "axial":
+        group, split = groups[row.name], SPLIT[row.split.lower()[:3]]
+        if slices == "none":
+            cases.append(Case(row.name, group, read, split))
+        else:
             volume = Volume(read, count_slices(row.image))
-            here = [Case(f"{row.name}/z{z:04d}", row.group, partial(volume.slice, z))
-                    for z in range(volume.left)]
-        for split in SPLITS:
-            if row.split.lower()[:3] == split[:3]:
-                splits[split] += range(len(cases), len(cases) + len(here))
-        cases += here
-    if not any(row.split for row in rows):
-        return Listing(cases, split_groups([case.group for case in cases], val), num_classes)
-    return Listing(cases, splits, num_classes, apart=num_classes > 0,
-                   if_empty=f"nothing is at {chosen.image}")
+            cases += [Case(f"{row.name}/z{z:04d}", group, partial(volume.slice, z), split)
+                      for z in range(volume.left)]
+    own = any(case.split for case in cases)
+    return Listing(cases, num_classes, apart=own and num_classes > 0,
+                   if_empty=f"nothing is at {chosen.image}" if own else "")
 
 
 def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]:
@@ -192,17 +189,18 @@ def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]
         raise DataError(f"{root}: give two templates, image= and label=, or one layout=")
     if image:
         return "templates", Layout(image, label)
-    if name:
-        return name, PRESETS[check_known("layout", name, PRESETS)]
-    like = [name for name, layout in PRESETS.items() if Template(layout.image).fits(root)]
-    if not like:
-        raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
-                        f"{holds(root)}; give the templates image= and label=, or csv=")
-    name = next((name for name in like if Template(PRESETS[name].label).fits(root)), like[0])
-    return name, PRESETS[name]
+    if not name:
+        like = [name for name, layout in PRESETS.items() if Template(layout.image).fits(root)]
+        if not like:
+            raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
+                            f"{holds(root)}; give the templates image= and label=, or csv=")
+        with_labels = [name for name in like if Template(PRESETS[name].label).fits(root)]
+        name = (with_labels or like)[0]
+    return name, PRESETS[check_known("layout", name, PRESETS)]
 
 
 def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row]:
+    """Finds the cases that two templates describe."""
     own = {"annotator", "class"}
     if own & set(image.fields) or set(label.fields) - own != set(image.fields):
         raise DataError(f"{root}: image={image.text} label={label.text}: both need the same "
@@ -211,24 +209,25 @@ def _rows_of_templates(root: Path, image: Template, label: Template) -> list[Row
     for template, found in ((image, images), (label, labels)):
         if not found:
             raise DataError(template.explain(root))
-    drawn: dict[tuple[str, ...], dict[str, dict[str, Path]]] = {}
+    drawn = {values: {} for values in images}  # {values: {annotator: {class: file}}}
     for values, file in labels.items():
         fields = dict(zip(label.fields, values))
         key = tuple(fields[field] for field in image.fields)
-        if key not in images:
-            tried = root / image.fill(fields)
+        if key not in drawn:
+            tried = root / image.text.format(**fields)
             raise DataError(f"{file}: there is no image {tried} for it: {holds(tried.parent)}")
-        files = drawn.setdefault(key, {}).setdefault(fields.get("annotator", ""), {})
+        files = drawn[key].setdefault(fields.get("annotator", ""), {})
         files[fields.get("class", "")] = file
     rows = []
     for values, file in images.items():
         name, fields = "/".join(values), dict(zip(image.fields, values))
-        rows.append(Row(name, fields.get("group", name), fields.get("split", ""), file,
-                        drawn.get(values, {})))
+        group, split = fields.get("group", name), fields.get("split", "")
+        rows.append(Row(name, group, split, file, drawn[values]))
     return rows
 
 
 def _rows_of_table(root: Path, file: Path) -> list[Row]:
+    """Reads the cases that a table lists."""
     with readable(file, "table (CSV)"), open(file, newline="", encoding="utf-8-sig") as text:
         table = tables.DictReader(text)
         columns, lines = table.fieldnames or [], list(table)
@@ -243,13 +242,12 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
             raise DataError(f"{file}: row {len(rows) + 1}: give an image, and as its split train, "
                             f"val or test, not {split!r}")
         name = line.get("name") or re.sub(f"{ENDING}$", "", image)
-        rows.append(Row(name, line.get("group") or name, split, root / image,
-                        {column[6:]: {"": root / line[column]} for column in labels
-                         if line[column]}))
+        files = {column[6:]: {"": root / line[column]} for column in labels if line[column]}
+        rows.append(Row(name, line.get("group") or name, split, root / image, files))
     return rows
 
 
-def _read_groups(file: Path, names: set[str]) -> dict[str, str]:
+def _read_groups(file: Path, names: Set[str]) -> dict[str, str]:
     """Reads {name: group} from the table `file`, which has to list every image."""
     with readable(file, "table of name,group"):
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -262,14 +260,14 @@ def _read_groups(file: Path, names: set[str]) -> dict[str, str]:
 
 
 def _natural(name: str) -> str:
-    """Returns a key that sorts the numbers in names by their value."""
+    """Returns a key by which the numbers in names are sorted by their value."""
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
 def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotators: Sequence[int],
               paint: bool, empty: str, slices: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Reads a case of a folder, as `Case.read` does, from {annotator: [(class, file)]}. paint: if
-    whatever is not 0 in a file is of its class. empty, slices: see `read_folder`."""
+    """Reads a case of a folder, as `Case.read` does, from {annotator: [(class, file)]}. `paint`
+    tells whether all that is not 0 in a file is of its class; the rest is as in `read_folder`."""
     dims = 3 if slices == "axial" else None
     array, grid = read_array(image, dims=dims)
     maps: dict[int, np.ndarray] = {}

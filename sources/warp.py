@@ -49,10 +49,8 @@ class Warp(NamedTuple):
 
 def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size: Sequence[int],
               generator: torch.Generator) -> Warp:
-    """What `augmentation` does to `count` images of `shape`, seen in a window of `size`.
-
-    DataError where lines (1D) are to be turned or deformed.
-    """
+    """Draws what `augmentation` does to `count` images of `shape`, seen in a window of `size`.
+    Raises DataError where lines (1D) are to be turned or deformed."""
     dims = len(shape)
     if dims == 1 and (augmentation.resamples or augmentation.quarter_turns):
         raise DataError("1D images cannot be turned or deformed: give Augmentation(flip=(-1,))")
@@ -104,7 +102,7 @@ def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size
 
 
 def apply_warp(images: Tensor, labels: Tensor, warp: Warp, size, resamples: bool):
-    """Images (B, C, *S) and label maps (B, *S) through the warp, in a window of `size`.
+    """Moves images (B, C, *S) and label maps (B, *S) through the warp, into a window of `size`.
 
     Images are interpolated linearly and reflected past their border; labels take the nearest
     pixel, and 255 past it. Where the warp has colours, the first three channels are an RGB picture.
@@ -143,7 +141,7 @@ def apply_warp(images: Tensor, labels: Tensor, warp: Warp, size, resamples: bool
 
 
 def recolor(picture: Tensor, color: Tensor) -> Tensor:
-    """RGB (B, 3, H, W) with new colours; color (B, 4): brightness (0 changes nothing), contrast
+    """Gives RGB (B, 3, H, W) new colours. color (B, 4): brightness (0 changes nothing), contrast
     about middle grey (1), saturation (1) and hue in radians (0; 2 pi / 3 makes red green).
 
     A colour is its grey value and what it differs from grey by; saturation scales the latter and

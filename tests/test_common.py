@@ -229,8 +229,8 @@ def test_a_failed_write_leaves_what_stood_there(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def fail(name):
-        open(name, "w").write("half")
+    def fail(file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):

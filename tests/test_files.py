@@ -130,7 +130,7 @@ def test_pickles_of_arrays_and_plain_values(tmp_path, protocol):
         (tmp_path / "a.pickle").write_bytes(spelling)
         got = read_pickle(tmp_path / "a.pickle")
         assert list(got) == list(PLAIN)
-        for key, want in PLAIN.items():
+        for key, want in pickle.loads(raw).items():  # Python's own, which may swap bytes
             if isinstance(want, (np.ndarray, np.generic)):
                 assert got[key].dtype == want.dtype and got[key].shape == want.shape
                 np.testing.assert_array_equal(got[key], want)
@@ -190,11 +190,14 @@ FORGED = {
         b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"h\xffh%cK\x01s." % 60,
     "2^60 shared lists as a series": pickle.dumps({"k": {**records(1)["case-0"],
                                                          "series_uid": shared_lists(60)}}),
+    "a long number as a series": pickle.dumps({"k": {**records(1)["case-0"],
+                                                     "series_uid": 10**5000}}),
     "deep lists": b"\x80\x02" + b"]" * NEST + b"a" * (NEST - 1) + b".",
     "deep tuples": b"\x80\x02)" + b"\x85" * NEST + b".",
     "a long key": b"\x80\x02}X" + struct.pack("<I", 10**6) + b"x" * 10**6 + b"K\x01s.",
     "a long number": b"\x80\x02}\x8b" + struct.pack("<I", 10**5) + b"\x7f" * 10**5 + b"K\x01s.",
     "more bytes than there are": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x",
+    "more changeable bytes than there are": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x",
     "an unknown memo": b"g9\n.",
     "a mark too few": b"t.",
     "nothing on the stack": b"R.",
@@ -239,7 +242,7 @@ def test_forged_pickles_are_one_line_each(tmp_path):
     assert good["k"].tolist() == [struct.unpack("d", b"12345678")[0]]
     lines = dict(zip(FORGED, refused_in_one_line(files)))
     assert "objects or records" in lines["a void dtype with an object field"]
-    assert "a key is neither" in lines["2^60 shared tuples as a key"]
+    assert "a key is no text" in lines["2^60 shared tuples as a key"]
     assert "series_uid is a list" in lines["2^60 shared lists as a series"]
     assert "NEWOBJ_EX" in lines["a class made with keywords"]
 

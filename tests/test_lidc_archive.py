@@ -16,12 +16,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from matplotlib.path import Path as Polygon
 
 import data
+import sources.lidc_archive
 from sources.base import split_groups
 from sources.files import DataError
 from sources.lidc_archive import CTSlice, build_lidc, fill
@@ -91,8 +93,9 @@ def scan(folder, series, patient, *sessions, slices=3, seed=0, shape=(40, 48), *
     return hu
 
 
-def build(src, dst, **options):
-    build_lidc(src, dst, **{"size": 16, "read": read_synthetic, **options})
+def build(src, dst, read=read_synthetic, **options):
+    with mock.patch.multiple(sources.lidc_archive, read_dicom=read, optional_package=mock.Mock()):
+        build_lidc(src, dst, **{"size": 16, **options})
 
 
 def built(src, dst, **options):
@@ -444,8 +447,9 @@ def test_ctrl_c_says_that_the_same_command_resumes(archive, tmp_path):
     src, dst, script = archive[0], tmp_path / "l.npz", tmp_path / "script.py"
     script.write_text(f"""import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(data.__file__).parent)]}
-import data, functools, test_lidc_archive as t
-data.build_lidc = functools.partial(data.build_lidc, read=t.patient_read)
+import data, sources.lidc_archive, test_lidc_archive as t
+sources.lidc_archive.read_dicom = t.patient_read
+sources.lidc_archive.optional_package = lambda *_: None
 sys.exit(data.main(["build-lidc", {str(src)!r}, {str(dst)!r}, "--workers", "2"]))
 """)
     with subprocess.Popen([sys.executable, script], text=True, stderr=subprocess.PIPE) as process:
