@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+import textwrap
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -61,6 +62,7 @@ MEASURES = {
     "The single prediction against annotators": {
         "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
         "dice_present": "↑ The same over classes that the prediction or the annotation has.",
+        "dice_foreground": "↑ Dice of the prediction, all classes but the background as one.",
         "dice_mean": "↑ Dice of the mean of the samples' probabilities.",
         "ged_predict": "↓ GED of the prediction, as if it were the only sample.",
         "dice_better": "Share of samples whose Dice is above the prediction's."},
@@ -70,7 +72,8 @@ MEASURES = {
     "Spread of the samples' Dice": {
         "dice_q": "Quantiles, in per cent, over the samples of a case."},
     "Known probabilities": {
-        "mode_tv": "↓ Total variation between frequencies of a case's label maps and known ones.",
+        "mode_tv": "↓ Total variation between frequencies of a case's label maps and known ones. "
+                   "Above 0 even for samples of the true distribution.",
         "mode_pooled_tv": "↓ The same after averaging over the cases.",
         "mode_gap": "↓ The largest difference of one label map's frequency then."},
     "By class": {
@@ -98,6 +101,21 @@ PICTURES = {
     "latents.png": (False, "Latent maps of every level (VAE U-Net, Fig. 11)."),
     "scales.png": (False, "Samples if only some scales are drawn (HPU-Net, Fig. 3)."),
     "extrapolation.png": (False, "Completions of hidden label maps (HPU-Net, Fig. 5).")}
+
+
+def explained() -> str:
+    """PICTURES and MEASURES as text, with which `evaluate.py --help` ends."""
+    lines = ["Names in metrics.json go on with a number of samples (ged_16, dice_max_16), a class "
+             "(dice_class_2),", "a quantile (dice_q05), a kind of pixels (ece_band), or a score of "
+             "the image (aurc_entropy)."]
+    pictures = {name: caption for name, (_, caption) in PICTURES.items()}
+    for heading, texts in [*MEASURES.items(), ("Pictures", pictures)]:
+        lines += ["", heading]
+        for name, text in texts.items():
+            text = text.replace("↓", "(lower is better)").replace("↑", "(higher is better)")
+            lines += textwrap.wrap(text, 100, initial_indent=f"    {name:26}",
+                                   subsequent_indent=30 * " ")
+    return "\n".join(lines)
 
 
 def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -> None:
@@ -158,7 +176,7 @@ def numbers_html(summary: dict) -> str:
     for name, result in summary.items():
         base, column = split_name(name)
         cells.setdefault(base, {})[column] = value(result)
-    further = dict.fromkeys(cells, "Explained by python evaluate.py --help.")
+    further = dict.fromkeys(cells, "")
     for heading, texts in [*MEASURES.items(), ("Further measures", further)]:
         rows = {base: (text, cells.pop(base)) for base, text in texts.items() if base in cells}
         columns = sorted(sorted({c for _, row in rows.values() for c in row}), key=len)
@@ -171,7 +189,7 @@ def numbers_html(summary: dict) -> str:
                      + "".join(f"<th scope=col>{head}</th>" for head in heads) + "</tr>")
         for base, (text, row) in rows.items():
             html += (f"<tr><th scope=row>{spoken(base)} <span class=better>"
-                     f"{ARROWS.get(text[0], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
+                     f"{ARROWS.get(text[:1], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
                      + "".join(f"<td>{row.get(c, '')}</td>" for c in columns) + "</tr>")
         html += "</table></div>" if rows else ""
     return html

@@ -67,12 +67,11 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     return out | likelihoods(model, batch, likelihood_samples)
 
 
-def geds(batch, hard, samples) -> dict:
-    """GED of a batch of cases from samples (n, B, *S), {"ged_<n>": (B,)}."""
-    (classes, empty), labels = scoring(batch), only_scored(batch, batch.labels)
-    hard = only_scored(batch, hard)
-    return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
-            for n in samples}
+def sample_ged(batch, hard) -> Tensor:
+    """GED of a batch of cases from the samples' label maps (n, B, *S), (B,)."""
+    classes, empty = scoring(batch)
+    labels = only_scored(batch, batch.labels)
+    return metrics.ged(only_scored(batch, hard), labels, classes, batch.weights, empty)
 
 
 def scoring(split) -> tuple[int, float]:
