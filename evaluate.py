@@ -42,8 +42,8 @@ from analysis.ambiguity import ambiguity
 from analysis.calibration import mode_rows, plot_modes, pooled, total_variation
 from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
-from analysis.instances import (find_instances, instance_scores, instances_to_show, plot_instances,
-                                rand_errors)
+from analysis.instances import (find_instances, instance_scores, instances_to_show, kl_terms,
+                                plot_instances, rand_errors)
 from analysis.ood import ood
 from analysis.page import explained, write_page
 from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
@@ -157,7 +157,9 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
         n, alpha = cluster
         found = find_instances(hard[:n], alpha, batch.fixed)
         ending = f"{n}_{alpha}" if alpha else f"{n}"
-        rows |= instance_scores(batch, found, prediction, drawn.moments.mean, ending)
+        rows |= instance_scores(batch, found, prediction, drawn.moments.mean, hard, ending)
+        if hasattr(model, "reconstruct"):
+            rows |= kl_terms(model, batch)
         rows["instances_shown"] = instances_to_show(model, batch, shown, found, hard)
     elif classes:
         rows |= class_rows(batch, prediction, hard)

@@ -175,7 +175,10 @@ RECIPES = {
     ("hpunet", "em"): (dict(channels=NINE_SCALES, kappa=1.2), dict(
         batch_size=24, steps=450_000,
         lr_drops=tuple((75_000 * i, 10 ** (-0.6 * i)) for i in range(1, 6)))),
-    ("hpunet", "cells"): (dict(kappa=1.2), {}),  # the same task
+    # not a paper's set: the recipe for objects in hpunet.py's docstring, at a width for a GPU
+    ("hpunet", "cells"): (dict(channels=(32, 48, 64, 96, 96), blocks=2, convs=2, latents=(8, 4),
+                               objective="elbo", top_k=1, beta=30.0), dict(
+        lr=1e-3, batch_size=16, steps=20_000, lr_drops=((12_000, 0.3), (17_000, 0.1)))),
     ("hpunet", "cityscapes"): (dict(channels=NINE_SCALES, blocks=2, kappa=0.77), dict(  # task=cars
         batch_size=128, steps=100_000, lr=2e-4, lr_drops=((70_000, 0.5),))),
     ("vae_unet", "synapse"): (dict(backbone="swin", ce_weight=0.4, dice_weight=0.5, kl_weight=0.1),
@@ -202,6 +205,8 @@ def first_model(settings, split) -> nn.Module:
                   dims=split.images.dim() - 2) | of_paper(settings)[0]
     if settings["quick"] and settings["model"] in MODELS:
         fields |= MODELS[settings["model"]].QUICK_CONFIG
+        if split.instances is not None:
+            fields |= getattr(MODELS[settings["model"]], "QUICK_INSTANCES", {})
     torch.manual_seed(settings["seed"])
     return build(settings["model"], fields | settings["model_args"])
 

@@ -105,9 +105,28 @@ def rand_errors(batch, found: Tensor) -> Tensor:
     return rand_error(found * known, objects(batch.instances, batch.fixed))
 
 
-def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, ending: str) -> dict:
-    """{name: (B,)}: Rand error and average precision of the ids `found` (B, H, W), and the Rand
-    error of the connected parts of the label map `prediction`: what a deterministic network can do.
+def coherence(samples: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
+    """(the share of an object's pixels in its commonest colour, mean over objects and samples, NaN
+    where there is no object, (B,); the number of objects, (B,)). Colours (n, B, *S), 0 for none,
+    and instance ids (B, *S), from 1 up."""
+    shares, counts, most = [], [], int(samples.max()) + 1
+    for colours, truth in zip(samples.flatten(2).unbind(1), instances.flatten(1)):
+        known = truth > 0
+        _, which, area = truth[known].unique(return_inverse=True, return_counts=True)
+        pixels = colours.new_zeros(len(colours), len(area) * most)
+        pixels.scatter_add_(1, which * most + colours[:, known],
+                            torch.ones_like(colours[:, known]))
+        shares.append((pixels.view(len(colours), len(area), most)[..., 1:].amax(2) / area).mean())
+        counts.append(len(area))
+    return torch.stack(shares), torch.tensor(counts, device=samples.device)
+
+
+def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, samples: Tensor,
+                    ending: str) -> dict:
+    """{name: (B,)}: Rand error and average precision of the ids `found` (B, H, W), the Rand error
+    of the connected parts of the label map `prediction`: what a deterministic network can do, the
+    `coherence` of the samples (n, B, H, W), and colour_nats, the information in the objects'
+    colours, which is the least KL of latents that can name them.
 
     An object's confidence is the mean over it of the probability of the classes that stand for
     objects; probs (B, K, H, W) are the samples' means.
@@ -115,9 +134,20 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, end
     known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
     precision = average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
     components = metrics.connected_components(objects(prediction, batch.fixed) > 0)
+    coherent, count = coherence(objects(samples, batch.fixed), truth * known)
     return {f"rand_error_{ending}": rand_errors(batch, found),
             **{f"{name}_{ending}": values for name, values in precision.items()},
-            "rand_error_components": rand_errors(batch, components)}
+            "rand_error_components": rand_errors(batch, components), "coherence": coherent,
+            "colour_nats": count * math.log(batch.num_classes - batch.fixed)}
+
+
+@torch.no_grad()
+def kl_terms(model, batch) -> dict:
+    """{"kl": (B,), "kl_<i>": (B,)}: the KL that the loss has of every case's first label map."""
+    rows = [model.loss(batch.images[i : i + 1], batch.labels[i : i + 1, 0].long())[1]
+            for i in range(len(batch))]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]
+            if name.split("_")[0] == "kl"}
 
 
 @torch.no_grad()

@@ -83,7 +83,11 @@ MEASURES = {
         "rand_error": "↓ Rand error: 1 - F-score over pairs of pixels of one object.",
         "rand_error_components": "↓ The same for connected parts of the prediction.",
         "ap": "↑ Average precision of the objects, over IoU thresholds from 0.5 to 0.95.",
-        "ap50": "↑ Average precision of the objects at an IoU of 0.5."}}
+        "ap50": "↑ Average precision of the objects at an IoU of 0.5.",
+        "coherence": "↑ Share of an object's pixels that have its commonest colour in a sample.",
+        "colour_nats": "Information in the objects' colours: objects x ln(colours), in nats.",
+        "kl": "KL divergence of posterior and prior in nats, of all latents and of each latent "
+              "map. Latents that can name every object need at least colour_nats."}}
 # Pictures that may lie in the folder, with captions; True for plots, which turn dark with the page.
 PICTURES = {
     "curves.png": (True, "Training: every term of the loss, and the validation score, by step."),

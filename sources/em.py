@@ -5,18 +5,21 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from sources.base import Case, Listing
 from sources.files import DataError, read_npz_arrays, read_pages, size_text
 
 
-def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256) -> Listing:
+def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256,
+            colours: Annotated[int, 2] = 15) -> Listing:
     """Sections of electron microscopy with instances, 0 = membrane (HPU-Net's SNEMI3D task).
 
     An .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
     train-labels.tif in a folder. Cases are the tiles of `tile` pixels a side that fit into a
-    section, whole sections with tile=0. The last tenth of the sections (rounded up) is test, the
-    tenth before it validation: the paper's 80 / 10 / 10 of 100 sections, 1280 / 160 / 160 tiles.
+    section, whole sections with tile=0; an instance has one of so many `colours`. The last tenth of
+    the sections (rounded up) is test, the tenth before it validation: the paper's 80 / 10 / 10 of
+    100 sections, 1280 / 160 / 160 tiles.
     """
     if path.is_dir():
         images, ids = (read_pages(path / f"train-{kind}.tif") for kind in ("input", "labels"))
@@ -41,4 +44,4 @@ def read_em(path: Path, wanted: Sequence[str], *, tile: int = 256) -> Listing:
         splits[split].append(len(cases))
         cases.append(Case(f"{section}/y{y:04d}-x{x:04d}" if tile else section, section,
                           partial(read, i, y, x)))
-    return Listing(cases, splits, 16, fixed=1)
+    return Listing(cases, splits, colours + 1, fixed=1)

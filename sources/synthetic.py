@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sources.base import (SPLITS, Split, random_classes, relabel, seeded_generator, spline,
                           split_groups)
+from sources.files import DataError
 
 STREET = ("sky", "building", "road", "sidewalk", "vegetation", "car", "person")
 
@@ -165,12 +166,17 @@ def flip_modes(values: Sequence[int], twin: int) -> tuple[Tensor, Tensor]:
     return table, torch.where(flipped == 1, chance, 1 - chance).prod(1)
 
 
-def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, seed: int = 0):
+def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, seed: int = 0,
+               faded: int = 0, colours: Annotated[int, 2] = 15):
     """Cells of a warped Voronoi diagram with dark membranes, like neurites in electron microscopy.
 
-    Each cell's class is drawn anew from 1..15; the membrane is class 0 (HPU-Net's SNEMI3D task,
-    arXiv:1905.13077, Sec. 3.3). `instances` holds the ids, `labels` four maps for evaluation.
+    Each cell's class is drawn anew from 1..colours; the membrane is class 0 (HPU-Net's SNEMI3D
+    task, arXiv:1905.13077, Sec. 3.3). `instances` holds the ids, `labels` four maps for evaluation.
+    faded: per cent of the image where membranes fade out and cells touch, so that the connected
+    components of even the true foreground are many cells at once.
     """
+    if faded > 100 or colours > 254:
+        raise DataError(f"faded={faded}, colours={colours}: give at most 100 per cent and 254")
     (uniform, normal), across = _draws(n, seed), 4  # cells along the side
     axis = (torch.arange(size) + 0.5) / size * across  # in cells
     y, x = axis[:, None] + 0.2 * _texture(normal, size, 4), axis + 0.2 * _texture(normal, size, 4)
@@ -188,13 +194,19 @@ def make_cells(*, n: Annotated[int, 3] = 500, size: Annotated[int, 32] = 64, see
     width = _broadcast(uniform(0.6, 1.1), 2) * size / 64
     shade = uniform(-0.08, 0.08, len(corners) + 1)
     shade = shade.gather(1, instances.flatten(1).long()).view(instances.shape)
-    images = (0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
-              - 0.45 * torch.sigmoid(3 * (1.2 * width - to_wall) / width)).clamp(0, 1)
-    instances.masked_fill_(to_wall < width, 0)
-    tables = [random_classes(n, len(corners) + 1, 1, 16, seeded_generator(seed, number))
+    images = 0.65 + shade + 0.08 * _texture(normal, size, 24) + 0.06 * normal(size, size)
+    visible = torch.ones_like(images)
+    if faded:  # drawn last: the cells are those of the set without it
+        field = _texture(normal, size, 12)
+        threshold = field.flatten(1).quantile(faded / 100, dim=1)
+        visible = torch.sigmoid(6 * (field - _broadcast(threshold, 2)))
+    wall = torch.sigmoid(3 * (1.2 * width - to_wall) / width)
+    images = (images - 0.45 * wall * visible).clamp(0, 1)
+    instances.masked_fill_((to_wall < width) & (visible > 0.5), 0)
+    tables = [random_classes(n, len(corners) + 1, 1, colours + 1, seeded_generator(seed, number))
               for number in range(4)]
     labels = torch.stack([relabel(instances, table) for table in tables], 1)
-    return _finish("section", images[:, None], labels, None, 16, instances=instances)
+    return _finish("section", images[:, None], labels, None, colours + 1, instances=instances)
 
 
 def make_organs(*, n: Annotated[int, 12] = 400, size: Annotated[int, 48] = 96, seed: int = 0):

@@ -12,6 +12,7 @@ import evaluate
 import metrics
 import models
 import train
+from analysis.instances import rand_error
 from helpers import DEEPMEDIC, SWIN, batch, generator, tiny
 from sources.warp import Augmentation
 
@@ -115,9 +116,9 @@ def test_metrics_are_those_of_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
         probs, y = logits.softmax(2).to(device), labels.to(device)
-        scores = metrics.sample_scores(probs.argmax(2), y, 4, counts=(4, 12))
+        scores = metrics.Pairs(probs.argmax(2), y, 4).sample_scores((4, 12))
         scores |= dict(ncc=metrics.ncc(probs, y), dice=metrics.dice(probs[0].argmax(1), y, 4),
-                       rand=metrics.rand_error(probs[0].argmax(1), y[:, 0] % 255))
+                       rand=rand_error(probs[0].argmax(1), y[:, 0] % 255))
         results.append({name: value.cpu().double() for name, value in scores.items()})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -11,6 +11,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import analysis.instances as instances
 import analysis.paper_figures as figures
+import data
+import train
 from common import bounded_log_std, cross_entropy
 from helpers import batch, count_parameters, generator, run_two, seeded
 from hpunet import HPUNet, HPUNetConfig, ResBlock, hard_pixels
@@ -525,3 +527,13 @@ def test_pictures(tmp_path, monkeypatch):
     instances.plot_instances(tmp_path / "instances.png", [case])
     for name in ("scales", "fill", "instances"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, of_instances", [("cells", True), ("shapes", False)])
+def test_quick_settings_know_sets_with_instances(name, of_instances):
+    settings, _ = train.settle(train.parse(["--model", "hpunet", "--data", name, "--quick",
+                                            "--model-args", "beta=7"]))
+    config = train.first_model(settings, data.load(name, "train", n=10, size=48)).config
+    recipe = HPUNet.QUICK_CONFIG | (HPUNet.QUICK_INSTANCES if of_instances else {}) | dict(beta=7)
+    assert vars(config) | recipe == vars(config)
+    assert (config.objective == "elbo") == of_instances

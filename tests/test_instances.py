@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from analysis.instances import clean_instances, cluster_instances
+import data
+import metrics
+from analysis.instances import clean_instances, cluster_instances, coherence, kl_terms, rand_error
+from hpunet import HPUNet, HPUNetConfig
+from sources.files import DataError
 
 
 def algorithm_1(samples, alpha, order):
@@ -138,3 +142,51 @@ def test_volumes_are_clustered_too():
     ids = clean_instances(cluster_instances(volume), 3, 5)
     assert ids.shape == (6, 16, 16) and len(ids.unique()) == 5
     assert torch.equal(ids == 0, (truth == 0).expand(6, -1, -1))
+
+
+def test_coherence_by_hand():
+    instances = torch.tensor([[[1, 1, 1, 1, 0, 7, 7, -1]], [[0, 0, 0, 0, 0, 0, 0, 0]]])
+    samples = torch.tensor([[[2, 2, 2, 3, 5, 1, 4, 4]], [[0, 0, 0, 3, 5, 4, 4, 9]]])  # (n, H, W)
+    share, count = coherence(samples[:, None].expand(-1, 2, -1, -1), instances)
+    # object 1: three of four, then one of four; object 7: one of two, then both
+    assert share[0].item() == pytest.approx((3 / 4 + 1 / 4 + 1 / 2 + 1) / 4)
+    assert share[1].isnan() and count.tolist() == [2, 0]
+
+
+def test_kl_of_every_case_by_itself():
+    split = data.load("cells", "test", n=15, size=32)
+    torch.manual_seed(0)
+    model = HPUNet(HPUNetConfig(num_classes=16, channels=(4, 6, 8), blocks=1, convs=1,
+                                latents=(2, 1))).eval()
+    torch.nn.init.normal_(model.posterior.heads["0"].weight)  # equal nets would have a KL of 0
+    terms = kl_terms(model, split)
+    assert set(terms) == {"kl", "kl_0", "kl_1"} and terms["kl"].shape == (3,)
+    assert torch.allclose(terms["kl"], terms["kl_0"] + terms["kl_1"])
+    first = model.loss(split.images[:1], split.labels[:1, 0].long())[1]
+    assert terms["kl_0"][0] == pytest.approx(first["kl_0"].item(), rel=1e-4)  # draws nothing
+
+
+def test_membranes_fade_and_the_cells_stay():
+    plain, faded = (data.load("cells", "all", n=20, faded=faded) for faded in (0, 50))
+    default = data.load("cells", "all", n=20)
+    for one, other in zip((plain.images, plain.instances, plain.labels),
+                          (default.images, default.instances, default.labels)):
+        assert torch.equal(one, other)
+    assert int(default.instances.sum()) == 1173768  # as before there was such an option
+    inside, gone = plain.instances > 0, (plain.instances == 0) & (faded.instances > 0)
+    assert torch.equal(faded.instances[inside], plain.instances[inside])
+    walls = (plain.instances == 0).sum()
+    assert 0.4 < gone.sum() / walls < 0.6
+    light, dark = faded.images[:, 0][gone].mean(), faded.images[:, 0][faded.instances == 0].mean()
+    assert light - dark > 0.2
+    truth = faded.instances.long()
+    assert rand_error(metrics.connected_components(truth > 0), truth).mean() > 0.7
+    assert rand_error(truth, truth).max() < 1e-6
+    with pytest.raises(DataError, match="at most 100 per cent"):
+        data.load("cells", "all", faded=101)
+
+
+def test_cells_of_five_colours():
+    five = data.load("cells", "all", n=20, colours=5)
+    assert five.num_classes == 6 and five.labels.unique().tolist() == list(range(6))
+    assert torch.equal(five.images, data.load("cells", "all", n=20).images)
