@@ -109,7 +109,7 @@ def coherence(samples: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
     """(the share of an object's pixels in its commonest colour, mean over objects and samples, NaN
     where there is no object, (B,); the number of objects, (B,)). Colours (n, B, *S), 0 for none,
     and instance ids (B, *S), from 1 up."""
-    shares, counts, most = [], [], int(samples.max()) + 1
+    shares, counts, most = [], [], max(2, int(samples.max()) + 1)  # none, and a colour
     for colours, truth in zip(samples.flatten(2).unbind(1), instances.flatten(1)):
         known = truth > 0
         _, which, area = truth[known].unique(return_inverse=True, return_counts=True)
