@@ -242,8 +242,8 @@ class Terms:
         return f"step {step:.0f}: {min(names, key=['loss', 'gradient'].count)}"
 
     def read(self) -> dict:
-        """{name: mean since the last read, over all processes}, the number of steps, and the seconds
-    that one took."""
+        """{name: mean since the last read, over all processes}, and how many steps there were and
+        how long one took."""
         mean = self.sum / self.count
         if dist.is_initialized():
             dist.all_reduce(mean)
@@ -414,8 +414,8 @@ def lacks_compiler(device) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """On Linux, let the process keep the memory that it frees: getting it back from the system, page
-    by page, took an eighth of a step."""
+    """On Linux, let the process keep the memory that it frees: getting it back from the system
+    page by page took an eighth of a step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks

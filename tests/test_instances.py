@@ -151,6 +151,8 @@ def test_coherence_by_hand():
     # object 1: three of four, then one of four; object 7: one of two, then both
     assert share[0].item() == pytest.approx((3 / 4 + 1 / 4 + 1 / 2 + 1) / 4)
     assert share[1].isnan() and count.tolist() == [2, 0]
+    empty = torch.zeros(3, 2, 1, 8, dtype=torch.long)  # no sample has an object
+    assert coherence(empty, instances)[0][0] == 0
 
 
 def test_kl_of_every_case_by_itself():

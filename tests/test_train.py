@@ -481,7 +481,8 @@ def test_what_a_paper_did_otherwise_is_the_default_there(model, name, monkeypatc
     fields, training = models.RECIPES[model, name]
     assert name in data.DATASETS
     dims, channels = (3, 4) if name == "brats" else (2, 3)
-    split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4)
+    split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4,
+                            instances=None)
     monkeypatch.setattr(train, "build", lambda *given: models.build(*given, "meta"))
     built = train.first_model(settings(model, name), split)
     assert {key: getattr(built.config, key) for key in fields} == fields
