@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import metrics
 from analysis.pictures import numbered, paint_image, paint_label, save_grid
 from common import center_crop
 
@@ -81,6 +80,26 @@ def _surviving(ids: Tensor, erosion: int) -> Tensor:
     return ids[high == low]
 
 
+def connected_components(mask: Tensor) -> Tensor:
+    """Ids (B, *S) int64, not consecutive, of the parts of mask (B, *S) bool whose pixels connect by
+    their sides; 0 where the mask is false."""
+    size = mask[0].numel()
+    ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
+    while True:
+        high = ids.clone()
+        for axis, side in enumerate(mask.shape[1:], 1):
+            for here, there in ((0, 1), (1, 0)):  # each pixel takes a neighbour's larger id
+                target = high.narrow(axis, here, side - 1)
+                torch.maximum(target, ids.narrow(axis, there, side - 1), out=target)
+        high *= mask
+        # then the id that the pixel it names has by now, so that ids travel ever further
+        known = torch.cat([high.new_zeros(len(high), 1), high.flatten(1)], 1)
+        high = known.gather(1, high.flatten(1)).view_as(ids)
+        if torch.equal(high, ids):
+            return ids
+        ids = high
+
+
 def objects(maps: Tensor, first: int) -> Tensor:
     """Label maps, or instance ids, with the classes or ids from `first` up counted from 1, all
     others 0. int64."""
@@ -133,7 +152,7 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, sam
     """
     known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
     precision = average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
-    components = metrics.connected_components(objects(prediction, batch.fixed) > 0)
+    components = connected_components(objects(prediction, batch.fixed) > 0)
     coherent, count = coherence(objects(samples, batch.fixed), truth * known)
     return {f"rand_error_{ending}": rand_errors(batch, found),
             **{f"{name}_{ending}": values for name, values in precision.items()},

@@ -5,9 +5,7 @@ can be sent to somebody as one file.
 """
 
 import base64
-import csv
 import io
-import json
 import re
 import textwrap
 from datetime import timedelta
@@ -19,7 +17,7 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from analysis.compare import training_time
+from analysis.compare import read_scores, training_time
 from analysis.pictures import COLORS, label_picture, paint_image, paint_map
 from sources.files import write_text
 from sources.runs import read_config, read_log
@@ -128,9 +126,7 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     judged: what was judged, in words. cases: pictures.Case of every case to page through; shown:
     {its name in per_case.csv: its name in pictures}.
     """
-    summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    with open(out / "per_case.csv", newline="", encoding="utf-8") as file:
-        scores = {row["name"]: row for row in csv.DictReader(file)}
+    summary, scores = read_scores(out)
     about = ["{model} on {data}, seed {seed}".format(**read_config(folder)["settings"]), judged]
     for steps, seconds in training_time(read_log(folder))[-1:]:
         if abs(seconds) < 1e9:  # in a damaged log it may be anything

@@ -12,7 +12,6 @@ run that fails is named below the table with its last line, and does not hold up
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics
-from analysis.compare import compare
+from analysis.compare import compare, read_scores
 from common import Progress, UserError, pick_device, say
 from results.tables import TABLES, WORDS, Table
 from sources.files import write_text
@@ -157,10 +156,11 @@ def measure(runs: list[Run], column: str):
     last, column = "last" in judge and "best:" not in column, column.removeprefix("best:")
     for run in runs:
         folder = run.folder / "test-all-last" if last else run.folder
-        file = folder / ("ood.json" if "--ood" in judge else "metrics.json")
-        summaries.append(json.loads(file.read_text()).get(column))
-        with open(folder / "per_case.csv", newline="") as text:
-            tables.append({r["name"]: float(r.get(column, "nan")) for r in csv.DictReader(text)})
+        summary, rows = read_scores(folder)
+        if "--ood" in judge:
+            summary = json.loads((folder / "ood.json").read_text())
+        summaries.append(summary.get(column))
+        tables.append({name: float(row.get(column, "nan")) for name, row in rows.items()})
     if None in summaries:
         return None
     means, errors = zip(*((summary["mean"], summary["stderr"]) for summary in summaries))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-import metrics
-from analysis.instances import clean_instances, cluster_instances, coherence, kl_terms, rand_error
+from analysis.instances import (clean_instances, cluster_instances, coherence,
+                                connected_components, kl_terms, rand_error)
 from hpunet import HPUNet, HPUNetConfig
 from sources.files import DataError
 
@@ -182,7 +182,7 @@ def test_membranes_fade_and_the_cells_stay():
     light, dark = faded.images[:, 0][gone].mean(), faded.images[:, 0][faded.instances == 0].mean()
     assert light - dark > 0.2
     truth = faded.instances.long()
-    assert rand_error(metrics.connected_components(truth > 0), truth).mean() > 0.7
+    assert rand_error(connected_components(truth > 0), truth).mean() > 0.7
     assert rand_error(truth, truth).max() < 1e-6
     with pytest.raises(DataError, match="at most 100 per cent"):
         data.load("cells", "all", faded=101)
