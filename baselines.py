@@ -1,7 +1,7 @@
-"""The systems that the Probabilistic U-Net was compared with (Kohl et al., NeurIPS 2018, Sec. 3.2).
+"""The methods that the Probabilistic U-Net was compared with (Kohl et al., NeurIPS 2018, Sec. 3.2).
 
-All stand on the same U-Net and are trained on the same schedule (App. H.1). With M outputs
-eta_1 ... eta_M, each a map of logits, and CE_m = -sum_i log softmax(eta_m)[i, y_i], they are
+All use the same U-Net and training schedule (App. H.1). Write eta_1 ... eta_M for a model's M
+outputs, each a logit map, and CE_m = -sum_i log softmax(eta_m)[i, y_i] for their cross-entropies:
 
                         loss                                            a sample      varies with
     DeterministicUNet   CE                                              the output    nothing
@@ -9,27 +9,28 @@ eta_1 ... eta_M, each a map of logits, and CE_m = -sum_i log softmax(eta_m)[i, y
     EnsembleUNet        sum_m CE_m of M separate networks               one network   the weights
     MHeads              (1 - eps) CE_best + eps/(M - 1) sum of others   one head      the head
 
-What varies with the weights is epistemic uncertainty: what more data would settle, not how
-annotators differ. M-Heads learn how they differ, which is aleatoric, but not how often: the best
-head takes nearly all of the loss, and all are drawn equally often. A deterministic U-Net holds
-aleatoric uncertainty pixel by pixel, in its probabilities. The Image2Image VAE, the paper's other
-baseline, is a configuration of prob_unet.py.
+Samples that vary with the weights show epistemic uncertainty, which more data would reduce, and not
+how annotators differ. A deterministic U-Net has aleatoric uncertainty in its probabilities, but for
+each pixel separately. M-Heads learn how annotators differ, because the loss mainly trains the best
+head, so that heads specialise. They cannot learn how often, because all heads are equally likely.
+The Image2Image VAE, the paper's other baseline, is a configuration of prob_unet.py.
 
-SSN's own baselines (Monteiro et al. 2020) are the deterministic networks that it stands on: with
-`norm=batch` the U-Net of Table 1, with `backbone=deepmedic` the DeepMedic of Table 2, which is what
-`--model unet --data brats` trains.
+The SSN paper's baselines (Monteiro et al. 2020) are the backbones of SSN without the method:
+`norm=batch` is the U-Net of its Table 1, `backbone=deepmedic` the DeepMedic of its Table 2, trained
+by `--model unet --data brats`.
 
 Differences from the paper
-  1. The paper trains a model of 4, 8 and 16 outputs for as many samples. Here any number can be
-     drawn: the first 4 of 16 outputs, or all of them again and again. For the paper's, set M.
-  2. The ensemble's members are trained in one run: they differ in their initial weights, but are
-     given the same batches. For other batches too, train `unet` with several values of --seed.
-  3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows, and in the
-     decoder on the whole input of a block, skip connection included. `predict` uses no dropout.
+  1. The paper trains separate models of 4, 8 and 16 outputs for as many samples. Here any number of
+     samples can be drawn from one model: the first 4 of 16 outputs, or all of them repeatedly. For
+     the paper's way, set M.
+  2. The ensemble's members are trained in one run: they differ in their initial weights, but get
+     the same batches. To vary the batches too, train `unet` with several values of --seed.
+  3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows; in the
+     decoder, on the whole input of a block, including the skip connection. `predict` uses none.
   4. One 1-wide convolution follows the U-Net; the paper has "the appropriate number".
-  5. DeepMedic's cross-entropy is summed over a patch's voxels, as all losses here; the authors take
-     the mean, over the air around the brain as well. RMSprop does not see the difference, and the
-     weight decay in train.RECIPES makes up for it.
+  5. DeepMedic's cross-entropy is summed over a patch's voxels, like all losses here. The authors
+     take the mean, which includes the air around the brain. RMSprop does not depend on this scale,
+     and the weight decay in train.RECIPES is adapted to it.
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
@@ -47,22 +48,22 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.det_unet import DetUNet
-from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, encode,
-                    halve, init_orthogonal, pad_to_multiple, valid_label)
+from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, halve,
+                    init_orthogonal, pad_to_multiple, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The U-Net under all of them; defaults are the paper's LIDC model."""
+    """The network that all baselines use; defaults are the paper's LIDC model."""
 
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # a resolution level each
-    convs: int = 3  # 3-wide convolutions a level
-    norm: str = "none"  # or "batch": SSN's U-Net
-    backbone: str = "unet"  # or "deepmedic" (3D) instead of a U-Net: unet and ensemble
-    deepmedic: dict = field(default_factory=dict)  # fields of DeepMedicConfig other than default
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # width of each resolution level
+    convs: int = 3  # 3-wide convolutions per level
+    norm: str = "none"  # or "batch" for SSN's U-Net
+    backbone: str = "unet"  # or "deepmedic" (3D), for unet and ensemble
+    deepmedic: dict = field(default_factory=dict)  # fields of DeepMedicConfig to change
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,27 @@ class DropoutUNetConfig(UNetConfig):
     """The U-Net, and where its activations are dropped."""
 
     p: float = 0.5  # probability that an activation is dropped
-    dropout_blocks: int = 3  # innermost encoder blocks, and decoder blocks, with dropout
+    dropout_blocks: int = 3  # number of innermost encoder and decoder blocks with dropout
 
 
 @dataclass(frozen=True)
 class EnsembleUNetConfig(UNetConfig):
-    """The U-Net of every member."""
+    """The U-Net of every member, and how many members."""
 
-    members: int = 16  # M; the paper has one for each sample, of which it draws up to 16
+    members: int = 16  # M; the paper has as many as samples, up to 16
 
 
 @dataclass(frozen=True)
 class MHeadsConfig(UNetConfig):
-    """The U-Net under all heads."""
+    """The U-Net that all heads share, and the loss's epsilon."""
 
-    heads: int = 16  # M; the paper has one for each sample, of which it draws up to 16
-    epsilon: float = 0.05  # weight of all heads but the best, together (Rupprecht et al. 2017)
+    heads: int = 16  # M; the paper has as many as samples, up to 16
+    epsilon: float = 0.05  # total weight of all heads but the best (Rupprecht et al. 2017)
 
 
 def build_unet(c: UNetConfig) -> nn.Module:
-    """The U-Net all of them stand on, with features of width `out_channels`; or DeepMedic, which
-    returns logits."""
+    """The U-Net that all baselines use, which returns features of `out_channels` channels, or
+    DeepMedic, which returns logits."""
     check_choice("dims", c.dims, (1, 2, 3))
     check_choice("norm", c.norm, ("none", "batch"))
     check_choice("backbone", c.backbone, ("unet", "deepmedic"))
@@ -105,7 +106,8 @@ def build_unet(c: UNetConfig) -> nn.Module:
 class Mixture(nn.Module):
     """M outputs of equal probability: p(y | x) = 1/M sum_m prod_i softmax(eta_m)[i, y_i].
 
-    A subclass sets `count`, which is M, and defines `loss` and outputs(image, n), the logits
+    `sample` returns the outputs in turn, and `predict` averages their probabilities. A subclass
+    defines `count` (M), `loss` (which `forward` calls), and outputs(image, n), the logits
     (n, B, K, *S) of the first n <= M outputs.
     """
 
@@ -119,25 +121,25 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (n, B, K, *S): the outputs in order, again and again. Nothing is random."""
+        """Logits (n, B, K, *S): the outputs in order, repeated if n > M. Nothing is random."""
         outputs = self.outputs(image, min(n, self.count))
         return outputs[torch.arange(n, device=outputs.device) % self.count]
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """Probabilities (B, K, *S), averaged over the outputs: the mixture's marginals."""
+        """Probabilities (B, K, *S) of the mixture for each pixel: the mean over the outputs."""
         return self.outputs(image, self.count).float().softmax(2).mean(0)
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """log p(y | x) of the mixture in nats, (B,); exact, whatever n."""
+        """log p(y | x) of the mixture in nats, (B,). It is exact and does not depend on n."""
         log_prob = -cross_entropy(self.outputs(image, self.count), valid_label(label, mask))
         return log_prob.logsumexp(0) - math.log(self.count)
 
 
 class DeterministicUNet(Mixture):
-    """One U-Net (or DeepMedic), one output. Default: 2D, 11.77 M parameters."""
+    """One U-Net (or DeepMedic) with one output. Default: 2D, 11.77 M parameters."""
 
     Config = UNetConfig
     count = 1
@@ -153,16 +155,16 @@ class DeterministicUNet(Mixture):
             init_orthogonal(self)
 
     def outputs(self, image: Tensor, n: int = 1) -> Tensor:
-        """Logits of the one output there is, (1, B, K, *S)."""
+        """Logits of the single output, (1, B, K, *S)."""
         if self.config.backbone == "deepmedic":
             return torch.stack(self.unet.stitch(image, lambda logits: [logits]))
         return self.head(self.unet(image)).unsqueeze(0)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Cross-entropy in nats, summed over pixels, averaged over the batch; and its terms.
+        """Cross-entropy in nats, summed over pixels and averaged over the batch: (loss, terms).
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
-        DeepMedic trains on one patch of every volume, at random.
+        With DeepMedic, the loss is that of one random patch of every volume.
         """
         label = valid_label(label, mask)
         if self.config.backbone == "deepmedic":
@@ -175,7 +177,7 @@ class DeterministicUNet(Mixture):
 
 
 class EnsembleUNet(Mixture):
-    """M U-Nets of independent initial weights. Default: 188 M parameters; `members[m]` is one."""
+    """M U-Nets with independent initial weights, in `members`. Default: 188 M parameters."""
 
     Config = EnsembleUNetConfig
     QUICK_CONFIG = Mixture.QUICK_CONFIG | dict(members=2)
@@ -192,11 +194,11 @@ class EnsembleUNet(Mixture):
         return torch.cat([member.outputs(image) for member in self.members[:n]])
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """The members' losses summed, so that each has the gradient it would have alone.
+        """Sum of the members' losses, so that each gets the gradient it would get alone.
 
-        Arguments as DeterministicUNet.loss; the term `cross_entropy` is the members' mean. The
-        backward pass computes each member's activations again, so that only one member's are in
-        memory at a time (1 GB each by default); this is a third more work.
+        Arguments as in DeterministicUNet.loss; the term `cross_entropy` is the members' mean. To
+        hold only one member's activations in memory at a time (1 GB each by default), the backward
+        pass computes them again, which is a third more work.
         """
         losses = [checkpoint(member, image, label, mask, use_reentrant=False,
                              preserve_rng_state=False)[0] for member in self.members]
@@ -205,7 +207,7 @@ class EnsembleUNet(Mixture):
 
 
 class MHeads(Mixture):
-    """One U-Net with M 1-wide convolutions, each of which comes to follow some annotators."""
+    """One U-Net with M output layers (heads), each of which specialises on some annotations."""
 
     Config = MHeadsConfig
 
@@ -215,7 +217,8 @@ class MHeads(Mixture):
             raise ValueError(f"heads={config.heads}, epsilon={config.epsilon}: heads is at least "
                              "2, epsilon at least 0 and below 1")
         check_choice("backbone", config.backbone, ("unet",))
-        self.config, self.count, c = config, config.heads, config
+        self.config = c = config
+        self.count = c.heads
         self.unet = build_unet(c)
         self.heads = CONV[c.dims](self.unet.out_channels, c.heads * c.num_classes, 1)
         if c.norm == "none":
@@ -227,22 +230,22 @@ class MHeads(Mixture):
         return logits.unflatten(1, (self.count, -1)).transpose(0, 1)[:n]
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """(1 - eps) of the best head's cross-entropy, eps shared by the others; and both terms.
+        """(1 - eps) CE of the best head + eps (mean CE of the others): (loss, both CEs as terms).
 
-        Arguments as DeterministicUNet.loss. Every case has its own best head.
+        Arguments as in DeterministicUNet.loss. Each case of the batch has its own best head.
         """
         losses = cross_entropy(self.outputs(image, self.count), valid_label(label, mask))  # (M, B)
         best, epsilon = losses.min(0).values, self.config.epsilon
-        others = (losses.sum(0) - best) / (self.count - 1)  # mean of the others
+        others = (losses.sum(0) - best) / (self.count - 1)
         loss = ((1 - epsilon) * best + epsilon * others).mean()
         return loss, {"best": best.detach().mean(), "others": others.detach().mean()}
 
 
 class DropoutUNet(DeterministicUNet):
-    """One U-Net; a sample is one random dropout mask, in training as in sampling.
+    """One U-Net with dropout; every sample is computed under a random dropout mask, as in training.
 
-    `predict` uses none: the usual approximation of the mean over masks. The encoder's levels before
-    the first dropout are computed once for all samples, the rest once a sample.
+    `predict` uses no dropout, the usual approximation of the mean over masks. The encoder's levels
+    before the first dropout are computed once for all samples, the rest once per sample.
     """
 
     Config = DropoutUNetConfig
@@ -257,14 +260,14 @@ class DropoutUNet(DeterministicUNet):
         check_choice("backbone", c.backbone, ("unet",))
         super().__init__(c)
 
-    def outer(self, image: Tensor) -> list[Tensor]:
+    def before_dropout(self, image: Tensor) -> list[Tensor]:
         """Features of the encoder's levels before the first dropout, fine to coarse."""
         blocks = self.unet.encoder[: -self.config.dropout_blocks]
-        return encode(blocks, pad_to_multiple(image, self.unet.multiple))
+        return run_encoder(blocks, pad_to_multiple(image, self.unet.multiple))
 
-    def inner(self, features: list[Tensor], size,
-              generator: torch.Generator | None = None) -> Tensor:
-        """The rest: from the features of `outer`, logits (B, K, *size) under a new mask."""
+    def with_dropout(self, features: list[Tensor], size,
+                     generator: torch.Generator | None = None) -> Tensor:
+        """The rest: from the features of `before_dropout`, logits (B, K, *size) under a new mask."""
         c = self.config
         *skips, x = features
         for block in self.unet.encoder[-c.dropout_blocks :]:
@@ -276,21 +279,22 @@ class DropoutUNet(DeterministicUNet):
         return self.head(center_crop(x, size))
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Cross-entropy under one random mask a case; arguments as DeterministicUNet.loss."""
-        logits = self.inner(self.outer(image), image.shape[2:])
+        """Cross-entropy, each case under a random mask; arguments as DeterministicUNet.loss."""
+        logits = self.with_dropout(self.before_dropout(image), image.shape[2:])
         loss = cross_entropy(logits, valid_label(label, mask)).mean()
         return loss, {"cross_entropy": loss.detach()}
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Logits (n, B, K, *S); every sample of every case has its own mask."""
-        features = self.outer(image)
-        return torch.stack([self.inner(features, image.shape[2:], generator) for _ in range(n)])
+        """Logits (n, B, K, *S). Every sample of every case has its own mask."""
+        features, size = self.before_dropout(image), image.shape[2:]
+        return torch.stack([self.with_dropout(features, size, generator) for _ in range(n)])
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """log 1/n sum of n masks' p(y | x) in nats: a lower bound on average, (B,)."""
-        features, label = self.outer(image), valid_label(label, mask)
-        log_prob = [-cross_entropy(self.inner(features, image.shape[2:]), label) for _ in range(n)]
+        """log of the mean of p(y | x) over n masks, in nats, (B,): a lower bound on average."""
+        features, label = self.before_dropout(image), valid_label(label, mask)
+        log_prob = [-cross_entropy(self.with_dropout(features, label.shape[1:]), label)
+                    for _ in range(n)]
         return torch.stack(log_prob).logsumexp(0) - math.log(n)

@@ -1,8 +1,9 @@
-"""What two or more methods share to the letter. Knows no method, no data set, no metric.
+"""What two or more methods share: Gaussians, losses, U-Net blocks, padding, devices.
 
-Alphabet of shapes, used in every file:
+All files write shapes with the same letters:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
+A "3-wide" convolution has a kernel of 3 pixels along every spatial axis.
 
 Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / progress.
 """
@@ -20,15 +21,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = 255  # label of a pixel that no loss and no metric sees
+IGNORE = 255  # the label of pixels that every loss and metric leaves out
 
 
 class UserError(ValueError):
-    """A mistake of the user's, worth one line at the command line and no traceback."""
+    """A mistake of the user: the command line prints its one line without a traceback."""
 
 
 def key_values(option: str, items: list[str]) -> dict:
-    """["rank=0", "channels=(8,16)"] -> {"rank": 0, "channels": (8, 16)}; other values are text."""
+    """["rank=0", "norm=batch"] -> {"rank": 0, "norm": "batch"}: Python literals, else text."""
     result = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -36,7 +37,7 @@ def key_values(option: str, items: list[str]) -> dict:
             raise UserError(f"{option} {item[:80]}: write key=value, up to 1000 characters")
         try:
             result[key] = ast.literal_eval(value)
-            json.dumps(result[key], allow_nan=False)  # as config.json will keep it
+            json.dumps(result[key], allow_nan=False)  # config.json has to store it
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             result[key] = value
     return result
@@ -44,20 +45,20 @@ def key_values(option: str, items: list[str]) -> dict:
 
 # ------------------------------------------------------------------------ noise and Gaussians
 
-# Feature values to compute together. A CPU is fastest while they stay in its cache; a GPU wants
-# large launches, and these are small beside its memory (16 MB and 256 MB in float32).
+# Samples are computed in chunks of about this many feature values (16 MB and 256 MB in float32). A
+# CPU is fastest while a chunk stays in its cache; a GPU needs much work at once.
 CHUNK_CPU, CHUNK_GPU = 2**22, 2**26
 
 
 def samples_at_once(values: int, device: torch.device) -> int:
-    """How many samples to compute together, where each holds `values` feature values at its widest
-    point, so that the memory that sampling takes does not grow with the number of samples."""
+    """The number of samples in a chunk if one sample needs `values` feature values at its widest
+    layer. Because of the chunks, sampling more masks does not take more memory for features."""
     return max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // values)
 
 
 def concatenate(chunks, n: int) -> Tensor:
-    """Chunks of samples (m, ...), n samples in all, as one tensor (n, ...). Unlike torch.cat of a
-    list, this does not hold them twice."""
+    """Join chunks of samples (m, ...), n samples in total, to one tensor (n, ...). Unlike torch.cat
+    of a list, this does not hold every sample twice in memory."""
     samples, start = None, 0
     for chunk in chunks:
         if len(chunk) == n:
@@ -70,11 +71,11 @@ def concatenate(chunks, n: int) -> Tensor:
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
-    """Smoothly into (-4, 4), a std of 0.018 to 55; close to the identity in between. float32.
+    """Squash x smoothly into (-4, 4), so that the std is between 0.018 and 55. float32.
 
-    An unbounded log std is the most frequent cause of a NaN in the KL of a conditional VAE. Images
-    that were not standardised (x 255) begin with a KL of 1e11 nats under a bound of 10 and still
-    have 6e3 after 300 steps; under 4, these are 3e6 and 6.
+    An unbounded log std is the most frequent cause of NaN in the KL of a conditional VAE. The bound
+    is 4 because images that were not standardised (x 255) then start training at a KL of 3e6 nats
+    and reach 6 after 300 steps; with a bound of 10 they start at 1e11 and reach only 6e3.
     """
     return 4 * torch.tanh(x.float() / 4)
 
@@ -83,9 +84,10 @@ def standard_normal(shape, like: Tensor, generator: torch.Generator | None = Non
                     draw=torch.randn) -> Tensor:
     """Float32 noise of `shape`, whose first axis is the batch, on the device of `like`.
 
-    With a generator, on the generator's device first, so one seed gives one result everywhere.
-    Without one, in training under DistributedDataParallel every rank (all seeded alike) draws for
-    the whole global batch and keeps its own rows: W processes see exactly the noise one would.
+    With a generator, the noise is drawn on the generator's device and then moved, so a seed gives
+    the same noise on every device. Without one, when training under DistributedDataParallel, all
+    ranks have the same seed: each draws the noise of the whole global batch and keeps the rows of
+    its own cases. Several processes then use exactly the noise that a single process would.
     """
     if generator is not None:
         return draw(shape, generator=generator, device=generator.device).to(like.device)
@@ -96,26 +98,26 @@ def standard_normal(shape, like: Tensor, generator: torch.Generator | None = Non
 
 
 def uniform(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """As `standard_normal`, but uniform on [0, 1)."""
+    """Like `standard_normal`, but uniform on [0, 1)."""
     return standard_normal(shape, like, generator, draw=torch.rand)
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """x (B, ...) with a share p of zeros and the rest scaled by 1/(1 - p).
+    """Dropout on x (B, ...): each value is zero with probability p, else scaled by 1/(1 - p).
 
-    F.dropout takes no generator, and would give every process of a run the same masks.
+    F.dropout accepts no generator and would give all processes of a run the same masks.
     """
     return x.masked_fill(uniform(x.shape, x, generator) < p, 0) / (1 - p)
 
 
 def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: int,
                     generator: torch.Generator | None, width: int):
-    """Yield standard normal noise for n draws of a hierarchy of latent maps, m draws at a time:
-    {i: (m * B, D_i, *S_i)}, the cases of a draw together.
+    """Yield standard normal noise for n samples of a hierarchy of latent maps (PHiSeg, HPU-Net), in
+    chunks of m samples: {level i: (m * B, D_i, *S_i)}, the B cases of a sample side by side.
 
-    channels: D_i of every level, coarse to fine; the coarsest has one position for `multiple`
-        pixels a side, each next one has twice as many. A level of 0 channels has no noise.
-    width: feature values that a draw holds for each pixel of the image, which decide about m.
+    channels: {i: D_i}, coarse to fine; a level with D_i = 0 has no latents.
+    multiple: side, in pixels, of one position of the coarsest map; it halves at every finer level.
+    width: feature values that a sample needs for each pixel of the image; they determine m.
     """
     size, noise = [-(-s // multiple) for s in image.shape[2:]], {}  # rounded up
     for i, depth in channels.items():
@@ -129,9 +131,9 @@ def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: i
 
 
 class DiagonalNormal:
-    """Independent normals, the latent distribution of every conditional VAE here.
+    """Independent normals: prior and posterior of the latents in every conditional VAE here.
 
-    mean, log_std: (B, ...) of one shape; `log_std` is bounded on the way in, all in float32.
+    mean, log_std: (B, ...) of the same shape, kept in float32; `log_std` is bounded first.
     """
 
     def __init__(self, mean: Tensor, log_std: Tensor):
@@ -139,17 +141,17 @@ class DiagonalNormal:
         self.std = self.log_std.exp()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One reparameterised draw, differentiable in mean and log_std; shape of `mean`."""
+        """One sample mean + std * noise, so gradients reach mean and std; shape of `mean`."""
         return self.mean + self.std * standard_normal(self.mean.shape, self.mean, generator)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log density of z in nats, summed over all but the batch: (B,)."""
+        """Log density of z in nats, summed over all axes but the batch: (B,)."""
         half_log_2pi = 0.9189385332046727
         scaled = (z.float() - self.mean) * torch.exp(-self.log_std)
         return -(0.5 * scaled.square() + self.log_std + half_log_2pi).flatten(1).sum(1)
 
     def kl(self, other: "DiagonalNormal") -> Tensor:
-        """KL(self || other) in nats, summed over all but the batch: (B,)."""
+        """KL(self || other) in nats, summed over all axes but the batch: (B,)."""
         log_ratio = self.log_std - other.log_std
         scaled = (self.mean - other.mean) * torch.exp(-other.log_std)
         kl = 0.5 * (torch.exp(2 * log_ratio) + scaled.square() - 1) - log_ratio
@@ -157,35 +159,36 @@ class DiagonalNormal:
 
 
 def predict_normal(head: nn.Module, features: Tensor) -> DiagonalNormal:
-    """The normal whose mean and log std (half of the channels each) the 1-wide layer `head`
-    predicts from features (B, C, ...). In float32 whatever autocast says: bfloat16 would round the
-    mean to 8 bits, and with it every sample."""
+    """The normal that the 1-wide layer `head` predicts from features (B, C, ...): the first half of
+    its channels is the mean, the second the log std. This runs in float32 even under autocast,
+    because bfloat16 would round the mean to 8 bits and with it every sample."""
     with torch.autocast(features.device.type, enabled=False):
         return DiagonalNormal(*head(features.float()).chunk(2, 1))
 
 
 def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Tensor:
-    """log [p(z) / mix(z)] in the lower bound of a conditional VAE's log p(y | x) by importance
-    sampling (Burda et al. 2016),
+    """log [p(z) / mix(z)], the correction in importance sampling of a conditional VAE's likelihood
+    (Burda et al. 2016). The estimate of log p(y | x) from n latents z_i is
 
         log (1/n) sum_i p(y | z_i) p(z_i) / mix(z_i),     mix = (n_q q + n_p p) / n,
 
-    where n_q of the n draws z_i are from the posterior q and n_p from the prior p. Every method
-    takes half from each: q may be wrong about masks unlike those of training, and then the draws
-    from p still count. n = n_q = 1 gives, on average, the ELBO; more draws tighten the bound.
+    where n_q of the z_i are drawn from the posterior q and n_p from the prior p. The methods draw
+    half from each, because q may miss the right z for masks unlike those of training, and then the
+    z_i from p help. The estimate is on average a lower bound: the ELBO for n = n_q = 1, and
+    tighter for larger n.
 
-    log_q, log_p: log densities of the z_i in nats, of one shape, as is the result.
+    log_q, log_p: log densities of the z_i in nats, of one shape, which is also the result's.
     """
     log_share_q, log_share_p = (math.log(k / (n_q + n_p)) if k else -math.inf for k in (n_q, n_p))
     return log_p - torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
 
 
 class LowRankNormal:
-    """N(mean, F F^T + diag(D)) over whole logit maps (SSN Eq. 5).
+    """N(mean, F F^T + diag(D)), a joint distribution of all logits of a map (SSN Eq. 5).
 
-    mean (B, K, *S), factor F (B, R, K, *S) or None for independent normals, diagonal D
-    (B, K, *S) of variances > 0. A draw is mean + F e1 + sqrt(D) e2: nothing is factored or
-    inverted, so no covariance is too ill-conditioned to sample from.
+    mean (B, K, *S). factor F (B, R, K, *S), or None for independent logits. diagonal D
+    (B, K, *S), variances > 0. With standard normal e1, e2, a sample is mean + F e1 + sqrt(D) e2.
+    No matrix is factorised or inverted, so ill-conditioned covariances do no harm.
     """
 
     def __init__(self, mean: Tensor, factor: Tensor | None, diagonal: Tensor):
@@ -194,22 +197,21 @@ class LowRankNormal:
 
     def sample(self, n: int, generator: torch.Generator | None = None, *,
                antithetic: bool = False, temperature: float = 1.0) -> Tensor:
-        """n reparameterised draws, (n, B, K, *S) float32.
+        """n reparameterised samples, (n, B, K, *S) float32.
 
-        antithetic: draws n/2 .. n-1 mirror draws 0 .. n/2-1 about the mean. An average over
-            them varies less, but they are not independent: for a loss, not for a picture.
-        temperature: T scales the covariance, N(mean, T Sigma); 0 returns the mean n times.
+        antithetic: samples n/2 .. n-1 mirror samples 0 .. n/2-1 about the mean. Averages over
+            them, such as a loss, vary less; but the samples are no longer independent.
+        temperature: T scales the covariance, N(mean, T Sigma); at 0 every sample is the mean.
         """
         batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
         shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
         deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
         std = self.diagonal.sqrt().unsqueeze(1)
-        # In place from here on, so that samples take no more memory than they must; but gradients
-        # need the noise itself.
+        # Operations in place save memory, but the backward pass needs this noise unchanged.
         deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
         if self.factor is not None:
             noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
-            # autocast would run the product in bfloat16 and round every sample
+            # under autocast, the product in bfloat16 would round every sample
             with torch.autocast(mean.device.type, enabled=False):
                 deviation.view(batch, drawn, -1).baddbmm_(noise, self.factor.flatten(2))
         if temperature != 1:
@@ -219,10 +221,10 @@ class LowRankNormal:
         return deviation.add_(mean).transpose(0, 1)
 
     def scale_classes(self, samples: Tensor, scale: Tensor) -> Tensor:
-        """Scale each class's part of (sample - mean) after the fact (SSN Fig. 6).
+        """Scale the deviation from the mean of each class in finished samples (SSN Fig. 6).
 
-        samples (n, B, K, *S) as drawn; scale (K,): 1 keeps a class, 0 puts it at its mean,
-        negative values turn its deviation round.
+        samples (n, B, K, *S); scale (K,): 1 leaves a class unchanged, 0 sets it to its mean,
+        a negative value mirrors it about its mean.
         """
         scale = scale.to(samples).view(-1, *[1] * (samples.dim() - 3))
         return self.mean + scale * (samples - self.mean)
@@ -232,16 +234,13 @@ class LowRankNormal:
 
 
 def valid_label(label: Tensor, mask: Tensor | None) -> Tensor:
-    """`label` (B, *S) with 255 wherever `mask` (B, *S) is given and false."""
+    """`label` (B, *S) with 255, to be ignored, wherever `mask` (B, *S) is given and False."""
     return label if mask is None else label.masked_fill(~mask, IGNORE)
 
 
 def one_hot(label: Tensor, num_classes: int, size) -> Tensor:
-    """Label map (B, *S) -> float32 (B, K, *size), as the posterior nets take it.
-
-    Centred in `size` as `pad_to_multiple` centres an image; the padding and ignored pixels (255)
-    are zero in every class.
-    """
+    """Label map (B, *S) -> one-hot float32 (B, K, *size), centred as `pad_to_multiple` centres the
+    image. Padding and ignored pixels (255) are zero in every class."""
     classes = torch.arange(num_classes, device=label.device).view(-1, *[1] * len(size))
     hot = torch.zeros(len(label), num_classes, *size, device=label.device)
     center_crop(hot, label.shape[1:]).copy_(label.unsqueeze(1) == classes)
@@ -249,9 +248,9 @@ def one_hot(label: Tensor, num_classes: int, size) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """-sum_i log softmax(logits_i)[label_i] over each case's pixels, in nats: (..., B) float32.
+    """-sum_i log softmax(logits_i)[label_i], summed over a case's pixels i, in nats: (..., B).
 
-    logits (..., B, K, *S), label int64 (B, *S) with 255 ignored, shared by the leading axes.
+    logits (..., B, K, *S); label int64 (B, *S), 255 ignored, is the same for all leading axes.
     """
     lead = logits.dim() - label.dim() - 1  # number of leading axes
     label = label.expand(*logits.shape[:lead], *label.shape)
@@ -269,20 +268,20 @@ AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def batch_norm(dims: int, channels: int) -> nn.Module:
-    """With the epsilon of PHiSeg's and SSN's code, 1e-3, and PyTorch's momentum, 0.1.
+    """Batch norm with the epsilon of PHiSeg's and SSN's code, 1e-3, but PyTorch's momentum, 0.1.
 
-    Their averages move by 1 % a step and lag behind the weights in runs of hundreds of steps: a
-    small PHiSeg had a GED of .286 with them, of .16 to .18 with statistics re-estimated.
+    Their running statistics move by 1 % a step, so in runs of hundreds of steps they lag behind the
+    weights: a small PHiSeg had a GED of .286 with them, .16 to .18 with re-estimated statistics.
     """
     return BATCH_NORM[dims](channels, eps=1e-3)
 
 
 def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1,
                kernel: int = 3, norm: str = "batch") -> nn.Sequential:
-    """`convs` times: size-keeping convolution, normalisation ("batch" or "none"), ReLU."""
+    """`convs` times: a convolution that keeps the size, normalisation ("batch" or "none"), ReLU."""
     layers = []
     for i in range(convs):
-        # batch norm subtracts the mean again, so a bias before it would do nothing
+        # batch norm subtracts the mean, so a bias before it would have no effect
         layers.append(CONV[dims](in_channels if i == 0 else out_channels, out_channels, kernel,
                                  padding=kernel // 2, bias=norm != "batch"))
         if norm == "batch":
@@ -291,8 +290,8 @@ def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1
     return nn.Sequential(*layers)
 
 
-def encode(blocks, x: Tensor) -> list[Tensor]:
-    """Features of every level of an encoder, fine to coarse: `blocks` with `halve` in between."""
+def run_encoder(blocks, x: Tensor) -> list[Tensor]:
+    """Apply `blocks` with `halve` in between; returns every level's features, fine to coarse."""
     features = []
     for block in blocks:
         x = block(halve(x) if features else x)
@@ -301,49 +300,54 @@ def encode(blocks, x: Tensor) -> list[Tensor]:
 
 
 def halve(x: Tensor) -> Tensor:
-    """Average pooling, which all five papers use; for even sizes the same as bilinear halving."""
+    """Halve the size by average pooling; for even sizes this equals bilinear down-sampling."""
     return AVERAGE_POOL[x.dim() - 2](x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """(B, C, *S) at twice the size, linearly interpolated."""
+    """Double the size of x (B, C, *S) by linear interpolation."""
     return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=False)
 
 
 class UNet(nn.Module):
-    """U-Net body: image (B, in_channels, *S) -> features (B, out_channels, *S), any size.
+    """U-Net without an output layer: image (B, in_channels, *S) of any size -> features
+    (B, out_channels, *S).
 
-    channels: one entry a resolution level, fine to coarse; each level is `convs` 3-wide
-        convolutions, half the size of the one before.
-    dims: spatial axes, 1 to 3.
-    norm: "batch" (PHiSeg, SSN) or "none" (Probabilistic U-Net).
-    wide: a level of the decoder has the width of the coarser level (SSN), not of its own.
+    channels: widths of the resolution levels, fine to coarse. Every level has `convs` 3-wide
+        convolutions and half the size of the level before.
+    dims: number of spatial axes, 1 to 3.
+    norm: "batch" (SSN, VAE U-Net) or "none" (Probabilistic U-Net).
+    wide: decoder levels have the width of the next coarser level (SSN) instead of their own.
+    joined: channels that the caller concatenates to every skip connection before `decode`.
+    decoder: False leaves the decoder out.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
-                 convs: int = 3, norm: str = "batch", wide: bool = False):
+                 convs: int = 3, norm: str = "batch", wide: bool = False, joined: int = 0,
+                 decoder: bool = True):
         super().__init__()
         check_choice("norm", norm, ("batch", "none"))
         if not channels:
             raise ValueError("channels is empty: give one number for each resolution level")
-        self.multiple = 2 ** (len(channels) - 1)
+        self.channels, self.multiple = channels, 2 ** (len(channels) - 1)
         self.encoder = nn.ModuleList(
             conv_block(dims, before, after, convs=convs, norm=norm)
             for before, after in zip((in_channels, *channels), channels))
         self.decoder = nn.ModuleList()  # coarse to fine
         width = channels[-1]
         for coarser, skip in zip(channels[:0:-1], channels[-2::-1]):
-            after = coarser if wide else skip
-            self.decoder.append(conv_block(dims, width + skip, after, convs=convs, norm=norm))
+            before, after = width + skip + joined, coarser if wide else skip
+            if decoder:
+                self.decoder.append(conv_block(dims, before, after, convs=convs, norm=norm))
             width = after
         self.out_channels = width
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Features of every level, fine to coarse; sizes must be multiples of `multiple`."""
-        return encode(self.encoder, x)
+        """Features of every level, fine to coarse. Image sides are multiples of `multiple`."""
+        return run_encoder(self.encoder, x)
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """From the coarsest features to the finest, each level joined by its skip connection."""
+        """Upsample from the coarsest level, concatenating the features of each finer one."""
         *skips, x = features
         for block in self.decoder:
             x = block(torch.cat([skips.pop(), double(x)], 1))
@@ -358,9 +362,9 @@ class UNet(nn.Module):
 
 
 def reflect_pad(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
-    """Reflect the last len(pads) axes by (before, after) pixels, by more than their size too.
+    """Pad the last len(pads) axes by reflection, with (before, after) pixels each.
 
-    The edge pixel is not repeated. (F.pad(mode="reflect") stops at the size less one.)
+    The edge pixel is not repeated. F.pad(mode="reflect") can only pad by less than the size.
     """
     for axis, (before, after) in zip(range(-len(pads), 0), pads):
         if before or after:
@@ -370,14 +374,14 @@ def reflect_pad(x: Tensor, pads: list[tuple[int, int]]) -> Tensor:
 
 
 def reflect_index(index: Tensor, size: int) -> Tensor:
-    """Any integers into 0 .. size - 1 by reflection at both edges: -1 -> 1, size -> size - 2."""
+    """Map integers to 0 .. size - 1 by reflection at both edges: -1 -> 1, size -> size - 2."""
     period = max(2 * (size - 1), 1)
     index = index.remainder(period)
     return torch.minimum(index, period - index)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """(B, C, *S) with every spatial size reflected up to the next multiple, evenly on both sides.
+    """Pad (B, C, *S) by reflection, evenly on both sides, until `multiple` divides every side.
 
     `center_crop(pad_to_multiple(x, m), x.shape[2:])` is x.
     """
@@ -386,7 +390,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 def center_crop(x: Tensor, size) -> Tensor:
-    """The central window of `size` (one entry a trailing axis), a view."""
+    """The central window of `size` (one entry for each trailing axis), as a view."""
     for axis, length in zip(range(-len(size), 0), size):
         x = x.narrow(axis, (x.shape[axis] - length) // 2, length)
     return x
@@ -396,7 +400,7 @@ def center_crop(x: Tensor, size) -> Tensor:
 
 
 def init_orthogonal(module: nn.Module) -> None:
-    """The (Hierarchical) Probabilistic U-Net's start: orthogonal weights, biases of std 0.001."""
+    """(Hierarchical) Probabilistic U-Net's initial weights: orthogonal; biases of std 0.001."""
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             nn.init.orthogonal_(m.weight)
@@ -405,8 +409,8 @@ def init_orthogonal(module: nn.Module) -> None:
 
 
 def init_he(module: nn.Module) -> None:
-    """The start of PHiSeg's code and SSN's U-Net: normal weights that keep the variance through a
-    ReLU, biases zero (He et al. 2015)."""
+    """Initial weights of PHiSeg's code and SSN's U-Net (He et al. 2015): normal, with a std that
+    keeps the size of activations constant from one ReLU layer to the next; zero biases."""
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
@@ -415,15 +419,15 @@ def init_he(module: nn.Module) -> None:
 
 
 def check_choice(name: str, value, allowed) -> None:
-    """ValueError naming the option, what was given and what is allowed."""
+    """Raise a ValueError that lists the allowed values, unless `value` is one of them."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 def train_small(model: nn.Module, batches, steps: int, lr: float, drop_at: int) -> None:
-    """What the methods' demos do: Adam at `lr`, from step `drop_at` on at a quarter of it.
+    """Train a demo's small model with Adam, at `lr` and from step `drop_at` on at lr / 4.
 
-    batches: an iterator over (image, label). The model is left in eval mode.
+    batches: an iterator over (image, label). The model is in eval mode afterwards.
     """
     optimizer, progress = torch.optim.Adam(model.parameters(), lr=lr), Progress(steps)
     for step, (image, label) in zip(range(steps), batches):
@@ -441,26 +445,25 @@ def train_small(model: nn.Module, batches, steps: int, lr: float, drop_at: int) 
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
+    """Device "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; else a UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # refused like the others
+        device = torch.device("meta")  # refused below
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)  # what tensors there call it
+        device = torch.device("cuda", device.index or 0)  # with its index, as in tensor.device
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
-                            "devices that PyTorch can see; use --device cpu, or install a CUDA "
-                            "build")
+            raise UserError(f"--device {name}: PyTorch can see {torch.cuda.device_count()} CUDA "
+                            "devices; use --device cpu, or install a CUDA build")
     return device
 
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, world size); joins the group when torchrun started this process."""
+    """Returns (device, rank, world size). A process started by torchrun joins its group."""
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         return device, 0, 1
@@ -472,7 +475,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
-    # the others wait while rank 0 draws, which may take long
+    # long, because the other ranks wait while rank 0 makes the report's pictures
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(hours=24))
     return device, rank, world
@@ -482,7 +485,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print; a stdout that is closed, full or lacks a character never stops a run."""
+    """Print `text`. A stdout that is closed, full or cannot encode it does not stop the run."""
     try:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
@@ -491,7 +494,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """One updating line on a terminal, plain lines in a pipe; silent on ranks above 0."""
+    """Shows progress: one updating line on a terminal, plain lines in a pipe, none if `quiet`."""
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False):
         self.total, self.first, self.quiet = total, done, quiet
@@ -499,7 +502,7 @@ class Progress:
         self.start, self.shown, self.note = time.monotonic(), 0.0, ""
 
     def update(self, done: int, note: str | None = None, line: bool = False) -> None:
-        """note: what to say beside the count; line: print it in a pipe, or keep it on screen."""
+        """Show that `done` steps are done. note: text beside the count; line: print in any case."""
         self.note = self.note if note is None else note
         now = time.monotonic()
         if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
@@ -512,6 +515,6 @@ class Progress:
                  end="" if self.terminal else "\n")
 
     def say(self, text: str, end: str = "\n") -> None:
-        """A line of its own, in place of the progress line."""
+        """Print `text` in place of the progress line."""
         if not self.quiet:
             say(f"\r\x1b[K{text}" if self.terminal else text, end)

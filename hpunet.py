@@ -1,44 +1,39 @@
 """Hierarchical Probabilistic U-Net, HPU-Net (Kohl et al. 2019, arXiv:1905.13077).
 
 One image, many plausible masks, made from coarse to fine. The coarsest levels i = 0 .. L of a
-U-Net's decoder have a latent map each, drawn given the image X and the coarser draws z_<i,
-        z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X),                      (Eq. 1)
-and joined to the features it was predicted from. A sample S(X, z) costs a run of the decoder.
-Coarse latents come to decide on objects, fine ones on outlines. In training the draws come from a
-posterior net q of the same kind, which is also given an annotator's mask Y (Eq. 3), and one
-minimises (GECO)
+U-Net's decoder each have a latent map z_i. It is sampled given the image X and the coarser latent
+maps z_<i, and concatenated to the features that predicted it:
+        z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X).                      (Eq. 1)
+A sample S(X, z) therefore costs a pass of the decoder. Coarse latents come to decide about whole
+objects, fine ones about outlines. Nobody knows which z belongs to an annotator's mask Y. In
+training, a posterior net q of the same form therefore reads Y as well (Eq. 3); its samples of z are
+given to the U-Net, and the loss, called GECO, is
         lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
             + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ].                    (Eq. 6)
-lambda rises until the reconstruction reaches its target kappa, then falls and leaves the pressure
-to the KL. The reconstruction is summed over 2 % of the batch's pixels, drawn with probabilities in
-proportion to their loss; kappa is in nats a pixel drawn. What varies between samples is aleatoric
-uncertainty: what the image leaves open.
+lambda is learned: it rises until the cross-entropy has fallen to its target kappa, and falls after
+that, so that the KL gets more weight. The cross-entropy is summed over 2 % of the batch's pixels,
+sampled in proportion to their loss; kappa is in nats per sampled pixel. What varies between samples
+is aleatoric uncertainty: what the image leaves open.
 
-A model of masks whose objects carry random class numbers (colours) segments instances: pixels of
-one object change together from sample to sample (analysis/instances.py). Draws of one latent map
-are independent given the coarser ones, so a sample paints an object in one colour only where a
-single position names it. The recipe for that is QUICK_INSTANCES: latents of 8 channels with about
-one position an object and of 4 with four; Eq. 5 on all pixels with beta of a tenth to a quarter of
-an object's pixels, so that naming an object pays and naming it twice does not; five colours
-(`--data-args colours=5`), learnt sooner than 15. Choose the distance for 32 samples on --split val.
-
-A model that is also given the labels around a hidden region extrapolates them into it
-(`--data-args hide=50`).
+If the masks of training give every object a random class number, the model segments instances:
+pixels of one object change together from sample to sample (analysis/instances.py, with a recipe).
+If it is also given the labels around a hidden region, it extrapolates them (`--data-args hide=50`).
 
 Differences from the paper
-  1. kappa belongs to the data: 0.05 is LIDC's, train.RECIPES has the paper's others. Where the term
-     `constraint` never falls below 0 it is too low, and train.py says so.
-  2. The moving average is that of the whole constraint, and begins at the first batch; in the code
-     it is that of the reconstruction. They differ only where pixels are ignored.
-  3. The posterior stops at its last latents; the authors' goes up one level more, without use.
+  1. kappa depends on the data: 0.05 is LIDC's, and train.RECIPES has the paper's other values. If
+     the term `constraint` never falls below 0, kappa is too low, and train.py says so.
+  2. The moving average in the loss is that of the whole constraint and starts at the first batch;
+     in the code it is that of the reconstruction. They differ only where pixels are ignored.
+  3. The posterior net ends at its last latents; the authors' has one more level, which is unused.
   4. The nets predict log sigma, and it is bounded (common.bounded_log_std).
-  5. Learning rate: the paper gives both ends and "in 4 steps"; here by equal factors, 48k apart.
+  5. Learning rate: the paper gives its first and last value and "in 4 steps"; here the steps have
+     equal factors and are 48k apart.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
-  7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, twice that.
-     Here rho decays too, without effect: its own gradient is larger by orders of magnitude.
-  8. The checkpoint kept is that of lowest validation GED; the paper names no choice.
-  9. Any size is padded by reflection. In the posterior's one-hot mask, padding and ignored pixels
-     (255) are zero in every class. 1D and 3D work as well (`dims`); the paper is 2D.
+  7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, adds twice as
+     much. Here it acts on lambda as well, but lambda's own gradient is far larger.
+  8. The checkpoint that is kept has the lowest validation GED; the paper names no choice.
+  9. Images of any size are padded by reflection. In the posterior's one-hot mask, the padding and
+     ignored pixels (255) are zero in every class. 1D and 3D work as well (`dims`).
 
     python hpunet.py                 # a small one on synthetic cells, a minute on two CPU cores
                                      # -> hpunet_scales.png (Fig. 3), hpunet_instances.png (Fig. 4)
@@ -53,9 +48,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy, encode,
+from backbones.res_blocks import UpBlock, res_blocks
+from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy,
                     hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, predict_normal, valid_label)
+                    pad_to_multiple, predict_normal, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,9 @@ class HPUNetConfig:
 class HPUNet(nn.Module):
     """Hierarchical Probabilistic U-Net. Default: 20.58 M parameters, 11.18 M of them for sampling.
 
-    Dicts {i: ...} have the paper's numbers of latent maps for keys, 0 the coarsest.
+    Calling it gives the loss of a batch; `sample` draws masks with latents from the prior, and
+    `predict` takes the prior's means instead. Keys of dicts {i: ...} number the latent maps as in
+    the paper, 0 is the coarsest.
     """
 
     Config = HPUNetConfig
@@ -88,7 +86,7 @@ class HPUNet(nn.Module):
     # that lambda stays near 1 and has time to fall: while it is high, z carries what x could tell.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
-    # Of sets with instances: a position of z_0 for every 16 pixels; see the module's docstring.
+    # of sets with instances: a position of z_0 for every 16 pixels, see analysis/instances.py
     QUICK_INSTANCES = dict(channels=(16, 32, 48, 48, 48), latents=(8, 4), objective="elbo", top_k=1,
                            beta=30.0)
     QUICK_TRAINING = dict(lr=1.5e-3, lr_drops=((900, 0.3),), batch_size=8, steps=1200)
@@ -115,7 +113,8 @@ class HPUNet(nn.Module):
             self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> list:
-        """What all samples share of the U-Net or, given a label, of the posterior."""
+        """Everything computed before the first latent map, which all samples share: of the U-Net
+        or, given a label, of the posterior net."""
         image = pad_to_multiple(image, self.multiple)
         if label is None:
             return self.unet.encode(image)
@@ -123,7 +122,7 @@ class HPUNet(nn.Module):
         return self.posterior.encode(torch.cat([image, hot], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
-        """Yields {i: (m * B, D_i, *S_i)}, noise for m of n draws of all latents at a time."""
+        """Yields noise {i: (m * B, D_i, *S_i)} of all latents for m of the n samples at a time."""
         channels = dict(enumerate(self.config.latents))
         width = 4 * self.config.channels[0]  # what the finest level's blocks hold at a time
         return hierarchy_noise(channels, self.multiple, image, n, generator, width)
@@ -191,15 +190,13 @@ class HPUNet(nn.Module):
         scales = levels if scales is None else scales
         for i in scales:
             check_choice("scales", i, levels)
-        return concatenate(self._samples(image, n, generator, scales), n)
-
-    def _samples(self, image, n, generator, scales):
-        """Yields n logit maps in chunks (m, B, K, *S); noise is 0 at latent maps not in `scales`."""
         shared = self.encode(image)
-        for noise in self.noise(image, n, generator):
-            noise = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
-            _, _, x = self.unet(shared, noise=noise)
-            yield self._logits(x, image)
+
+        def chunk(noise):
+            drawn = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
+            return self._logits(self.unet(shared, noise=drawn)[2], image)
+
+        return concatenate(map(chunk, self.noise(image, n, generator)), n)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -238,36 +235,38 @@ class HPUNet(nn.Module):
 
 
 class LatentUNet(nn.Module):
-    """A U-Net with latent maps at its coarsest decoder levels: the whole network, with the prior,
-    or the posterior, whose decoder has only the `levels` that have latents."""
+    """A U-Net with latent maps at the coarsest levels of its decoder. It is either the whole
+    network, which contains the prior, or the posterior net, whose decoder ends after its last
+    latent map. `levels` is the number of levels of the decoder."""
 
     def __init__(self, c: HPUNetConfig, in_channels: int, levels: int):
         super().__init__()
         self.encoder = nn.ModuleList(
-            res_blocks(c, before, after, c.blocks)
+            res_blocks(c.dims, before, after, c.blocks, c.convs)
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.heads, self.joins, self.decoder = nn.ModuleDict(), nn.ModuleList(), nn.ModuleList()
         coarser = 0  # channels that come from the level before
         for i, width in enumerate(c.channels[::-1][:levels]):
             if i > 0:
-                self.joins.append(UpBlock(c, coarser + width, width))
-                self.decoder.append(res_blocks(c, width, width, c.blocks - 1))
+                self.joins.append(UpBlock(c.dims, coarser + width, width, c.convs))
+                self.decoder.append(res_blocks(c.dims, width, width, c.blocks - 1, c.convs))
             coarser = width
             if i < len(c.latents) and c.latents[i]:
                 self.heads[str(i)] = CONV[c.dims](width, 2 * c.latents[i], 1)  # mean and log std
                 coarser += c.latents[i]
 
     def encode(self, x: Tensor) -> list:
-        """Image (B, C, *S), sizes multiples of 2^(levels - 1) -> all that samples share: the
-        coarsest features, then every finer level's share of its skip connection."""
-        *skips, x = encode(self.encoder, x)
+        """Image (B, C, *S), whose sides are multiples of 2^(levels - 1) -> what all samples share:
+        the coarsest features, then what each finer level makes of its skip connection alone."""
+        *skips, x = run_encoder(self.encoder, x)
         return [x, *(join.encode(skip) for join, skip in zip(self.joins, reversed(skips)))]
 
     def forward(self, shared: list, *, noise=None, latents=None):
-        """A run of the decoder for every draw: ({i: z_i}, {i: its normal}, the finest features).
+        """A pass of the decoder for m samples of B cases: ({i: z_i}, {i: its normal}, the finest
+        features).
 
-        z_i is `latents[i]` if the other net's latents are given; else drawn with noise[i]; with
-        neither it is the mean. Both are (m * B, D_i, *S_i) for m draws of B cases.
+        z_i is latents[i] if the other net's latents are given, is sampled with noise[i] if noise is
+        given, and is the mean of its normal otherwise. Both are {i: (m * B, D_i, *S_i)}.
         """
         chosen, normals, x, given = {}, {}, shared[0], latents or noise
         if given:
@@ -282,61 +281,6 @@ class LatentUNet(nn.Module):
                     chosen[i] = chosen[i] + normals[i].std * noise[i]
                 x = torch.cat([x, chosen[i].to(x.dtype)], 1)
         return chosen, normals, x
-
-
-def res_blocks(c: HPUNetConfig, before: int, after: int, count: int) -> nn.Sequential:
-    """`count` residual blocks, the first of which changes the width."""
-    return nn.Sequential(*(ResBlock(c, after if i else before, after) for i in range(count)))
-
-
-class ResBlock(nn.Module):
-    """Pre-activated residual block (App. D): `convs` 3-wide convolutions at half the width and a
-    1-wide one back to it; a 1-wide one beside them where the width changes."""
-
-    def __init__(self, c: HPUNetConfig, before: int, after: int):
-        super().__init__()
-        conv, half = CONV[c.dims], max(1, after // 2)
-        self.first, self.rest = conv(before, half, 3, padding=1), nn.Sequential()
-        for _ in range(c.convs - 1):
-            self.rest.extend([nn.ReLU(inplace=True), conv(half, half, 3, padding=1)])
-        self.rest.append(conv(half, after, 1))
-        self.side = conv(before, after, 1) if before != after else nn.Identity()
-
-    def forward(self, x):
-        return self.side(x) + self.rest(self.first(x.relu()))
-
-
-class UpBlock(ResBlock):
-    """A residual block on concat(x at twice its size, skip), without building the concatenation.
-
-    The two convolutions that meet it are each the sum of one on x and one on skip. The skip's is
-    the same for all samples, so `encode` computes it once; and the 1-wide one on x is computed
-    before doubling. A sample of the default model takes 0.63 of the time of the plain form.
-    """
-
-    def encode(self, skip):
-        """The share of skip (B, C, *S) in both convolutions, with their biases."""
-        skip_of = slice(-skip.shape[1], None)
-        return (convolve(self.first, skip.relu(), skip_of, self.first.bias),
-                convolve(self.side, skip, skip_of, self.side.bias))
-
-    def forward(self, x, shares):
-        """x (m * B, ...) of the coarser level, shares of B cases."""
-        x_of = slice(x.shape[1])
-        first = convolve(self.first, F.interpolate(x.relu(), scale_factor=2), x_of)
-        side = F.interpolate(convolve(self.side, x, x_of), scale_factor=2)
-        return add(side, shares[1]) + self.rest(add(first, shares[0]))
-
-
-def convolve(conv: nn.Module, x: Tensor, channels: slice, bias: Tensor | None = None) -> Tensor:
-    """What x, these `channels` of the input of `conv`, adds to its output."""
-    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.dim() - 2]
-    return function(x, conv.weight[:, channels], bias, padding=conv.padding)
-
-
-def add(x: Tensor, share: Tensor) -> Tensor:
-    """(m * B, ...) + (B, ...)."""
-    return (x.unflatten(0, (-1, len(share))) + share).flatten(0, 1)
 
 
 def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ten models by name and how each is trained; build and load them, and draw samples of a split.
+"""The ten models by name and how each is trained: build and load one, draw samples of a split.
 
     model = models.load("runs/ssn-shapes-0")         # its best.pt, in eval mode
     samples = model.sample(image, 16)                # (16, B, K, H, W) logits
@@ -23,8 +23,8 @@ from sources.runs import check_state, load_checkpoint
 from ssn import SSN
 from vae_unet import VAEUNet
 
-CHUNK = 2**28  # logits of samples at once, 1 GiB
-LARGEST, MOST_TENSORS = 10**9, 5_000  # of parameters; the ensemble has 1.9e8 in 896 tensors
+CHUNK = 2**28  # logits that `sample_chunks` computes at once (1 GiB)
+LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
 
 MODELS = {
     "ssn": SSN,
@@ -73,10 +73,10 @@ RECIPES = {
 
 
 def build(name: str, fields: dict, device="cpu") -> nn.Module:
-    """The model `name` with these fields of its config, the others at their defaults.
+    """Build the model `name` with these fields of its config and defaults for the others.
 
-    UserError where the fields are not the model's, do not fit, or make a model too large to be
-    meant; a first build on the device "meta", which takes no memory, finds out.
+    Raises a UserError if a field is unknown, its value is not allowed, or the model would be
+    absurdly large. To check this, the model is built on the device "meta" first, without memory.
     """
     if name not in MODELS:
         raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
@@ -96,11 +96,11 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
         for value in fields.values():
             numbers = value if isinstance(value, (list, tuple)) else [value]
             if any(isinstance(number, int) and number > 10**6 for number in numbers):
-                raise ValueError("a number above 1,000,000")  # constructors would loop for ever
+                raise ValueError("a number above 1,000,000")  # a constructor might loop forever
         config = Model.Config(**fields)
         with torch.device("meta"):
             model = Model(config)
-    except Exception as error:  # constructors given nonsense raise nearly anything
+    except Exception as error:  # constructors raise all kinds of errors on bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name} cannot be built: {reason}") from error
     finally:
@@ -109,7 +109,7 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
 
 
 def load(path, device="cpu") -> nn.Module:
-    """The trained model of a run's folder (its best.pt) or of a checkpoint file, in eval mode."""
+    """Load a trained model in eval mode from a run's folder (its best.pt) or a checkpoint."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
     check_state(path, build(content["model"], content["config"], "meta"), content["state"])
@@ -119,18 +119,18 @@ def load(path, device="cpu") -> nn.Module:
 
 
 def place(model, device) -> nn.Module:
-    """To the device; 2D convolutions run faster with the channels innermost in memory."""
+    """Move the model to the device. 2D models become channels_last: faster convolutions."""
     if model.config.dims == 2:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
 
 def sample_batches(model, split, n, seed=0, rank=0, world=1):
-    """Yield (a batch of `split` as a Split, the `sample_chunks` of n samples of it, to be used up
-    before the next batch); the whole split, or under torchrun every world-th batch.
+    """Yield (batch of `split` as a Split, its `sample_chunks`, to be used up before the next batch)
+    for the whole split or, under torchrun, for every world-th batch.
 
-    A batch has at most 32 cases, on a GPU 128, and fewer where their logits would take more than
-    128 MiB, on a GPU 1 GiB. Draws depend on (seed, batch) alone.
+    A batch has at most 32 cases (128 on a GPU), fewer if their logits would need more than 128 MiB
+    (1 GiB on a GPU). The samples depend on (seed, batch) only.
     """
     on_cpu = split.images.device.type == "cpu"
     most, values = (32, 2**25) if on_cpu else (128, 2**28)  # a GPU starts few, large kernels faster
@@ -143,18 +143,18 @@ def sample_batches(model, split, n, seed=0, rank=0, world=1):
 
 
 def sample_chunks(model, image, n, num_classes, generator, **options):
-    """Yield n samples of images (B, C, *S) as float32 logits (m, B, K, *S): all at once, or, of
-    large volumes, as many at a time as CHUNK allows."""
-    cycle = getattr(model, "count", 1)  # baselines whose samples are their outputs in turn
+    """Yield n samples for images (B, C, *S) as float32 logits (m, B, K, *S), all at once or, for
+    large volumes, in chunks of CHUNK values."""
+    cycle = getattr(model, "count", 1)  # the baselines' samples are their outputs in turn
     chunk = max(1, CHUNK // (num_classes * image[:, 0].numel() * cycle)) * cycle
     for start in range(0, n, chunk):
         yield model.sample(image, min(chunk, n - start), generator, **options).float()
 
 
 def labels_of(scores, axis: int):
-    """The class of the highest score, of equals the first, uint8.
+    """The class with the highest score, or the first of equal ones, as uint8.
 
-    (Along an axis of few classes, torch.max is 4 times slower on a CPU, and argmax 100 times.)
+    On a CPU and along an axis of few classes, torch.max is 4 times slower and argmax 100 times.
     """
     best, *others = scores.unbind(axis)
     label = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
@@ -191,7 +191,7 @@ def make_optimizer(model, training: dict):
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm runs on GPUs only)."""
+    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm needs GPUs)."""
 
     def forward(self, x):
         if not self.training:
@@ -212,7 +212,7 @@ class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def distribute(model, device):
-    """DistributedDataParallel whose batch norms see the global batch."""
+    """Wrap the model in DistributedDataParallel, with batch norm over the global batch."""
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:

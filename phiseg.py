@@ -1,37 +1,41 @@
 """PHiSeg, hierarchical probabilistic segmentation (Baumgartner et al., MICCAI 2019,
 arXiv:1906.04045).
 
-One image, many plausible masks, made from coarse to fine. Every level l = L, ..., 1 (1 is the
-finest) has a latent map z_l, which is drawn given the image x and the coarser map z_l+1:
+One image, many plausible masks: a conditional variational autoencoder whose latents are maps at L
+resolutions, so that large and small structures of a mask can vary separately. Levels are numbered
+from the finest, 1, to the coarsest, L. The latent map z_l of a level is drawn given the image x and
+the coarser map z_{l+1}:
         p(s | x) = int p(s | z_1 .. z_L) p(z_1 | z_2, x) ... p(z_L | x) dz_1 .. dz_L        (Eq. 1)
-Each level adds a residual to the logits of the mask s that the coarser levels have made. The image
-reaches the mask only through the latents.
+The mask s is built like a Laplacian pyramid: every level adds a residual to the logits of the
+coarser levels. The image influences the mask through the latents alone.
 
-The prior net p(z | x) encodes the image and has a normal distribution of z_l at each of its L
-coarsest levels (Eq. 3). The posterior net q(z | s, x) has the same form, but is also given an
-annotator's mask, and finds latents that stand for it (Eq. 4). The likelihood net p(s | z) turns
-latents into masks. All three are trained together by minimising
+Three networks are trained together. The prior net p(z | x) encodes the image and predicts a normal
+distribution of z_l at each of its L coarsest levels (Eq. 3). The posterior net q(z | s, x) has the
+same form but also reads an annotator's mask, so it can find the latents that stand for this mask
+(Eq. 4). The likelihood net p(s | z) turns latents into masks. The loss is
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
-        + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_l+1, s, x) || p(z_l | z_l+1, x) ) ]         (Eq. 2)
-plus the cross-entropies of the coarser levels' masks (deep supervision). With all alpha_l = 1,
-Eq. 2 alone is the negative ELBO. What varies between samples is aleatoric uncertainty: what the
-image leaves open.
+        + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_{l+1}, s, x) || p(z_l | z_{l+1}, x) ) ]     (Eq. 2)
+plus the cross-entropies of the coarser levels' masks (deep supervision), without which a level may
+ignore the mask. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. What varies between samples
+is aleatoric uncertainty: what the image leaves open.
 
 Differences from the paper
-  1. In the text z_1 has the resolution of the image; in the code, and so in the numbers and here,
-     2^-(R-L) of it for R resolution levels. `latent_levels=7` is the text's layout.
-  2. alpha_l is 2^(l-1) in the text; 4^(l-1) in the code, and here (`kl_base`).
-  3. The code also upsamples every z to all finer levels and never uses the results; left out. Its
-     mean of z_L comes from a 3-wide convolution; here all moments come from 1-wide ones.
-  4. The nets predict log sigma, bounded (common.bounded_log_std); the code's softplus^-1(sigma).
-  5. Any size is padded by reflection. In the posterior's one-hot mask (minus 0.5, as in the code)
-     padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work as well (`dims`).
-  6. 500k steps and the checkpoint of lowest validation GED; the paper has 48 hours and the lowest
-     validation loss. Weights start as PyTorch's; the code's as He's normal.
+  1. In the text, z_1 has the resolution of the image. In the authors' code, and so in the published
+     numbers, and here it has 2^-(R-L) of it, for R resolution levels. `latent_levels=7` is the
+     layout of the text.
+  2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`).
+  3. The code also upsamples every z to all finer levels and never uses the results; this is left
+     out. Its mean of z_L comes from a 3-wide convolution; here all moments come from 1-wide ones.
+  4. The nets predict log sigma, and it is bounded (common.bounded_log_std). In the code, sigma is
+     the softplus of the prediction.
+  5. Images of any size are padded by reflection. The posterior gets the one-hot mask minus 0.5, as
+     in the code; padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work as well.
+  6. Training takes 500k steps and keeps the checkpoint of lowest validation GED; in the paper, 48
+     hours and the lowest validation loss. Weights start as PyTorch's; the code's as He's normal.
   7. The paper's single prediction is the mean of samples (`dice_mean` of evaluate.py); `predict`
-     puts every level at its prior mean.
-  8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, as slower
-     averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
+     sets every level to its prior mean.
+  8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
+     slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
 
     python phiseg.py                 # a small one, about a minute on two CPU cores
                                      # -> phiseg_levels.png (Fig. 1), phiseg_maps.png (Fig. 3)
@@ -47,8 +51,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
-                    encode, hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple,
-                    predict_normal, valid_label)
+                    hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
+                    run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -58,22 +62,25 @@ class PHiSegConfig:
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # of R resolution levels
+    channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # widths of R resolution levels
     latent_levels: int = 5  # L, at most R; 1 is the paper's ablation
     latent_channels: int = 2  # D, channels of every latent map
-    convs: int = 3  # 3-wide convolutions a level of the encoders
-    kl_base: float = 4.0  # alpha_l = kl_base^(l-1), as in the authors' code; the text has 2
+    convs: int = 3  # 3-wide convolutions per level of the encoders
+    kl_base: float = 4.0  # alpha_l = kl_base^(l-1): 4 in the authors' code, 2 in the text
 
 
 class PHiSeg(nn.Module):
-    """PHiSeg. Default: 17.81 M parameters, 11.83 M of them for sampling.
+    """Prior, posterior and likelihood net. Default: 17.81 M parameters, 11.83 M for sampling.
 
-    Dicts {l: ...} have the paper's level numbers for keys and run from the coarsest, L, to 1.
+    `loss`, which is also `forward`, draws latents from the posterior and returns Eq. 2 plus deep
+    supervision. `sample` draws latents from the prior and returns the logits of their masks.
+    `predict` uses the prior's means, and `reconstruct` the posterior's for a given mask.
+    Dicts {l: ...} have the paper's level numbers as keys and run from the coarsest, L, to 1.
     """
 
     Config = PHiSegConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    # the text's KL weights: on small images the code's would silence the coarsest level
+    # The text's KL weights: on small images, the code's leave the coarsest latents unused.
     QUICK_CONFIG = dict(channels=(16, 16, 32, 32, 32), latent_levels=4, convs=2, kl_base=2.0)
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((600, 0.3),), batch_size=8, steps=800)
 
@@ -90,7 +97,7 @@ class PHiSeg(nn.Module):
         self.likelihood = Likelihood(c)
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> dict[int, Tensor]:
-        """Features {l: (B, C_l, *S_l)} of the prior or, given a label, of the posterior."""
+        """Features {l: (B, C_l, *S_l)} of the prior's or, given a label, posterior's encoder."""
         image = pad_to_multiple(image, self.multiple)
         if label is None:
             return self.prior.encode(image)
@@ -98,30 +105,30 @@ class PHiSeg(nn.Module):
         return self.posterior.encode(torch.cat([image, hot - 0.5], 1))
 
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
-        """Yields {l: (m * B, D, *S_l)}, noise for m of n draws of all latents at a time."""
+        """Yield noise {l: (m * B, D, *S_l)} for all latents of n samples, m of them at a time."""
         c = self.config
         channels = dict.fromkeys(range(c.latent_levels, 0, -1), c.latent_channels)
-        width = 6 * c.channels[-c.latent_levels]  # the likelihood's finest level holds six maps
+        width = 6 * c.channels[-c.latent_levels]  # about six maps at once in the likelihood net
         return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
-        """Logits (B, K, *size) of every level's mask: the sum of its and all coarser residuals."""
+        """Logits {l: (B, K, *size)} of the mask of every level: its residual plus all coarser."""
         total, masks = 0.0, {}
         residuals = self.likelihood(latents)
         full = residuals[1].shape[2:]
         for l, residual in residuals.items():
-            # in float32, or autocast would round the sum at every level
+            # in float32, because under autocast every sum would be rounded
             total = total + F.interpolate(residual.float(), full)  # nearest neighbour
             masks[l] = center_crop(total, size)
         return masks
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Eq. 2 and deep supervision: (loss in nats, summed over pixels and averaged over the
-        batch; its terms).
+        """Eq. 2 plus deep supervision, in nats, summed over pixels and averaged over the batch:
+        (loss, terms).
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). Terms:
-        `reconstruction`, the finest mask's cross-entropy; `supervision`, the sum of the coarser
-        ones'; kl_<l>, the KL of z_l without its weight, and `kl`, their sum.
+        `reconstruction`, the cross-entropy of the finest mask; `supervision`, the sum of those of
+        the coarser masks; kl_<l>, the KL of z_l without its weight alpha_l; `kl`, their sum.
         """
         label, features = valid_label(label, mask), self.encode(image)
         (noise,) = self.noise(image, 1)
@@ -132,7 +139,7 @@ class PHiSeg(nn.Module):
                   for l, logits in self.masks(latents, label.shape[1:]).items()}
         if self.training:
             (noise,) = self.noise(image, 1)
-            with torch.no_grad():  # so that batch norm's running statistics see prior draws too
+            with torch.no_grad():  # batch norm's running statistics must know prior samples too
                 self.likelihood(self.prior(features, noise=noise)[0])
         loss = sum(errors.values()) + sum(
             self.config.kl_base ** (l - 1) * kl for l, kl in kls.items())
@@ -145,33 +152,33 @@ class PHiSeg(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n logit maps, (n, B, K, *S); the prior's encoder runs once for all of them."""
+        """n logit maps, (n, B, K, *S). The prior's encoder runs once for all of them."""
         features = self.encode(image)
         chunks = (self._finest(self.prior(features, noise=noise)[0], image)
                   for noise in self.noise(image, n, generator))
         return concatenate(chunks, n)
 
     def _finest(self, latents, image):
-        """Logits (m, B, K, *S) of the finest masks of m draws of all latents."""
+        """Logits (m, B, K, *S) of the finest masks for latents of m samples."""
         return self.masks(latents, image.shape[2:])[1].unflatten(0, (-1, len(image)))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """Probabilities (B, K, *S) with every level at its prior mean given the coarser ones."""
+        """Probabilities (B, K, *S), with every z_l at its prior mean given the coarser ones."""
         latents, _ = self.prior(self.encode(image))
         return self._finest(latents, image)[0].softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
-        """Logits (B, K, *S) with every level at its posterior mean: how well z can say `label`."""
+        """Logits (B, K, *S) with every z_l at its posterior mean: how well z describes `label`."""
         latents, _ = self.posterior(self.encode(image, label))
         return self._finest(latents, image)[0]
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling, (B,), half of the draws from
-        the posterior and half from the prior: see common.importance_log_ratio."""
+        """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
+        half from the posterior and half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         given_p, given_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
@@ -188,7 +195,7 @@ class PHiSeg(nn.Module):
 
 
 class LatentNet(nn.Module):
-    """Prior or posterior: an encoder, and a normal of z_l at each of its L coarsest levels."""
+    """Prior or posterior net: an encoder, and a normal of z_l at each of its L coarsest levels."""
 
     def __init__(self, c: PHiSegConfig, in_channels: int):
         super().__init__()
@@ -197,8 +204,8 @@ class LatentNet(nn.Module):
             conv_block(c.dims, before, after, convs=c.convs)
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.up, self.join, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        features = c.channels[-c.latent_levels :]  # of level 1, 2, ..., L
-        given = latents * c.channels[0]  # channels made of z_l+1
+        features = c.channels[-c.latent_levels :]  # widths of the encoder at levels 1 .. L
+        given = latents * c.channels[0]  # channels that z_{l+1} is expanded to
         for l in range(1, c.latent_levels):
             width = c.channels[l - 1]
             self.up[str(l)] = conv_block(c.dims, latents, given, convs=2)
@@ -207,14 +214,15 @@ class LatentNet(nn.Module):
         self.heads[str(c.latent_levels)] = CONV[c.dims](features[-1], 2 * latents, 1)
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
-        """Image (B, C, *S), sizes multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
-        return dict(zip(range(self.latent_levels, 0, -1), reversed(encode(self.encoder, x))))
+        """Image (B, C, *S), sides multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
+        return dict(zip(range(self.latent_levels, 0, -1), reversed(run_encoder(self.encoder, x))))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
-        """Down the hierarchy: the normal of z_L, its z_L, the normal of z_L-1 given it, ...
+        """From coarse to fine: the normal of z_L, then z_L, the normal of z_{L-1} given z_L, ...
 
-        z_l is `latents[l]` if the other net's latents are given; else drawn with noise[l]; with
-        neither it is the mean. Both are (n * B, D, *S_l). Returns ({l: z_l}, {l: its normal}).
+        z_l is `latents[l]` if latents are given (say, those of the other net), else a sample made
+        with noise[l], and without either the mean. Both dicts hold (n * B, D, *S_l).
+        Returns ({l: z_l}, {l: normal of z_l}).
         """
         chosen, normals, given = {}, {}, latents or noise
         for l, x in features.items():
@@ -230,14 +238,14 @@ class LatentNet(nn.Module):
 
 
 class Likelihood(nn.Module):
-    """Latents {l: (B, D, *S_l)} -> residual logits of every level, 2^(R-L) times as large."""
+    """Latents {l: (B, D, *S_l)} -> every level's residual logits, 2^(R-L) times as large as z_l."""
 
     def __init__(self, c: PHiSegConfig):
         super().__init__()
         doublings = len(c.channels) - c.latent_levels
         self.enter, self.finer, self.up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.join, self.out = nn.ModuleDict(), nn.ModuleDict()
-        coarser = 0  # channels that come from the level before
+        coarser = 0  # channels that come from the coarser level
         for l in range(c.latent_levels, 0, -1):
             name, width = str(l), c.channels[l - 1]
             self.enter[name] = conv_block(c.dims, c.latent_channels, width, convs=2)

@@ -1,31 +1,37 @@
 """Probabilistic U-Net (Kohl et al., NeurIPS 2018, arXiv:1806.05034), its ablations, and the
-Image2Image VAE it is compared with.
+Image2Image VAE that the paper compares it with.
 
-One image, many plausible masks. A vector z of a few numbers says which one, and a prior net says
-how likely each z is for this image:
+One image, many plausible masks: a conditional variational autoencoder on top of a U-Net. A latent
+vector z of a few numbers encodes which of the masks is meant. A prior net predicts from the image X
+how likely each z is, and f_comb, three 1x1 convolutions, turns U-Net features and z into a mask:
         z_i ~ P(. | X) = N(mu_prior(X), diag(sigma_prior(X)^2)),                       (Eq. 1)
         S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
-f_comb is three 1x1 convolutions, so a sample costs those and no more. In training, a posterior net
-that is given the annotator's mask Y as well finds the z that stands for Y (Eq. 3). The loss is
-        L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) ),    (Eq. 4)
-which for beta = 1 is -ELBO. What varies between samples is aleatoric uncertainty: what the image
-leaves open.
+U-Net and prior net run once for an image; a further sample i only costs a pass of f_comb.
 
-The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) are points of one small grid: the
-last three fields of the config.
+Nobody knows which z belongs to which mask. In training, a posterior net therefore reads the image
+and an annotator's mask Y, and predicts which z stand for this mask, Q(z | Y, X) (Eq. 3). The loss
+        L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) )     (Eq. 4)
+asks that such a z reproduces Y (P_c is the softmax of S in every pixel), and that prior and
+posterior agree, so the prior learns to cover the z of all masks that annotators draw on an image.
+For beta = 1 it is the negative ELBO. What varies between samples is aleatoric uncertainty: what the
+image leaves open.
+
+The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) change three things, which are the
+last three fields of the config: what prior and posterior are given, and where z enters the U-Net.
 
 Differences from the paper
-  1. f_comb: three 1x1 convolutions in all, as the text says; the authors' code puts the output
-     layer after three of them (`comb_layers=4`). Its first layer on concat(features, broadcast z)
-     is computed as conv(features) + linear(z): the first half once for all samples.
-  2. The nets predict log sigma, and it is bounded (common.bounded_log_std), so that the KL cannot
-     overflow; the authors' exp of an unbounded number can.
-  3. Learning rate: the paper gives both ends and "in 5 steps"; here each is by 10^-0.4, 40k apart.
-  4. Up-sampling is bilinear without `align_corners`, which the authors' code sets. Average pooling
-     stands for bilinear halving; for even sizes they are the same.
-  5. Weights start orthogonal, as the paper says; the authors' code takes He's normal ones.
-  6. Any size is padded by reflection. The posterior's one-hot mask (minus 0.5, as in the authors'
-     code) is -0.5 in every class for padding and ignored pixels (255).
+  1. f_comb is three 1x1 convolutions in all, as the text says; the authors' code has three and then
+     the output layer (`comb_layers=4`). The first one, on concat(features, broadcast z), is
+     computed as conv(features) + linear(z), so that all samples share conv(features).
+  2. The nets predict log sigma, and it is bounded (common.bounded_log_std) so that the KL cannot
+     overflow. The authors take exp of an unbounded number.
+  3. The learning rate falls from 1e-4 to 1e-6 "in 5 steps" in the paper, which does not say
+     when. Here it is multiplied by 10^-0.4 every 40k steps.
+  4. Up-sampling is bilinear without `align_corners`, which the authors' code sets. Down-sampling is
+     average pooling, which equals the paper's bilinear down-sampling for even sizes.
+  5. Initial weights are orthogonal, as the paper says; the authors' code uses He's normal ones.
+  6. Images of any size are padded by reflection. The posterior gets the one-hot mask minus 0.5, as
+     in the authors' code; padding and ignored pixels (255) are -0.5 in every class.
   7. 1D and 3D work as well (`dims`); the paper is 2D.
 
     python prob_unet.py              # a small one with a 2D latent, under a minute on a CPU
@@ -42,8 +48,8 @@ import torch
 from torch import Tensor, nn
 
 from common import (CONV, DiagonalNormal, UNet, check_choice, concatenate, conv_block,
-                    cross_entropy, encode, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, predict_normal, samples_at_once, standard_normal, valid_label)
+                    cross_entropy, importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
+                    predict_normal, run_encoder, samples_at_once, standard_normal, valid_label)
 
 
 @dataclass(frozen=True)
@@ -53,23 +59,29 @@ class ProbUNetConfig:
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # a resolution level each
-    convs: int = 3  # 3-wide convolutions a level
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # width of each resolution level
+    convs: int = 3  # 3-wide convolutions per level
     latent_dim: int = 6  # N, the length of z
-    comb_layers: int = 3  # 1-wide convolutions of f_comb, the last one to the classes
-    beta: float = 1.0  # weight of the KL; only at 1 is the loss a bound of -log p(y | x)
+    comb_layers: int = 3  # 1-wide convolutions in f_comb; the last one gives the logits
+    beta: float = 1.0  # weight of the KL; for 1 the loss is a bound on -log p(y | x)
     prior: str = "conditional"  # or "fixed": N(0, 1) for every image
-    posterior: str = "image_and_mask"  # what it is given; or "mask"
-    z_enters: str = "after"  # the decoder; or "input": beside the image, so a sample costs a U-Net
+    posterior: str = "image_and_mask"  # what the posterior net is given; or "mask"
+    z_enters: str = "after"  # the U-Net; or "input": beside the image (each sample costs a U-Net)
 
 
 class ProbUNet(nn.Module):
-    """Probabilistic U-Net. Default: 27.50 M parameters, 19.64 M of them for sampling."""
+    """U-Net, prior net, posterior net and f_comb.
+
+    `loss`, which is also `forward`, draws z from the posterior and returns Eq. 4. `sample` draws z
+    from the prior and returns logit maps; `predict` uses the prior's mean. `decode` takes a z of
+    your choice, and `reconstruct` the posterior's mean for a given mask.
+    Default: 27.50 M parameters, 19.64 M of them for sampling.
+    """
 
     Config = ProbUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((40_000 * k, 10 ** (-0.4 * k)) for k in range(1, 6)))
-    # one convolution a level: without a norm, deeper stacks start slowly from orthogonal weights
+    # One convolution per level, because without a norm deeper networks learn slowly at first.
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64), convs=1)
     QUICK_TRAINING = dict(lr=2e-3, lr_drops=((800, 0.5), (1150, 0.2), (1350, 0.05)), batch_size=4,
                           steps=1500)
@@ -89,10 +101,10 @@ class ProbUNet(nn.Module):
                          convs=c.convs, norm="none")
         width = self.unet.out_channels
         self.prior_net = GaussianNet(c, c.in_channels) if c.prior == "conditional" else None
-        given = c.num_classes + (c.in_channels if c.posterior == "image_and_mask" else 0)
-        self.posterior_net = GaussianNet(c, given)
+        image_channels = c.in_channels if c.posterior == "image_and_mask" else 0
+        self.posterior_net = GaussianNet(c, image_channels + c.num_classes)
 
-        # f_comb, its first layer in two halves: difference 1
+        # f_comb, whose first layer is split in two: difference 1
         self.from_features = CONV[c.dims](width, width, 1)
         self.from_z = None if at_input else nn.Linear(c.latent_dim, width, bias=False)
         self.comb = nn.Sequential()
@@ -101,14 +113,14 @@ class ProbUNet(nn.Module):
         init_orthogonal(self)
 
     def prior(self, image: Tensor) -> DiagonalNormal:
-        """P(z | X) of Eq. 1: mean and log_std (B, N)."""
+        """P(z | X) of Eq. 1, with mean and std (B, N)."""
         if self.prior_net is None:
             zeros = image.new_zeros(len(image), self.config.latent_dim)
             return DiagonalNormal(zeros, zeros)
         return self.prior_net(pad_to_multiple(image, self.unet.multiple))
 
     def posterior(self, image: Tensor, label: Tensor) -> DiagonalNormal:
-        """Q(z | Y, X) of Eq. 3: where in latent space the masks `label` (B, *S) lie."""
+        """Q(z | Y, X) of Eq. 3: where the masks `label` (B, *S) lie in latent space."""
         image = pad_to_multiple(image, self.unet.multiple)
         given = one_hot(label, self.config.num_classes, image.shape[2:]) - 0.5
         if self.config.posterior == "image_and_mask":
@@ -116,7 +128,7 @@ class ProbUNet(nn.Module):
         return self.posterior_net(given)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Eq. 4: (loss in nats, summed over pixels and averaged over the batch; its terms).
+        """Eq. 4 in nats, summed over pixels and averaged over the batch: (loss, terms).
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
         """
@@ -131,11 +143,11 @@ class ProbUNet(nn.Module):
     forward = loss
 
     def _shared(self, image):
-        """What the samples of an image have in common, computed once: (B, ., *S)."""
+        """What all samples of an image share: U-Net features, or the image if z_enters="input"."""
         return self.from_features(self.unet(image)) if self.from_z else image
 
     def _logits(self, shared, z):
-        """`_shared` (B, ., *S) and latents z (n, B, N) -> logits (n, B, K, *S)."""
+        """Output of `_shared` (B, ., *S) and latents z (n, B, N) -> logits (n, B, K, *S)."""
         if self.from_z:
             bias = self.from_z(z)  # (n, B, width)
             x = (shared.flatten(2) + bias[..., None]).unflatten(3, shared.shape[2:]).flatten(0, 1)
@@ -147,36 +159,36 @@ class ProbUNet(nn.Module):
         return self.comb(x).unflatten(0, z.shape[:2])
 
     def _chunks(self, shared, z):
-        """`_logits` of some of the latents z (n, B, N) at a time, one chunk after the other."""
+        """Yield `_logits` of latents z (n, B, N), in chunks that bound the memory."""
         values = 4 * self.config.channels[0] * shared[:, 0].numel()  # f_comb holds about four maps
         for part in z.split(samples_at_once(values, shared.device)):
             yield self._logits(shared, part)
 
     @torch.no_grad()
     def decode(self, image: Tensor, z: Tensor) -> Tensor:
-        """Eq. 2: the logit maps (n, B, K, *S) that latents z (n, B, N) of your choice stand for."""
+        """Eq. 2: logit maps (n, B, K, *S) for latents z (n, B, N) of your choice."""
         return concatenate(self._chunks(self._shared(image), z), len(z))
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n logit maps, (n, B, K, *S): one pass of the U-Net and the prior net whatever n is."""
+        """n logit maps, (n, B, K, *S), from one pass of the U-Net and the prior net."""
         return self.decode(image, draw(self.prior(image), n, generator))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """Probabilities (B, K, *S) at the prior's mean, its most likely z."""
+        """Probabilities (B, K, *S) for the mean of the prior, its most likely z."""
         return self.decode(image, self.prior(image).mean.unsqueeze(0))[0].softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
-        """Logits (B, K, *S) at the posterior's mean: how well a z can describe `label`."""
+        """Logits (B, K, *S) for the posterior's mean: shows how well a z can describe `label`."""
         return self.decode(image, self.posterior(image, label).mean.unsqueeze(0))[0]
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling, (B,), half of the draws from
-        the posterior and half from the prior: see common.importance_log_ratio."""
+        """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n latents, half
+        from the posterior and half from the prior: see common.importance_log_ratio."""
         label, shared = valid_label(label, mask), self._shared(image)
         prior, posterior = self.prior(image), self.posterior(image, label)
         n_q, n_p = n - n // 2, n // 2
@@ -190,7 +202,7 @@ class ProbUNet(nn.Module):
 
 @dataclass(frozen=True)
 class Image2ImageVAEConfig(ProbUNetConfig):
-    """The point of the grid that is the paper's baseline, with its best settings for LIDC."""
+    """The paper's baseline, with its best settings for LIDC."""
 
     latent_dim: int = 3
     beta: float = 10.0
@@ -200,13 +212,14 @@ class Image2ImageVAEConfig(ProbUNetConfig):
 
 
 class Image2ImageVAE(ProbUNet):
-    """Image2Image VAE (Sec. 3.2): prior and posterior ignore the image. 19.64 M parameters."""
+    """Image2Image VAE (Sec. 3.2): prior and posterior do not depend on the image, and z enters the
+    U-Net beside the image. 19.64 M parameters."""
 
     Config = Image2ImageVAEConfig
 
 
 class GaussianNet(nn.Module):
-    """Prior or posterior net: a U-Net's encoder, global average pooling, one linear layer."""
+    """Prior or posterior net: a U-Net's encoder, global average pooling and a linear layer."""
 
     def __init__(self, c: ProbUNetConfig, in_channels: int):
         super().__init__()
@@ -216,12 +229,12 @@ class GaussianNet(nn.Module):
         self.head = nn.Linear(c.channels[-1], 2 * c.latent_dim)
 
     def forward(self, x):
-        coarsest = encode(self.levels, x)[-1]
+        coarsest = run_encoder(self.levels, x)[-1]
         return predict_normal(self.head, coarsest.flatten(2).mean(2))  # (B, N)
 
 
 def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """n draws of each case's latents, (n, B, N)."""
+    """n samples of each case's latents, (n, B, N)."""
     batch, latents = normal.mean.shape
     noise = standard_normal((batch, n, latents), normal.mean, generator).transpose(0, 1)
     return normal.mean + normal.std * noise
@@ -236,7 +249,7 @@ if __name__ == "__main__":
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
-    # beta above 1 widens the posteriors: so few steps would leave gaps between them in the prior
+    # beta above 1 widens the posteriors; after so few steps they would leave gaps in the prior
     model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(16, 32, 64), convs=1, latent_dim=2,
                                     beta=3.0))
     batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["shapes"].augmentation)

@@ -1,39 +1,44 @@
 """Stochastic Segmentation Networks (Monteiro et al., NeurIPS 2020, arXiv:2006.06015).
 
-One image, many plausible masks. The network predicts a normal distribution over the whole logit
-map, with a covariance of low rank,
-        eta | x ~ N(mu(x), P(x) P(x)^T + D(x)),                                        (Eq. 5)
-so a single forward pass yields as many spatially coherent masks as you like, at the price of a
-matrix-vector product each. Trained by maximising the Monte-Carlo likelihood
-        log p(y | x) ~ logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) - log M.        (Eq. 7)
+One image, many plausible masks. An ordinary network predicts one logit map, and its softmax treats
+the pixels as independent, so labels drawn from it are grainy noise. An SSN predicts a normal
+distribution over the whole logit map eta:
+        eta | x ~ N(mu(x), P(x) P(x)^T + D(x)).                                        (Eq. 5)
+Mean mu, factor P and diagonal D are the outputs of three 1-wide convolutions (1x1 in 2D) on the
+features of any network. Each of the R columns of P is a map along which all logits vary together,
+so samples are spatially coherent. The network runs once for an image; a further sample only costs a
+matrix-vector product. Training minimises the negative log-likelihood of an annotator's mask y,
+estimated from M samples eta^m of the distribution, with pixels i:
+        -log p(y | x) ~ -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.      (Eq. 7)
 What varies between samples is aleatoric uncertainty: what the image leaves open.
 
 The paper's three experiments:
-    LIDC   a deterministic U-Net (the default configuration)
-    BraTS  DeepMedic (dims=3), trained on patches; at test time the maps are stitched first and one
-           sample is drawn for the whole volume, so no patch border shows in it
-    Fig. 2 a toy of 21 pixels without a network: the three maps are free parameters (`train_toy`)
-and `SSN(config, backbone=net)` puts the method on any network of your own.
+    LIDC   with a U-Net (the default configuration)
+    BraTS  with DeepMedic (dims=3), trained on patches. At test time mean, factor and diagonal are
+           stitched together first and then sampled, so samples show no patch borders.
+    Fig. 2 with 21 pixels and no network: the three maps are free parameters (`train_toy`)
+To put the method on a network of your own, call `SSN(config, backbone=net)`.
 
 Differences from the paper
-  1. Sampling: the authors' code builds torch's LowRankMultivariateNormal, which factorises a matrix
-     and falls back to independent normals where that fails. A sample needs no factorisation.
-  2. The log of the diagonal is bounded (common.bounded_log_std), so it cannot overflow; the authors
-     stop the toy before it does.
-  3. A covariance that outgrows the mean leads to bad optima (Sec. 5.1). As in the paper, the toy
-     trains its mean first, and `mask` takes factor and diagonal out of a known background (air
-     round a brain). Beyond the paper, the networks' covariance starts small: otherwise whole
-     backgrounds flip in many samples, which Eq. 7 hardly minds (one good sample in M is enough for
-     it) and which takes long to unlearn (`shapes`, 300 steps: GED .37 against .23).
-  4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels, where the authors take every third
-     or fifth one. Beyond the volume the image is reflected, theirs repeats its border. BraTS is
-     trained by the authors' recipe (train.RECIPES): as theirs, a batch is 10 patches of 10 volumes.
-     They read 50 volumes at a time and use each of them in 20 batches, because reading is slow;
-     here all volumes are in memory, and each of them gives one patch in turn. Augmentation mirrors
-     and turns in the axial plane as theirs, but deforms neither the volume nor the histogram.
-  5. Temperature: T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
-  6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, as slower
-     averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
+  1. Sampling: the authors' code uses torch's LowRankMultivariateNormal, which factorises a matrix,
+     and falls back to independent normals where that fails. Here a sample is mu + P e1 + sqrt(D) e2
+     with standard normal e1 and e2, which needs no factorisation.
+  2. The log of the diagonal is bounded (common.bounded_log_std), so it cannot overflow. The authors
+     stop the toy's training before it overflows.
+  3. If the covariance outgrows the mean, training ends in bad optima (Sec. 5.1). As in the paper,
+     the toy trains its mean first, and `mask` removes the covariance of a known background (air
+     around a brain). In addition, the covariance here starts small. Otherwise the background flips
+     as a whole in many samples, which Eq. 7 hardly penalises, as one good sample of the M suffices,
+     and which takes long to unlearn (`shapes`, 300 steps: GED .37 instead of .23).
+  4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
+     fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
+     trained with the authors' recipe (train.RECIPES), and as theirs, a batch is 10 patches of 10
+     volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
+     here all volumes are in memory and take turns, one patch each. Augmentation mirrors and rotates
+     in the axial plane like theirs, but deforms neither the volume nor the histogram.
+  5. The temperature T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
+  6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
+     slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
 
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda
@@ -61,20 +66,23 @@ class SSNConfig:
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    rank: int = 10  # columns of the covariance factor P; 0 is the paper's diagonal model
-    mc_samples: int = 20  # M of Eq. 7
+    rank: int = 10  # R, columns of the covariance factor P; 0 is the paper's diagonal model
+    mc_samples: int = 20  # M of Eq. 7, in training
     diagonal_min: float = 1e-5  # added to every variance
-    backbone: str = "auto"  # "unet", "deepmedic"; auto: deepmedic for dims=3, else unet
-    channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # U-Net: a level each
-    convs: int = 3  # U-Net: 3-wide convolutions a level, and 1-wide ones after it
-    deepmedic: dict = field(default_factory=dict)  # fields of DeepMedicConfig other than default
+    backbone: str = "auto"  # "unet" or "deepmedic"; auto: deepmedic if dims=3, else unet
+    channels: tuple[int, ...] = (32, 64, 128, 192, 192, 192, 192)  # U-Net: width of each level
+    convs: int = 3  # U-Net: 3-wide convolutions per level, and 1-wide ones at its end
+    deepmedic: dict = field(default_factory=dict)  # fields of DeepMedicConfig to change
 
 
 class SSN(nn.Module):
-    """Stochastic segmentation network: any backbone, and three 1-wide convolutions on it.
+    """A backbone and three 1-wide convolutions that predict the normal distribution of Eq. 5.
 
-    backbone: a network of your own, image (B, in_channels, *S) -> features (B, F, *S), with F
-        in its attribute `out_channels`; None builds the one `config` names.
+    `loss`, which is also `forward`, draws M logit maps and returns Eq. 7. `sample` draws logit maps
+    for you, `predict` uses the mean, and `distribution` returns the distribution itself.
+
+    backbone: a network of your own, image (B, in_channels, *S) -> features (B, F, *S), with F in
+        its attribute `out_channels`; None builds the one that `config` names.
     Default: 2D U-Net, 10.32 M parameters.
     """
 
@@ -97,16 +105,17 @@ class SSN(nn.Module):
         self.mean = conv(features, c.num_classes, 1)
         self.log_diagonal = conv(features, c.num_classes, 1)
         self.factor = conv(features, c.rank * c.num_classes, 1) if c.rank else None
-        with torch.no_grad():  # a quiet start: see difference 3
+        with torch.no_grad():  # the covariance starts small: difference 3
             self.log_diagonal.bias -= 4
             if self.factor:
                 self.factor.weight *= 0.1
                 self.factor.bias *= 0.1
 
     def distribution(self, image: Tensor, mask: Tensor | None = None) -> LowRankNormal:
-        """The normal over logit maps, (B, K, *S): all there is to know about an image.
+        """The normal distribution over logit maps (B, K, *S) of Eq. 5.
 
-        mask (B, *S), true inside the region of interest: outside, logits stay at their mean.
+        mask (B, *S), True in the region of interest. Outside it the logits stay at their mean, but
+        for a variance of `diagonal_min`.
         """
         if isinstance(self.backbone, DeepMedic):
             maps = self.backbone.stitch(image, self._maps)
@@ -121,7 +130,7 @@ class SSN(nn.Module):
             return [head(features.float()) for head in heads]
 
     def _normal(self, mean, log_diagonal, factor=None, mask=None):
-        # the diagonal holds variances: log variance = 2 log std
+        # the diagonal is a variance, but the bound is on its log std, which is half of its log
         diagonal = torch.exp(2 * bounded_log_std(log_diagonal / 2))
         if factor is not None:
             factor = factor.unflatten(1, (self.config.rank, self.config.num_classes))
@@ -131,10 +140,10 @@ class SSN(nn.Module):
         return LowRankNormal(mean, factor, diagonal + self.config.diagonal_min)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Eq. 7: (loss in nats, summed over pixels and averaged over the batch; its terms).
+        """Eq. 7 in nats, summed over pixels and averaged over the batch: (loss, terms).
 
         image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
-        DeepMedic sees one patch of every volume, at random.
+        With DeepMedic, the loss is that of one random patch of every volume.
         """
         label = valid_label(label, mask)
         if isinstance(self.backbone, DeepMedic):
@@ -151,18 +160,18 @@ class SSN(nn.Module):
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None, *,
                temperature: float = 1.0) -> Tensor:
-        """n logit maps, (n, B, K, *S); one pass of the network whatever n is."""
+        """n logit maps, (n, B, K, *S), from one pass of the network."""
         return self.distribution(image).sample(n, generator, temperature=temperature)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """Probabilities (B, K, *S) at the most likely logit map, the mean."""
+        """Probabilities (B, K, *S) of the most likely logit map, the mean."""
         return self.distribution(image).mean.softmax(1)
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Eq. 6 with n samples: log p(y | x) in nats, a lower bound on average, (B,)."""
+        """log p(y | x) in nats, (B,), by Eq. 6 with n samples: on average a lower bound."""
         normal, label = self.distribution(image, mask), valid_label(label, mask)
         chunk = samples_at_once(normal.mean.numel(), image.device)
         parts = [-cross_entropy(normal.sample(min(chunk, n - i)), label)
@@ -171,7 +180,7 @@ class SSN(nn.Module):
 
 
 def build_backbone(c: SSNConfig) -> nn.Module:
-    """The network that `config.backbone` names."""
+    """The network that the config's `backbone` names."""
     if c.backbone == "unet" or (c.backbone == "auto" and c.dims < 3):
         return DetUNet(c.in_channels, c.channels, dims=c.dims, convs=c.convs)
     if c.dims != 3:
@@ -183,7 +192,8 @@ def build_backbone(c: SSNConfig) -> nn.Module:
 
 
 class FreeMaps(nn.Module):
-    """No network: pixel i's features are the i-th unit vector, so the heads' weights *are* maps."""
+    """Replaces the network: the features of pixel i are the i-th unit vector, so that the weights
+    of the three 1-wide convolutions are the maps themselves."""
 
     def __init__(self, pixels: int):
         super().__init__()
@@ -196,9 +206,9 @@ class FreeMaps(nn.Module):
 
 def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500,
               mean_steps: int = 200) -> SSN:
-    """Fit the three free maps to equally likely labels of one image; first the mean alone.
+    """Fit the three free maps to equally likely label maps of one image; first the mean alone.
 
-    image (B, 1, S) the same B times, label (B, S).
+    image (B, 1, S), B times the same; label (B, S), the label maps.
     """
     torch.manual_seed(0)
     model = SSN(SSNConfig(dims=1, rank=rank, mc_samples=200), backbone=FreeMaps(label.shape[-1]))
@@ -207,7 +217,7 @@ def train_toy(image: Tensor, label: Tensor, rank: int, steps: int = 2500,
         optimizer.zero_grad()
         cross_entropy(model.distribution(image).mean, label).mean().backward()
         optimizer.step()
-    # A new optimiser, as the authors do: moments of the first phase would distort the first steps.
+    # A new optimiser, as in the authors' code: moments of the first phase would distort its steps.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.4, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):

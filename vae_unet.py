@@ -1,49 +1,58 @@
 """VAE U-Net: latents on the skip connections (Bai and Bai 2023, "Hierarchical Uncertainty
 Estimation for Medical Image Segmentation Networks", arXiv:2308.08465).
 
-On every skip connection i a 1-wide convolution turns the features into a normal for each position,
-and a draw z_i is concatenated to the features before the decoder reads them:
+One image, many plausible masks: a conditional variational autoencoder whose latents sit on the skip
+connections of a U-Net. On skip connection i, a 1-wide convolution turns the encoder's features of
+the image x into a normal at every position. A sample z_i of it is concatenated to these features
+before the decoder reads them:
         p(z_i | x) = N(mu_i(x), diag(sigma_i(x)^2)),   y = decoder(features(x), z_0 .. z_{L-1}).
-In training the same encoder and convolutions also read the mask y, as a grey image: q(z_i | y). The
-decoder learns from draws of q, and a KL ties the image's latents to them (the published code):
+In training, the same encoder and convolutions also read an annotator's mask y as if it were a grey
+image, which gives q(z_i | y). The decoder learns from samples of q, and a KL makes p, which does
+not know y, similar to q. The loss in the published code is
         L = E_{z ~ q(z|y)}[ 0.6 CE(y, z) + 0.4 Dice(y, z) ] + 1e-5 sum_i KL( p(z_i|x) || q(z_i|y) ).
-At test time z comes from p: a conditional VAE with a latent map on every skip connection. A sample
-costs a pass of the decoder; the encoder runs once for all. The paper's text differs:
-        L = E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ),   (Eq. 15)
-with an encoder of its own for the mask (`latents=image`). There nothing asks for a sample for each
-annotator: z is drawn without knowledge of y, CE is lowest where z changes nothing, and samples
-hardly vary. (The text writes q(z|X) for our p and p(z|Y) for our q.)
+At test time z comes from p. The encoder runs once; a sample costs a pass of the decoder.
 
-Which uncertainty: aleatoric. The authors sample with DropPath switched on as in training, so theirs
-holds epistemic uncertainty of the weights as well: `backbone=swin sample_drop_path=True`.
+The paper's text describes another training (`latents=image`), where z is drawn from the image's own
+distribution and the mask has its own encoder:
+        L = E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ).   (Eq. 15)
+This z is drawn without knowledge of y, so the CE is lowest if z has no effect on the mask, and then
+samples hardly vary. (The text writes q(z|X) for our p and p(z|Y) for our q.)
 
-Differences (where text and code, BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, differ, the
-code is followed)
-  1. Weights of CE, Dice, KL: text 0.4, 0.6, 0.1; code for LIDC 0.6, 0.4, 1e-5 (first 1e-3), for
-     Synapse 0.4, 0.5, 0.1. Its KL is a mean over positions, summed over levels; its Dice counts
-     classes that are absent from the batch. Learning rate: text "decay 1e-4", code polynomial.
-  2. The code draws z without a gradient to q (`reparameterised=False`), so q learns from the KL
-     alone, which is lowest if z says nothing about y. Here gradients flow: GED on small `shapes`
-     after 400 steps at KL weight 0.1 is 0.48 with them, 0.77 without, 0.66 with latents=image.
-  3. `kl_scale=pixel`, not in the paper, is for weights 1, 0 and 1: CE and KL both in nats a pixel,
-     an ELBO but for the KL's direction. With means, a nat in a coarse latent costs 4^i times one of
-     the finest level, where draws are mere noise. `--quick` trains like this, with Adam.
-  4. The mask as an image: class numbers 0 .. K - 1 in the code, here k / (K - 1), and -1 where it
-     is ignored. Both pass the encoder in one batch, for batch norm must know the moments of both.
-  5. No latents on the coarsest features, which are no skip connection; the text counts them, the
-     code makes their head and never uses it. With it the latents have the paper's 3.6 k parameters
-     (3,560), without 2,022. Eq. 6 lets z_i depend on z_<i; in the code they are independent.
+What varies between samples is aleatoric uncertainty: what the image leaves open. The authors also
+leave DropPath on when they sample, which adds epistemic uncertainty, that of the weights; for this,
+set `backbone=swin sample_drop_path=True`.
+
+Differences from the paper (where its text disagrees with its published code,
+BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, the code is followed)
+  1. Weights of CE, Dice and KL: in the text 0.4, 0.6, 0.1; in the code and here for LIDC 0.6, 0.4,
+     1e-5 (at first 1e-3), for Synapse 0.4, 0.5, 0.1. The code's KL is a mean over positions and a
+     sum over levels; its Dice counts classes that are absent from the batch. Learning rate: the
+     text says "decay 1e-4", the code's falls polynomially.
+  2. In the code no gradient flows from z to q (`reparameterised=False`), so q learns from the KL
+     alone, which is lowest if z says nothing about y. Here gradients flow. GED on small `shapes`
+     after 400 steps at KL weight 0.1: 0.48 with gradients, 0.77 without, 0.66 with latents=image.
+  3. `kl_scale=pixel` is ours, for weights 1, 0 and 1: CE and KL are both in nats per pixel, so the
+     loss is a negative ELBO except for the KL's direction. With means over positions, a nat at
+     level i costs 4^i times as much as at the finest level, whose samples are mere pixel noise.
+     `--quick` trains with `pixel`, and with Adam.
+  4. Grey values of the mask: class numbers 0 .. K - 1 in the code; here k / (K - 1), and -1 where
+     it is ignored. Image and mask pass the encoder in one batch, because batch norm has to know the
+     statistics of both.
+  5. The coarsest features, which are no skip connection, have no latents. The text gives them some;
+     the code builds the layer but never uses it. With that layer, the latents add 3,560 parameters,
+     the paper's 3.6 k; without it, 2,022. In Eq. 6, z_i depends on z_<i; in the code and here, the
+     z_i are independent given x.
   6. The nets predict log sigma, and it is bounded (common.bounded_log_std).
-  7. The default backbone is the U-Net of the other methods; `backbone=swin` is the authors', with
-     20.08 M parameters, depths 2, 2, 2, 1 and DropPath 0.2, but no pre-trained weights. From random
-     weights, the latents of short runs collapse unless the KL weighs little: on `organs` of 48 px,
-     500 steps with weights 1, 0 and 0.3 in nats a pixel give samples of diversity .02 and a GED of
-     .27, with 0.1 a diversity of .24 (annotators: .28) and a GED of .62.
+  7. The default backbone is the other methods' U-Net. `backbone=swin` is the authors' (20.08 M
+     parameters, depths 2, 2, 2, 1, DropPath 0.2), without pre-trained weights. From random weights,
+     the latents of short runs collapse unless the KL has a small weight: on `organs` of 48 px, 500
+     steps with weights 1, 0 and 0.3 in nats per pixel give samples of diversity .02 and a GED of
+     .27; with 0.1 for 0.3, the diversity is .24 (annotators: .28), but the GED is .62.
   8. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
-  9. Judging volumes (`evaluate.py --per-volume`), the code gives a class that the annotation or the
-     prediction lacks a Dice of 1 and a distance of 0. Here it counts only where it is annotated; if
-     it is missed there, its Dice is 0 and it has no distance. Distances are in voxels, in the code
-     too, although the paper says mm.
+  9. When volumes are judged (`evaluate.py --per-volume`), the code gives a class that annotation or
+     prediction lacks a Dice of 1 and a distance of 0. Here a class counts only where it is
+     annotated; if it is missed there, its Dice is 0 and it has no distance. Distances are in
+     voxels, also in the code, although the paper says mm.
 
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png
@@ -61,43 +70,49 @@ from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
 from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, concatenate,
-                    conv_block, cross_entropy, importance_log_ratio, one_hot, pad_to_multiple,
-                    predict_normal, samples_at_once, train_small, valid_label)
+                    cross_entropy, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
+                    samples_at_once, train_small, valid_label)
 
 
 @dataclass(frozen=True)
 class VAEUNetConfig:
-    """Latents and loss as in the published code for LIDC, on the U-Net of the other methods."""
+    """Latents and loss of the published code for LIDC, on the U-Net of the other methods."""
 
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    latents: str = "mask"  # drawn in training from the mask's distribution; "image": Eq. 15
-    reparameterised: bool = True  # gradients reach the distribution that z is drawn from
-    latent_dim: int = 1  # latents at each position of each skip connection
+    latents: str = "mask"  # training draws z from q(z|y) of the mask; "image": Eq. 15
+    reparameterised: bool = True  # gradients flow through z to its distribution
+    latent_dim: int = 1  # latents per position of every skip connection
     ce_weight: float = 0.6
     dice_weight: float = 0.4
     kl_weight: float = 1e-5
-    kl_scale: str = "mean"  # over each level's positions; or "pixel": in nats a pixel of the image
+    kl_scale: str = "mean"  # over each level's positions; or "pixel": nats per image pixel
     backbone: str = "unet"  # or "swin" (2D)
-    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # U-Net: a resolution level each
-    convs: int = 3  # U-Net: 3-wide convolutions a level
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # U-Net: width of each level
+    convs: int = 3  # U-Net: 3-wide convolutions per level
     width: int = 96  # Swin: channels of the finest level, doubled at every coarser one
-    depths: tuple[int, ...] = (2, 2, 2, 1)  # Swin: blocks a level, in the decoder too
-    heads: tuple[int, ...] = (3, 6, 12, 24)  # Swin: of attention, a level each
-    patch: int = 4  # Swin: pixels a side that become one token of the finest level
-    window: int = 7  # Swin: tokens a side that attend to one another
-    drop_path: float = 0.2  # Swin: highest probability that training skips a residual layer
-    sample_drop_path: bool = False  # Swin: skip layers in `sample` too, which is epistemic
+    depths: tuple[int, ...] = (2, 2, 2, 1)  # Swin: blocks of each level, in the decoder too
+    heads: tuple[int, ...] = (3, 6, 12, 24)  # Swin: attention heads of each level
+    patch: int = 4  # Swin: side, in pixels, of a token of the finest level
+    window: int = 7  # Swin: side, in tokens, of an attention window
+    drop_path: float = 0.2  # Swin: largest probability of skipping a residual layer in training
+    sample_drop_path: bool = False  # Swin: skip layers in `sample` too (epistemic)
 
 
 class VAEUNet(nn.Module):
-    """VAE U-Net. Default: 11.78 M parameters."""
+    """A U-Net (or Swin-Unet) with a `LatentSkip` on every skip connection.
+
+    `loss`, which is also `forward`, draws the latents from the mask's q and returns the loss L.
+    `sample` draws them from the image's p and returns logit maps; `predict` uses the means of p,
+    `reconstruct` those of the q of a given mask.
+    Default: 11.78 M parameters.
+    """
 
     Config = VAEUNetConfig
     TRAINING = dict(optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, batch_size=24,
                     steps=60_000, poly_power=0.9)
-    # see "Differences" 3; latents down to maps of 4 x 4 pick a whole object's class or size
+    # difference 3; latent maps as small as 4 x 4 can set the class or size of a whole object
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64, 64), convs=1, width=24, depths=(2, 2, 2),
                         heads=(2, 4, 8), kl_scale="pixel", ce_weight=1.0, dice_weight=0.0,
                         kl_weight=1.0)
@@ -124,37 +139,37 @@ class VAEUNet(nn.Module):
             self.mask_skips = latent_skips(c, self.backbone.channels)
 
     def encode(self, image: Tensor) -> tuple[list[Tensor], list[DiagonalNormal]]:
-        """Features (B, C_i, *S_i) of every level, and the image's distribution of the latents
-        (B, latent_dim, *S_i) of every skip connection, fine to coarse, of the padded image."""
+        """Of the padded image: the features (B, C_i, *S_i) of every level, and p(z_i | x), of shape
+        (B, latent_dim, *S_i), of every skip connection, both fine to coarse."""
         features = self.backbone.encode(pad_to_multiple(image, self.backbone.multiple))
         return features, [skip(f) for skip, f in zip(self.skips, features)]
 
     def encode_both(self, image: Tensor, label: Tensor):
-        """`encode`, and the mask's distribution of the latents of every skip connection."""
+        """The results of `encode`, and q(z_i | y) of every skip connection."""
         padded = pad_to_multiple(image, self.backbone.multiple)
         if self.config.latents == "image":
             hot = one_hot(label, self.config.num_classes, padded.shape[2:])
             of_mask = self.mask_net.encode(hot)
             return *self.encode(image), [skip(f) for skip, f in zip(self.mask_skips, of_mask)]
-        # one pass for both, so that batch norm learns the moments of what it is used on
+        # one batch of both, so that batch norm's statistics are those of both
         both = self.backbone.encode(torch.cat([padded, self.label_image(label, padded.shape[2:])]))
         features, of_mask = zip(*[f.chunk(2) for f in both])
         return (list(features), [skip(f) for skip, f in zip(self.skips, features)],
                 [skip(f) for skip, f in zip(self.skips, of_mask)])
 
     def label_image(self, label: Tensor, size) -> Tensor:
-        """Label map (B, *S) -> (B, in_channels, *size): class k is the grey value k / (K - 1), and
-        -1 is where the label is ignored, and the padding."""
+        """Label map (B, *S) -> grey image (B, in_channels, *size): class k has the value k / (K-1);
+        ignored pixels and padding have -1."""
         grey = (label / (self.config.num_classes - 1)).masked_fill(label == IGNORE, -1)
         padded = grey.new_full((len(label), 1, *size), -1)
         center_crop(padded, label.shape[1:]).copy_(grey.unsqueeze(1))
         return padded.expand(-1, self.config.in_channels, *[-1] * len(size))
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """(weighted sum of CE, Dice and KL, all means, not nats summed over pixels; its terms).
+        """Weighted sum of CE, Dice and KL: (loss, terms). CE is a mean over pixels, not a sum.
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). `kl` is the sum
-        over skip connections of `kl_0` (finest), `kl_1`, ...
+        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). The term `kl` is
+        the sum of `kl_0` (finest skip connection), `kl_1`, ...
         """
         c, label = self.config, valid_label(label, mask)
         features, of_image, of_mask = self.encode_both(image, label)
@@ -176,14 +191,14 @@ class VAEUNet(nn.Module):
     forward = loss
 
     def _logits(self, features, z, size):
-        """Features of every level and latents of every skip -> logits (B, K, *size)."""
+        """Features of every level and z of every skip connection -> logits (B, K, *size)."""
         *skips, coarsest = features
         joined = [torch.cat([f, level.to(f)], 1) for f, level in zip(skips, z)]
         return self.head(center_crop(self.backbone.decode([*joined, coarsest]), size))
 
     def _decode(self, features, draws, size):
-        """Yield the logits (n', B, K, *size) of a list of draws of all latents, in parts."""
-        # the decoder's finest level holds about four maps like the finest skip
+        """Yield logits (m, B, K, *size) for a list of samples of all latents, in chunks."""
+        # the decoder's finest level needs about four times the memory of the finest features
         chunk = samples_at_once(4 * features[0].numel(), features[0].device)
         for start in range(0, len(draws), chunk):
             part = draws[start : start + chunk]
@@ -193,8 +208,8 @@ class VAEUNet(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The paper's sampling mode: n logit maps (n, B, K, *S), a pass of the decoder each; with
-        `sample_drop_path` a pass of the encoder too."""
+        """The paper's sampling mode: n logit maps (n, B, K, *S). Each takes a pass of the decoder
+        and, with `sample_drop_path`, of the encoder."""
         if self.config.sample_drop_path:
             with dropping_paths(self, generator):
                 return torch.cat([self._sample(image, 1, generator) for _ in range(n)])
@@ -207,22 +222,22 @@ class VAEUNet(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """The paper's prior mode: probabilities (B, K, *S) at the means of the image's latents."""
+        """The paper's prior mode: probabilities (B, K, *S) for the means of p(z_i | x)."""
         features, of_image = self.encode(image)
         means = [normal.mean for normal in of_image]
         return self._logits(features, means, image.shape[2:]).float().softmax(1)
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
-        """Logits (B, K, *S) at the means of the mask's latents: how well z can say `label`."""
+        """Logits (B, K, *S) for the means of q(z_i | y): shows how well z describes `label`."""
         features, _, of_mask = self.encode_both(image, label)
         return self._logits(features, [normal.mean for normal in of_mask], image.shape[2:])
 
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int,
                        mask: Tensor | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling with n draws, (B,): half of
-        them from the mask's q, half from the image's p, see common.importance_log_ratio. With
+        """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
+        half from the mask's q, half from the image's p: see common.importance_log_ratio. With
         latents="image" all are from p."""
         label, (n_q, n_p) = valid_label(label, mask), (n - n // 2, n // 2)
         if self.config.latents == "image":
@@ -239,13 +254,14 @@ class VAEUNet(nn.Module):
 
 
 def log_density(normals: list[DiagonalNormal], z: list[Tensor]) -> Tensor:
-    """log density of one draw of the latents of every skip connection, (B,)."""
+    """Log density of one sample of the latents of all skip connections, (B,)."""
     return sum(normal.log_prob(level) for normal, level in zip(normals, z))
 
 
 class LatentSkip(nn.Module):
-    """All the method adds to a network: features (B, channels, *S) -> DiagonalNormal of
-    (B, latent_dim, *S). On a U-Net of your own, widen what reads the skip connection, and:
+    """All that the method adds to a network: features (B, channels, *S) -> DiagonalNormal of
+    (B, latent_dim, *S). To use it in a U-Net of your own, give the decoder layer that reads the
+    skip connection latent_dim more input channels, and write:
 
         normal = self.latent(skip)                        # normal.kl(other) for the loss
         skip = torch.cat([skip, normal.sample()], 1)      # normal.mean for the prior mode
@@ -262,7 +278,7 @@ class LatentSkip(nn.Module):
 def latent_skips(c: VAEUNetConfig, channels) -> nn.ModuleList:
     """A LatentSkip for every level but the coarsest, which has no skip connection."""
     skips = nn.ModuleList(LatentSkip(width, c.latent_dim, c.dims) for width in channels[:-1])
-    if c.backbone == "swin":  # as all its layers; larger weights let the KL of early steps explode
+    if c.backbone == "swin":  # as in its other layers; with larger weights the KL explodes at first
         for skip in skips:
             nn.init.trunc_normal_(skip.conv.weight, std=0.02)
             nn.init.zeros_(skip.conv.bias)
@@ -270,10 +286,10 @@ def latent_skips(c: VAEUNetConfig, channels) -> nn.ModuleList:
 
 
 def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Soft Dice loss in 0..1: 1 - mean_k 2 sum(s y) / (sum s^2 + sum y^2).
+    """Soft Dice loss in 0..1: 1 - mean_k 2 sum(s y) / (sum s^2 + sum y^2), s = softmax(logits).
 
-    logits (B, K, *S), label (B, *S). Sums over the batch's valid pixels; the mean is over all
-    classes, background and absent ones too.
+    logits (B, K, *S), label (B, *S). The sums are over the valid pixels of the batch, the mean over
+    all classes, including the background and absent ones.
     """
     valid = (label != IGNORE).unsqueeze(1)
     hot = one_hot(label, logits.shape[1], label.shape[1:])
@@ -284,10 +300,10 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def build_backbone(c: VAEUNetConfig, in_channels: int, decoder: bool = True) -> nn.Module:
-    """A network that reads `latent_dim` more channels from every skip connection.
+    """A network whose decoder expects `latent_dim` more channels on every skip connection.
 
-    encode: image (B, C, *S), sides multiples of `multiple` -> features of every level, of
-    `channels`, fine to coarse. decode: these with the latents -> (B, out_channels, *S).
+    encode: image (B, C, *S), sides multiples of `multiple` -> features of every level, with
+    `channels` channels, fine to coarse. decode: these and the latents -> (B, out_channels, *S).
     """
     if c.backbone == "swin":
         if c.dims != 2:
@@ -295,13 +311,8 @@ def build_backbone(c: VAEUNetConfig, in_channels: int, decoder: bool = True) -> 
         return SwinUNet(in_channels, width=c.width, depths=c.depths, heads=c.heads, patch=c.patch,
                         window=c.window, joined=c.latent_dim, drop_path=c.drop_path,
                         decoder=decoder)
-    unet = UNet(in_channels, c.channels, dims=c.dims, convs=c.convs)
-    unet.channels, unet.out_channels, unet.decoder = c.channels, c.channels[0], nn.ModuleList()
-    if decoder:
-        for coarser, skip in zip(c.channels[:0:-1], c.channels[-2::-1]):
-            unet.decoder.append(conv_block(c.dims, coarser + skip + c.latent_dim, skip,
-                                           convs=c.convs))
-    return unet
+    return UNet(in_channels, c.channels, dims=c.dims, convs=c.convs, joined=c.latent_dim,
+                decoder=decoder)
 
 
 if __name__ == "__main__":

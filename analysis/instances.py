@@ -1,4 +1,13 @@
-"""Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H), their scores and picture."""
+"""Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H), their scores and picture.
+
+A recipe for sets whose objects have random class numbers, "colours" (HPUNet.QUICK_INSTANCES). Draws
+of one latent map are independent given the coarser maps, so a sample paints an object in one colour
+only where a single position names that colour. Hence latents of 8 channels with about one position
+for each object, and of 4 channels with four positions; Eq. 5 on all pixels, with a beta of a tenth
+to a quarter of an object's pixels, so that naming an object's colour pays and naming it twice does
+not; five colours (`--data-args colours=5`), which are learned sooner than 15; 32 samples, and the
+distance that is best on the validation split (`evaluate.py RUN --split val --cluster 32 28`).
+"""
 
 import itertools
 import math

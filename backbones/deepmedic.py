@@ -1,8 +1,9 @@
 """DeepMedic (Kamnitsas et al. 2017), the SSN paper's network for volumes.
 
-Pathways at 1/1, 1/3 and 1/5 of the resolution, upsampled and concatenated, then 1^3 layers. Each
-pathway is eight unpadded 3^3 convolutions, so at scale s it loses 8 s voxels on each side. An input
-of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
+Three pathways process the volume at 1/1, 1/3 and 1/5 of its resolution, which combines fine detail
+with wide context. Their outputs are upsampled and concatenated, and 1^3 convolutions follow. A
+pathway has eight 3^3 convolutions without padding, so at scale s it loses 8 s voxels on each side.
+An input of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
 """
 
 import itertools
@@ -15,28 +16,29 @@ from torch import Tensor, nn
 
 from common import IGNORE, center_crop, dropout, reflect_index, reflect_pad, uniform
 
-TILE = 60  # voxels a side computed at once at test time; bounds memory and changes nothing else
+TILE = 60  # voxels per side of a tile at test time, which sets the memory but not the result
 
 
 @dataclass(frozen=True)
 class DeepMedicConfig:
     """Defaults are the SSN paper's BraTS model, as its published code has it."""
 
-    pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # widths of a pathway's layers
-    scales: tuple[int, ...] = (1, 3, 5)  # a pathway takes the volume at 1/scale
+    pathway: tuple[int, ...] = (30, 30, 40, 40, 40, 40, 50, 50)  # widths of the layers of a pathway
+    scales: tuple[int, ...] = (1, 3, 5)  # one pathway per scale, on the volume at 1/scale
     hidden: tuple[int, ...] = (250, 250, 50)  # widths of the 1^3 layers that join the pathways
-    dropout: float = 0.5  # probability, before these layers but the first
+    dropout: float = 0.5  # probability, in these layers except the first
     patch: int = 30  # side of the label patch in training, a multiple of every scale
 
 
 class DeepMedic(nn.Module):
-    """Volume (B, C, D, H, W), sides o + 2 * margin -> features (B, out_channels, *o).
+    """Volume (B, C, D, H, W) with sides o + 2 * margin -> features (B, out_channels, *o), where o
+    is a multiple of every scale.
 
-    o must be a multiple of every scale. With `num_classes` given, the last layer returns the logits
-    of so many classes instead of features: the deterministic network.
+    If `num_classes` is given, the last layer returns logits instead of features; this is the
+    deterministic network.
     """
 
-    QUICK = dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32, 16), patch=18)  # a small one
+    QUICK = dict(pathway=(8, 8, 12, 16), scales=(1, 3), hidden=(32, 16), patch=18)  # small
 
     def __init__(self, in_channels: int, config: DeepMedicConfig = DeepMedicConfig(),
                  num_classes: int | None = None):
@@ -69,9 +71,9 @@ class DeepMedic(nn.Module):
         return F.relu(x) if self.num_classes is None else x
 
     def stitch(self, volume: Tensor, head, tile: int = TILE) -> list[Tensor]:
-        """`head` (features -> list of maps) of a whole volume (B, C, *S), computed tile by tile.
-
-        Tiles start at multiples of every scale, so their side does not change the result.
+        """Apply the network and then `head` (features -> list of maps) to a whole volume
+        (B, C, *S), tile by tile. Tiles start at multiples of every scale, so the maps (B, ., *S) do
+        not depend on the tile's size.
         """
         size, tile, whole = volume.shape[2:], tile - tile % self.multiple, None
         padded = [side + -side % self.multiple for side in size]
@@ -88,10 +90,10 @@ class DeepMedic(nn.Module):
         return [m[(..., *map(slice, size))] for m in whole]
 
     def random_patches(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, labels) of one training patch a case, centred on its `random_voxel`.
+        """One training patch per case, centred on its `random_voxel`: (images, labels).
 
-        Labels (B, patch, patch, patch), images wider by the margin that the network loses. Beyond
-        the volume the image is reflected and the label 255.
+        Labels are (B, patch, patch, patch); images are larger by `margin` on each side, which the
+        network loses. Beyond the volume, the image is reflected and the label is 255.
         """
         side, patches = self.config.patch, []
         inner = torch.arange(side, device=label.device)
@@ -99,17 +101,18 @@ class DeepMedic(nn.Module):
         for x, y, random in zip(image, label, uniform((len(label), 2), image)):
             center = random_voxel(y, random)
             corner = [position - side // 2 for position in center]
-            padded = F.pad(y, [side // 2] * 6, value=IGNORE)  # moves the corner to the centre
+            padded = F.pad(y, [side // 2] * 6, value=IGNORE)  # so the patch starts at `center`
             patches.append((cut(x, corner, outer), cut(padded, center, inner)))
         images, labels = zip(*patches)
         return torch.stack(images), torch.stack(labels)
 
 
 def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:
-    """Position of a voxel of label (D, H, W): half of the time of a lesion, else of the background.
+    """Position of a random voxel of label (D, H, W): in a lesion half of the time, else in the
+    background. Ignored voxels (255, such as the air around a brain) are never chosen.
 
-    random (2,) in [0, 1): which of the two, and which voxel. Ignored voxels (the air around a
-    brain) are never drawn. Nothing waits for the device.
+    random (2,), in [0, 1), decides between lesion and background, and on the voxel. The position
+    stays on the device, so the CPU does not wait for a GPU.
     """
     lesion, background = (label > 0) & (label != IGNORE), label == 0
     marked = torch.where(background.any(), random[0] < 0.5, True) & lesion.any()
@@ -122,7 +125,7 @@ def random_voxel(label: Tensor, random: Tensor) -> list[Tensor]:
 
 
 def cut(volume: Tensor, corner: list[Tensor], offsets: Tensor) -> Tensor:
-    """volume (..., D, H, W) at corner + offsets (L,) on each axis, reflected beyond its faces."""
+    """volume (..., D, H, W) at corner + offsets (L,) of each axis, reflected at its faces."""
     for axis, first in zip((-3, -2, -1), corner):
         index = reflect_index(first + offsets, volume.shape[axis])
         volume = volume.index_select(axis, index)
@@ -130,7 +133,7 @@ def cut(volume: Tensor, corner: list[Tensor], offsets: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """Batch norm, PReLU, dropout, unpadded convolution; a shortcut around it if widths agree."""
+    """Batch norm, PReLU, dropout and an unpadded convolution; residual if the widths agree."""
 
     def __init__(self, before: int, after: int, kernel: int, p: float = 0.0):
         super().__init__()

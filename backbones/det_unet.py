@@ -1,4 +1,4 @@
-"""The U-Net with batch norm that SSN stands on, PHiSeg's deterministic baseline `det_unet2D`."""
+"""SSN's U-Net, with batch norm: the deterministic baseline `det_unet2D` of PHiSeg's code."""
 
 from torch import nn
 
@@ -8,8 +8,8 @@ from common import UNet, conv_block, init_he
 class DetUNet(nn.Sequential):
     """U-Net and 1-wide convolutions: image (B, in_channels, *S) -> features (B, out_channels, *S).
 
-    channels: a resolution level each, fine to coarse, of `convs` 3-wide convolutions; after the
-        U-Net follow `convs` 1-wide ones of width channels[0].
+    channels: widths of the resolution levels, fine to coarse.
+    convs: 3-wide convolutions per level, and 1-wide ones, of channels[0] channels, after the U-Net.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,

@@ -1,5 +1,6 @@
-"""Swin-Unet (Cao et al. 2021, arXiv:2105.05537): a U-Net of windowed self-attention (Liu et al.
-2021, arXiv:2103.14030), without pre-trained weights. Inside, maps are (B, H, W, C)."""
+"""Swin-Unet (Cao et al. 2021, arXiv:2105.05537): a U-Net whose blocks are self-attention within
+windows (Swin Transformer, Liu et al. 2021, arXiv:2103.14030) instead of convolutions. There are no
+pre-trained weights. Inside this file, maps are (B, H, W, C)."""
 
 import contextlib
 import math
@@ -12,14 +13,14 @@ from common import uniform
 
 
 class SwinUNet(nn.Module):
-    """Encoder and decoder; the 1-wide convolution to the classes is the caller's.
+    """Encoder and decoder. The caller adds the 1-wide convolution that predicts logits.
 
-    width: channels of the finest level, doubled at every coarser one.
+    width: channels of the finest level; they double at every coarser one.
     depths, heads: blocks and attention heads of each level, fine to coarse, in the decoder too.
-    patch: pixels a side that become one token of the finest level.
-    window: tokens a side that attend to one another; a smaller map is one window.
+    patch: side, in pixels, of the square that becomes one token of the finest level.
+    window: side, in tokens, of an attention window; a smaller map is a single window.
     joined: channels that the caller concatenates to every skip connection before `decode`.
-    drop_path: DropPath's rate in the encoder's last block; it grows linearly from 0 in the first.
+    drop_path: rate of DropPath in the encoder's last block; it grows linearly from 0 in the first.
     decoder: False leaves the decoder out.
     """
 
@@ -53,7 +54,7 @@ class SwinUNet(nn.Module):
             self.to_pixels = nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, patch**2 * width, bias=False),
                 Scatter(patch), nn.LayerNorm(width))
-        embedding = self.enter[0][1]  # in the published code a convolution, with torch's weights
+        embedding = self.enter[0][1]  # a convolution in the published code, with PyTorch's weights
         for module in self.modules():
             if isinstance(module, nn.Linear) and module is not embedding:
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -61,8 +62,9 @@ class SwinUNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """(B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, and the coarsest
-        features. As in the published code, a skip connection leaves before its level's blocks."""
+        """Image (B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, then the
+        coarsest features. As in the published code, a skip connection holds the features before
+        its level's blocks."""
         features, x = [], x.movedim(1, -1)
         for enter, blocks in zip(self.enter, self.encoder):
             x = enter(x)
@@ -72,7 +74,7 @@ class SwinUNet(nn.Module):
         return [f.movedim(-1, 1) for f in features]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """What `encode` returned, with what is joined to the skips -> (B, width, H, W)."""
+        """Output of `encode`, with `joined` more channels on the skips -> (B, width, H, W)."""
         *skips, x = [f.movedim(1, -1) for f in features]
         for stage, skip in zip(self.decoder, reversed(skips)):
             x = stage["join"](torch.cat([stage["up"](x), skip], -1))
@@ -81,7 +83,7 @@ class SwinUNet(nn.Module):
 
 
 class Gather(nn.PixelUnshuffle):
-    """(B, H, W, C) -> (B, H/s, W/s, C*s*s): squares of s*s tokens become one."""
+    """(B, H, W, C) -> (B, H/s, W/s, C*s*s): each square of s*s tokens becomes one token."""
 
     def forward(self, x):
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
@@ -95,16 +97,17 @@ class Scatter(nn.PixelShuffle):
 
 
 def swin_blocks(channels: int, heads: int, rates: Tensor, window: int) -> nn.Sequential:
-    """A block for each rate of DropPath; every second one has its windows shifted by half."""
+    """One block for each DropPath rate. In every second block, windows are shifted by half a side,
+    so that tokens of neighbouring windows can attend to each other."""
     return nn.Sequential(*[SwinBlock(channels, heads, window, window // 2 * (i % 2), rate)
                            for i, rate in enumerate(rates.tolist())])
 
 
 class SwinBlock(nn.Module):
-    """Self-attention within windows, then two layers on every token; (B, H, W, C) -> the same.
+    """Self-attention within windows, then an MLP on every token: (B, H, W, C) -> the same shape.
 
-    A token attends to those of its window, with a learned bias for each relative position. `shift`
-    moves the windows' borders by so many tokens, on axes longer than a window.
+    A token attends to the tokens of its window, with a learned bias for each relative position. The
+    borders of the windows are moved by `shift` tokens on axes that are longer than a window.
     """
 
     def __init__(self, channels: int, heads: int, window: int, shift: int, drop_path: float = 0.0):
@@ -128,11 +131,11 @@ class SwinBlock(nn.Module):
     def attend(self, x):
         """Attention within (shifted) windows, (B, H, W, C) -> the same shape."""
         count, height, width, channels = x.shape
-        h, w = min(self.window, height), min(self.window, width)  # of a window
+        h, w = min(self.window, height), min(self.window, width)  # sides of a window
         shifts = [self.shift if side > self.window else 0 for side in (height, width)]
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % h)).roll([-s for s in shifts], (1, 2))
         rows, columns = x.shape[1] // h, x.shape[2] // w
-        # windows beside the heads, so that one mask serves the whole batch
+        # windows are an axis beside the heads, so that the whole batch shares one mask
         q, k, v = (self.qkv(x).view(count, rows, h, columns, w, 3, self.heads, -1)
                    .permute(5, 0, 1, 3, 6, 2, 4, 7)
                    .reshape(3, count, -1, h * w, channels // self.heads))
@@ -146,11 +149,11 @@ class SwinBlock(nn.Module):
 
 
 def hidden_keys(size, window, shifts, device) -> Tensor:
-    """Which tokens of a window a token must not attend to: bool (windows, h*w queries, h*w keys).
+    """True where a query must not attend to a key of its window: (windows, h*w queries, h*w keys).
 
     The map of `size` was padded at its ends to whole windows (h, w) and rolled by -shifts. Rolling
-    brings opposite edges into one window; they are hidden from each other, and so is padding.
-    (Computed anew in every pass, for 1 % of a block's time.)
+    brings opposite edges of the map into one window; they, and the padding, must not attend to each
+    other. (The mask is computed in every pass, which takes 1 % of a block's time.)
     """
     region = torch.zeros((), dtype=torch.long, device=device)
     for side, length, shift in zip(size, window, shifts):
@@ -163,7 +166,7 @@ def hidden_keys(size, window, shifts, device) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual layer is skipped at random for each case."""
+    """Stochastic depth: training skips a residual layer for each case with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -180,7 +183,7 @@ class DropPath(nn.Module):
 
 @contextlib.contextmanager
 def dropping_paths(model: nn.Module, generator: torch.Generator | None):
-    """Inside, every DropPath of a model in eval mode drops as in training, by `generator`."""
+    """Context in which DropPath is active, drawing from `generator`, although in eval mode."""
     paths = [module for module in model.modules() if isinstance(module, DropPath)]
     for path in paths:
         path.training, path.generator = True, generator

@@ -13,9 +13,10 @@ import analysis.instances as instances
 import analysis.paper_figures as figures
 import data
 import train
+from backbones.res_blocks import ResBlock
 from common import bounded_log_std, cross_entropy
 from helpers import batch, count_parameters, generator, run_two, seeded
-from hpunet import HPUNet, HPUNetConfig, ResBlock, hard_pixels
+from hpunet import HPUNet, HPUNetConfig, hard_pixels
 
 
 def small(seed=0, **fields):
