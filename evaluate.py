@@ -51,7 +51,7 @@ from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_level
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
                                plot_samples, plot_uncertainty, short_names, spread)
 from analysis.predict import images_at, predict_image
-from analysis.scores import draw, measure, sample_ged
+from analysis.scores import draw, gather, measure, process, sample_ged
 from analysis.uncertainty import (calibration, failure_detection, plot_reliability,
                                   plot_risk_coverage)
 from common import Progress, UserError, key_values, pick_device, say, start_processes
@@ -141,11 +141,6 @@ def open_run(folder, splits, path=None, device=None, weights="best"):
     return settings, model, [split.to(device) for split in loaded]
 
 
-def process() -> tuple[int, int]:
-    """This process's (rank, number of processes) under torchrun, else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
     """What tables and pictures need besides the measures: {name: (B, ...), or a list of a few cases
     for pictures}; shown {name of a case: its name in pictures}."""
@@ -164,22 +159,6 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
     elif classes:
         rows |= class_rows(batch, prediction, hard)
     return rows
-
-
-def gather(rows: list[dict]) -> dict:
-    """Batches' {name: (B, ...) or a list} as one {name: (N, ...) float64 array or a list}; under
-    torchrun of all processes, in the split's order."""
-    rows = [{name: v.double().cpu().numpy() if torch.is_tensor(v) else v for name, v in row.items()}
-            for row in rows]
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, rows)
-        rows = [row for turn in itertools.zip_longest(*shares) for row in turn if row]
-    found = {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        found[name] = sum(values, []) if isinstance(first, list) else np.concatenate(values)
-    return found
 
 
 # ------------------------------------------------------------------------------------ measures

@@ -105,7 +105,8 @@ def read_judged(folder: Path) -> tuple[dict, tuple]:
 
 
 def pooled(runs: list[tuple]) -> tuple:
-    """Runs that differ in their seeds as one: means, and standard deviations over them."""
+    """Join runs that differ only in their seeds: the means over them and, as "stderr", their
+    standard deviations."""
     if len(runs) == 1:
         return runs[0]
     names, summaries, geds = zip(*runs)

@@ -110,8 +110,8 @@ def connected_components(mask: Tensor) -> Tensor:
 
 
 def objects(maps: Tensor, first: int) -> Tensor:
-    """Label maps, or instance ids, with the classes or ids from `first` up counted from 1, all
-    others 0. int64."""
+    """Label maps, or instance ids, as int64 maps in which the classes or ids from `first` up are
+    counted from 1 and all others are 0."""
     return (maps.long() - first + 1).clamp(min=0)
 
 
@@ -134,9 +134,12 @@ def rand_errors(batch, found: Tensor) -> Tensor:
 
 
 def coherence(samples: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
-    """(the share of an object's pixels in its commonest colour, mean over objects and samples, NaN
-    where there is no object, (B,); the number of objects, (B,)). Colours (n, B, *S), 0 for none,
-    and instance ids (B, *S), from 1 up."""
+    """Do the samples paint every object in one colour? Returns the share of an object's pixels that
+    have its commonest colour, averaged over objects and samples, (B,), NaN without any object; and
+    the number of objects, (B,).
+
+    samples (n, B, *S): colours, 0 for none; instances (B, *S): ids, from 1 up.
+    """
     shares, counts, most = [], [], max(2, int(samples.max()) + 1)  # none, and a colour
     for colours, truth in zip(samples.flatten(2).unbind(1), instances.flatten(1)):
         known = truth > 0

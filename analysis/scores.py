@@ -1,8 +1,12 @@
-"""All measures of a batch of cases, from samples that are drawn and gone through once."""
+"""All measures of a batch of cases, from samples that are drawn and gone through once, and how
+batches and processes are put together."""
 
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import metrics
@@ -124,3 +128,26 @@ def likelihoods(model, batch, n) -> dict:
                                   only_scored(batch, label)[:, None], scoring(batch)[0]) / 2
             out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
     return out
+
+
+# ---- the batches of a split
+
+def process() -> tuple[int, int]:
+    """This process's (rank, number of processes) under torchrun, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(rows: list[dict]) -> dict:
+    """Join the batches' {name: (B, ...) tensor or a list} to one {name: (N, ...) float64 array or a
+    list}. Under torchrun it holds the batches of all processes, in the split's order."""
+    rows = [{name: v.double().cpu().numpy() if torch.is_tensor(v) else v for name, v in row.items()}
+            for row in rows]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, rows)
+        rows = [row for turn in itertools.zip_longest(*shares) for row in turn if row]
+    found = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        found[name] = sum(values, []) if isinstance(first, list) else np.concatenate(values)
+    return found

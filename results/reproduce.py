@@ -230,7 +230,7 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
 
 
 def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
-    """<out>/<name>.md, of what has finished; its text."""
+    """Write <out>/<name>.md from the runs that have finished; returns its text."""
     table, runs, groups = TABLES[name], [run for run in runs if run.table == name], {}
     for run in runs:
         if run.finished():
@@ -258,7 +258,7 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
 
 
 def draw(name: str, runs: list[Run], args) -> None:
-    """<out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
+    """Save <out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
     folders = [run.folder for run in runs if run.table == name and run.finished()]
     try:
         if folders and not TABLES[name].prints:

@@ -76,7 +76,7 @@ def known_modes(model, split, n):
     """Rows for calibration, as arrays."""
     batches = [mode_rows(batch, torch.cat([models.labels_of(x, 2) for x in chunks]))
                for batch, chunks in models.sample_batches(model, split, n)]
-    return evaluate.gather(batches)
+    return scores.gather(batches)
 
 
 def test_true_draws_are_calibrated_and_one_mode_is_not(shapes):
@@ -430,7 +430,7 @@ def test_every_class_by_itself(tmp_path):
     prediction[:, 1:5, 1:4] = 1  # 12 pixels, 8 of them right
     samples = torch.stack([prediction, labels[:, 1] % 255])
     samples[:, 1, 5] = 2  # ignored there
-    values = evaluate.gather([class_rows(split, prediction.byte(), samples.byte())])
+    values = scores.gather([class_rows(split, prediction.byte(), samples.byte())])
     nan = np.nan
     dice = [[[0.8, 0], [0.8, 0], [1, 1]], [[0.8, nan], [0.8, nan], [1, nan]]]
     np.testing.assert_allclose(values["class_dice"], dice, rtol=1e-6)
