@@ -43,6 +43,7 @@ MODELS = {
 OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
               "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
               "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}
+
 SIX_SCALES = (32, 64, 128, 256, 512, 1024)
 NINE_SCALES = (32, 64, 128, 256, 256, 256, 256, 256, 256)
 CITYSCAPES = dict(batch_size=16, lr_drops=tuple((60_000 * i, 10 ** (-i / 3)) for i in (1, 2, 3)))

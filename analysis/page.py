@@ -107,9 +107,8 @@ PICTURES = {
 
 def explained() -> str:
     """PICTURES and MEASURES as text, with which `evaluate.py --help` ends."""
-    lines = ["Names in metrics.json go on with a number of samples (ged_16, dice_max_16), a class "
-             "(dice_class_2),", "a quantile (dice_q05), a kind of pixels (ece_band), or a score of "
-             "the image (aurc_entropy)."]
+    lines = ["Names of measures go on with a number of samples (ged_16), a class (hd95_class_2),",
+             "a quantile (dice_q05), a kind of pixels (ece_band), or a score (aurc_entropy)."]
     pictures = {name: caption for name, (_, caption) in PICTURES.items()}
     for heading, texts in [*MEASURES.items(), ("Pictures", pictures)]:
         lines += ["", heading]

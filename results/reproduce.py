@@ -198,12 +198,9 @@ def against_best(row: str, measured: dict[str, Measured], highest: bool) -> str:
 
 def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     """The table's lines in Markdown; groups {row: its finished runs}."""
-    found = {}  # {column: {row: Measured}}
-    for column in table.columns.split():
-        measured = {row: measure(runs, column) for row, runs in groups.items()}
-        measured = {row: m for row, m in measured.items() if m}
-        if measured:
-            found[column] = measured
+    found = {column: {row: m for row, runs in groups.items() if (m := measure(runs, column))}
+             for column in table.columns.split()}
+    found = {column: rows for column, rows in found.items() if rows}
     ranking, first = next(iter(found.items()))
     highest = ranking.startswith(("dice", "auroc"))
     several = any(len(m.seeds) > 1 for m in first.values())
