@@ -88,7 +88,8 @@ class SSN(nn.Module):
 
     Config = SSNConfig
     TRAINING = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=12, steps=500_000)
-    QUICK_CONFIG = dict(channels=(16, 32, 64), convs=2, mc_samples=10, deepmedic=DeepMedic.QUICK)
+    QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64), convs=2, mc_samples=10,
+                        deepmedic=DeepMedic.QUICK)
     QUICK_TRAINING = dict(lr=5e-3, lr_drops=((300, 0.4), (480, 0.08)), batch_size=8, steps=600)
 
     def __init__(self, config: SSNConfig = SSNConfig(), backbone: nn.Module | None = None):
