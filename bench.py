@@ -25,6 +25,7 @@ Columns of the table `models`:
 
 The table `gpu` compares a step in bfloat16, also compiled or as CUDA graphs, with one in float32,
 and says which share of the card's own rate the last one reaches: that of one large matrix product.
+Below a tenth, the time goes into starting kernels and moving memory: try a larger --batch-size.
 """
 
 import argparse
@@ -56,7 +57,7 @@ CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
 def seconds(function) -> float:
-    """How long a call takes."""
+    """How long a call of the function takes."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -66,17 +67,16 @@ def seconds(function) -> float:
 
 def in_turn(functions: dict, rounds: int) -> dict:
     """Seconds of every function in every round, {name: [rounds]}, run in turn after a warm-up."""
-    for function in functions.values():
-        seconds(function), seconds(function)
+    warm_up = 2
     times = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in range(warm_up + rounds):
         for name, function in functions.items():
             times[name].append(seconds(function))
-    return times
+    return {name: each[warm_up:] for name, each in times.items()}
 
 
 def milliseconds(times: list) -> float:
-    """The median of seconds."""
+    """The median of the rounds' seconds, in milliseconds."""
     return 1e3 * statistics.median(times)
 
 
@@ -96,14 +96,15 @@ def peak_memory(function, device) -> int:
 
 
 def operations(function) -> int:
-    """Floating-point operations by torch's counter; a multiplication and an addition are two."""
+    """Floating-point operations of a call by torch's counter, which counts a multiplication and an
+    addition as two."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 class Convolutions(TorchFunctionMode):
-    """Notes every convolution and linear layer that runs while it is on."""
+    """A context that notes every convolution and linear layer that runs in it."""
 
     def __init__(self):
         super().__init__()
@@ -117,8 +118,8 @@ class Convolutions(TorchFunctionMode):
 
 
 def convolutions_alone(function, backward: bool, autocast=contextlib.nullcontext):
-    """A function that runs the convolutions and linear layers of `function` one by one, on tensors
-    of the same shape and layout, with their gradients if `backward`."""
+    """Return a function that runs only the convolutions and linear layers of `function`, one after
+    the other, on tensors of the same shape and layout, with their gradients if `backward`."""
     with Convolutions() as noted:
         function()
     calls = []
@@ -259,30 +260,25 @@ def table_of_gpu(options) -> list[dict]:
     """A step in bfloat16, compiled or as CUDA graphs, against one in float32; the card's rate."""
     if options.device.type != "cuda":
         raise UserError("--tables gpu: give --device cuda")
-    rows, slow, rate = [], [], matrix_rate(options.device)
+    rows, rate = [], matrix_rate(options.device)
     print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
     for name in options.models:
-        kinds = {"fp32": dict(), "bf16": dict(precision="bf16"),
-                 "compiled": dict(precision="bf16", compile=True),
-                 "graphs": dict(precision="bf16", cuda_graphs=True)}
-        plain = vars(options) | dict(precision="fp32", compile=False, cuda_graphs=False)
-        benches = {kind: Bench(name, argparse.Namespace(**plain | given))
+        kinds = {"fp32": dict(precision="fp32"), "bf16": dict(),
+                 "compiled": dict(compile=True), "graphs": dict(cuda_graphs=True)}
+        common = vars(options) | dict(precision="bf16", compile=False, cuda_graphs=False)
+        benches = {kind: Bench(name, argparse.Namespace(**common | given))
                    for kind, given in kinds.items()}
         times = in_turn({kind: b.step for kind, b in benches.items()}, options.rounds)
-        fast, plain = benches["graphs"], benches["fp32"]
+        plain = benches["fp32"]
         share = operations(plain.step) / statistics.median(times["graphs"]) / rate
         rows.append({"model": name, "fp32 ms": milliseconds(times["fp32"]),
                      "bf16 / fp32": ratio(times["bf16"], times["fp32"]),
                      "bf16 compiled / fp32": ratio(times["compiled"], times["fp32"]),
                      "bf16 graphs / fp32": ratio(times["graphs"], times["fp32"]),
                      "of the matrix rate": share,
-                     "memory MB": peak_memory(fast.step, options.device) / 1e6,
+                     "memory MB": peak_memory(benches["graphs"].step, options.device) / 1e6,
                      "fp32 memory MB": peak_memory(plain.step, options.device) / 1e6})
-        slow += [name] if share < 0.1 else []
         show(rows)
-    if slow:
-        print(f"{', '.join(slow)}: below a tenth of the matrix rate. Their time goes into starting "
-              "kernels and moving memory, not into arithmetic: a larger --batch-size costs little")
     return rows
 
 
@@ -317,7 +313,7 @@ def table_of_evaluation(options) -> list[dict]:
 
 
 def timed(function, times: list):
-    """`function`, each of whose calls adds its seconds to the list."""
+    """Return the function such that each call appends its seconds to the list."""
     def call(*args, **kwargs):
         out = []
         times.append(seconds(lambda: out.append(function(*args, **kwargs))))
@@ -333,7 +329,7 @@ TABLES = {"models": table_of_models, "costs": table_of_costs, "evaluation": tabl
 
 
 def show(rows: list[dict]) -> None:
-    """The newest row of a table that Markdown understands, the first one below a header."""
+    """Print the newest row of a table in Markdown, and above the first one its header."""
     def cell(value):
         if isinstance(value, tuple):
             return "{:.2f} ± {:.2f}".format(*value)
@@ -389,8 +385,7 @@ def main(argv=None) -> int:
         given, results = options.models, {}
         for name in options.tables:
             every = [m for m in models.MODELS if m != "ensemble"]
-            every = every if name in ("models", "gpu") else ["ssn"]
-            options.models = given or every
+            options.models = given or (["ssn"] if name == "evaluation" else every)
             print(f"\n{name}: {TABLES[name].__doc__.splitlines()[0]}", flush=True)
             results[name] = TABLES[name](options)
         if options.json:

@@ -11,37 +11,13 @@
 In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling cases (bootstrap)
     per_case.csv     every measure of every case
-    report.html      numbers, curves, pictures, and cases to page through, in one file
+    report.html      every number and picture, explained, and cases to page through, in one file
     per_class.csv    Dice and 95% Hausdorff distance of every class
     per_volume.csv   the same with --per-volume: VAE U-Net's Tables 2 and 3
-    samples.png      image, every annotator, prediction and 16 samples; overview.png: in short
-    uncertainty.png  annotators' and samples' mean, PHiSeg's gamma map, variance over samples
-    maps.png         does the model vary where annotators contradict it? (PHiSeg's Fig. 3)
-    dice.png         the spread of the samples' Dice beside the prediction's (SSN's Fig. 5)
-    ged.png          GED against the number of samples (Probabilistic U-Net's Fig. 4)
-    reliability.png  the annotators' mean against the mean of the samples' probabilities
-    risk_coverage.png  1 - Dice of the images that are kept when the most uncertain ones are not
-    instances.png    sets with instances: objects clustered from samples (HPU-Net's Fig. 4)
-    modes.png        sets of known probabilities: frequencies of modes and classes against them
-    manipulation.png of SSN, levels.png of PHiSeg, latents.png of VAE U-Net, scales.png of HPU-Net,
-    and its extrapolation.png (--data-args hide=50): figures of their papers
-
-Names in metrics.json, for n samples: ged_<n> diversity_<n> hungarian_iou_<n> ncc_<n>. Those that
-analysis/uncertainty.py explains, with sources and with what they must not be compared to: ece,
-adaptive_ece and brier (calibration); aurc, e_aurc and augrc (failure detection); entropy and its
-two parts; dice_max_<n>, dice_nearest_<n>, dice_match_<n>, dice_soft and volume_crps (sets). Of the
-deterministic `predict`: dice, dice_present, ged_predict, and dice_class_<k> and hd95_class_<k> (in
-pixels) over the cases that have class k, and dice_foreground, of all classes as one. Of the mean of
-the samples' probabilities: dice_mean. dice_better is the share of samples whose Dice beats the
-prediction's, dice_q05 to dice_q95 are quantiles of the samples' Dice. log_likelihood in nats;
-iou_rec, of reconstructions. Where the probabilities are known: mode_tv_<n>, the total variation
-between the modes drawn for a case and their probabilities (n true draws have some too);
-mode_pooled_tv_<n>, the same with both averaged over the cases first, and mode_gap_<n>, the worst
-mode's difference then. Of sets with instances: rand_error_<n>, ap_<n>, ap50_<n> of objects
-clustered from n samples (--cluster N ALPHA: rand_error_<n>_<alpha>, ...), rand_error_components of
-the prediction's connected parts, coherence of the samples (the share of an object's pixels in its
-commonest colour), and in nats colour_nats (objects x ln(colours)) beside kl and kl_<i>, by latent
-map, which must carry at least that.
+    samples.png      image, every annotator, prediction and 16 samples
+and further pictures. What these show, and what each measure in metrics.json means, is written once,
+in analysis/page.py; `python evaluate.py --help` ends with it. analysis/uncertainty.py has the
+sources of its measures, and what they must not be compared with.
 """
 
 import argparse
@@ -69,13 +45,13 @@ from analysis.compare import compare
 from analysis.instances import (find_instances, instance_scores, instances_to_show, kl_terms,
                                 plot_instances, rand_errors)
 from analysis.ood import ood
-from analysis.page import write_page
+from analysis.page import explained, write_page
 from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
                                     plot_manipulation, plot_maps, plot_scales)
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
                                plot_samples, plot_uncertainty, short_names, spread)
 from analysis.predict import images_at, predict_image
-from analysis.scores import draw, geds, measure
+from analysis.scores import draw, gather, measure, process, sample_ged
 from analysis.uncertainty import (calibration, failure_detection, plot_reliability,
                                   plot_risk_coverage)
 from common import Progress, UserError, key_values, pick_device, say, start_processes
@@ -119,14 +95,14 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     rank, world = process()
-    progress, rows, done = Progress(len(whole), quiet=rank > 0), [], 0
+    progress, rows = Progress(len(whole), quiet=rank > 0), []
     n = max(samples) if whole.instances is None else max(*samples, cluster[0])
     for batch, chunks in sample_batches(model, whole, n, 0, rank, world):
         drawn = draw(model, batch, chunks, samples)
         rows.append(measure(model, drawn, samples, likelihood_samples)
                     | details(model, drawn, classes, cluster, shown))
-        done = min(done + len(batch) * world, len(whole))
-        progress.update(done, "cases evaluated")
+        done = world * sum(len(row["dice"]) for row in rows)
+        progress.update(min(done, len(whole)), "cases evaluated")
     found = gather(rows)
     if rank > 0:
         return {}
@@ -147,12 +123,9 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", whole, values)
-    few, paged = spread(len(pictured), CASES), found["shown"]
-    found |= {name: [found[name][i] for i in few] for name in ("shown", "instances_shown")
-              if name in found}
-    plot_all(out, model, pictured.subset(few).all_maps(), found, values, summary,
-             "hide" in settings["data_args"])
-    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", paged, shown)
+    plot_all(out, model, pictured, found, values, summary, "hide" in settings["data_args"])
+    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", found["shown"],
+               shown)
     progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
                  f"numbers and pictures in {out}")
     return summary
@@ -166,11 +139,6 @@ def open_run(folder, splits, path=None, device=None, weights="best"):
     if settings["image_size"] is not None:
         loaded = [data.center(split, settings["image_size"]) for split in loaded]
     return settings, model, [split.to(device) for split in loaded]
-
-
-def process() -> tuple[int, int]:
-    """This process's (rank, number of processes) under torchrun, else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
@@ -193,61 +161,44 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
     return rows
 
 
-def gather(rows: list[dict]) -> dict:
-    """Batches' {name: (B, ...) or a list} as one {name: (N, ...) float64 array or a list}; under
-    torchrun of all processes, in the split's order."""
-    rows = [{name: v.double().cpu().numpy() if torch.is_tensor(v) else v for name, v in row.items()}
-            for row in rows]
-    if dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, rows)
-        rows = [row for turn in itertools.zip_longest(*shares) for row in turn if row]
-    found = {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        found[name] = sum(values, []) if isinstance(first, list) else np.concatenate(values)
-    return found
-
-
 # ------------------------------------------------------------------------------------ measures
 
 
 @torch.no_grad()
-def score(model, split, samples=(16,), full=True) -> dict:
+def score(model, split, samples=(16,)) -> dict:
     """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`; and
     "reliability", from which `calibration` is computed.
 
-    full=False: only what `validation_score` needs. Under torchrun the processes share the cases,
-    and all get everything, the same as one would.
+    Under torchrun the processes share the cases, and all get everything, the same as one would.
     """
     was_training, rows = model.training, []
     model.eval()
     for batch, chunks in sample_batches(model, split, max(samples), 0, *process()):
-        if full:
-            drawn = draw(model, batch, chunks, samples)
-            rows.append(measure(model, drawn, samples, LIKELIHOOD_SAMPLES))
-            continue
-        hard = torch.cat([labels_of(logits, 2) for logits in chunks])
-        rows.append(geds(batch, hard, samples))
-        if batch.instances is not None:
-            for n in samples:
-                found = find_instances(hard[:n], None, batch.fixed)
-                rows[-1][f"rand_error_{n}"] = rand_errors(batch, found)
+        drawn = draw(model, batch, chunks, samples)
+        rows.append(measure(model, drawn, samples, LIKELIHOOD_SAMPLES))
     model.train(was_training)
     return gather(rows)
 
 
+@torch.no_grad()
 def validation_score(model, split) -> tuple[str, float]:
     """(name, value) of what a training chooses its best checkpoint by; lower is better.
 
     The mean GED of 16 samples; of sets with instances the mean Rand error of the objects found in
-    them, because GED hardly tells perfect objects in random classes from noise.
+    them, because GED hardly tells perfect objects in random classes from noise. Processes share
+    the cases as in `score`.
     """
-    values = score(model, split, (CLUSTERED,), full=False)
-    name = f"rand_error_{CLUSTERED}"
-    if name not in values or np.isnan(values[name]).all():  # no case has objects
-        name = f"ged_{CLUSTERED}"
-    return name, float(np.nanmean(values[name]))
+    was_training, rows = model.training, []
+    model.eval()
+    for batch, chunks in sample_batches(model, split, CLUSTERED, 0, *process()):
+        hard = torch.cat([labels_of(logits, 2) for logits in chunks])
+        rows.append({"ged": sample_ged(batch, hard)})
+        if batch.instances is not None:
+            rows[-1]["rand_error"] = rand_errors(batch, find_instances(hard, None, batch.fixed))
+    model.train(was_training)
+    values = {name: v for name, v in gather(rows).items() if not np.isnan(v).all()}
+    name = "rand_error" if "rand_error" in values else "ged"  # without objects, too
+    return f"{name}_{CLUSTERED}", float(np.nanmean(values[name]))
 
 
 # -------------------------------------------------------------------------- tables and pictures
@@ -269,13 +220,15 @@ def table(summary: dict) -> str:
                      for name, s in summary.items())
 
 
-def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
-    """Draw the pictures and write per_class.csv. `some` holds the cases that pictures show; found,
-    values and summary are those of `report`; hidden says whether data.hide was used."""
-    plot_samples(out / "samples.png", found["shown"])
-    plot_overview(out / "overview.png", found["shown"])
-    plot_uncertainty(out / "uncertainty.png", found["shown"])
-    plot_maps(out / "maps.png", found["shown"])
+def plot_all(out, model, pictured, found, values, summary, hidden: bool) -> None:
+    """Draw the pictures, of CASES of the pictured cases, and write per_class.csv. The other
+    arguments are those of `report`; hidden says whether data.hide was used."""
+    few = spread(len(pictured), CASES)
+    some, cases = pictured.subset(few).all_maps(), [found["shown"][i] for i in few]
+    plot_samples(out / "samples.png", cases)
+    plot_overview(out / "overview.png", cases)
+    plot_uncertainty(out / "uncertainty.png", cases)
+    plot_maps(out / "maps.png", cases)
     plot_dice(out / "dice.png", values)
     plot_ged(out / "ged.png", [(out.name, summary)])
     plot_reliability(out / "reliability.png", found["reliability"])
@@ -285,7 +238,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
     if "class_dice" in found:
         write_classes(out / "per_class.csv", found)
     if "instances_shown" in found:
-        plot_instances(out / "instances.png", found["instances_shown"][:4])
+        plot_instances(out / "instances.png", [found["instances_shown"][i] for i in few[:4]])
     image, dims = some.images[0], model.config.dims
     for name, (plot, file) in FIGURES.items():
         if isinstance(model, MODELS[name]) and (dims == 2 or (dims, name) == (3, "ssn")):
@@ -299,7 +252,7 @@ def plot_all(out, model, some, found, values, summary, hidden: bool) -> None:
 
 def parse(argv=None) -> argparse.Namespace:
     """Read the command line."""
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, epilog=explained(),
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("run", help="folder that train.py wrote")

@@ -262,23 +262,20 @@ class Moments:
         """`probs` (n, B, K, *S), or Moments, as Moments."""
         return probs if isinstance(probs, cls) else cls(probs)
 
-    def _mean(self, i):
-        return self.first[i] + self.changes[i] / self.count
-
     @property
     def mean(self):
         """Mean probabilities, (B, K, *S)."""
-        return self._mean(0)
+        return self.first[0] + self.changes[0] / self.count
 
     @property
     def mean_log(self):
         """Mean of log(probability + 1e-8), (B, K, *S)."""
-        return self._mean(1)
+        return self.first[1] + self.changes[1] / self.count
 
     @property
     def mean_entropy(self):
         """Mean of the samples' entropies, (B, *S) nats."""
-        return self._mean(2)
+        return self.first[2] + self.changes[2] / self.count
 
     @property
     def variance(self):
@@ -354,29 +351,21 @@ def uncertainty_map(probs):
 def entropy_map(probs):
     """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e.
 
-    This is the whole predictive uncertainty. It is what `expected_entropy_map` and
-    `mutual_information_map` add up to.
+    This is the whole predictive uncertainty: `Moments.mean_entropy`, which each sample leaves open
+    by itself, and `mutual_information_map`, how much the samples disagree, add up to it.
     """
     return torch.special.entr(Moments.of(probs).mean).sum(1)
-
-
-def expected_entropy_map(probs):
-    """Mean entropy of the samples, E[-sum_k s_k log s_k], (B, *S) nats.
-
-    Of an ensemble and of dropout it is called the aleatoric part (Depeweg et al. 2018): each member
-    says by its probabilities how ambiguous it thinks the pixel is. Of SSN and of models with
-    latents it is only the part that a single sample still leaves open.
-    """
-    return Moments.of(probs).mean_entropy
 
 
 def mutual_information_map(probs):
     """Entropy of the mean less mean entropy, (B, *S) nats: how much the samples disagree.
 
-    Of an ensemble and of dropout it is called the epistemic part, as samples differ by the weights
-    that made them, which more data would settle. Of SSN, of M-heads and of all models with latents
-    it is NOT epistemic: there samples differ because annotators do. It is aleatoric too, namely the
-    part that the logits' noise, the head or the latent explains.
+    For an ensemble and for dropout it is called the epistemic part, and the mean entropy the
+    aleatoric one (Depeweg et al. 2018): samples differ by the weights that made them, which more
+    data would settle, and each says by its probabilities how ambiguous it finds the pixel. For SSN,
+    M-heads and all models with latents it is NOT epistemic: there samples differ because annotators
+    do. It is the part of the aleatoric uncertainty that the logits' noise, the head or the latent
+    explains.
     """
     moments = Moments.of(probs)
     disagreement = entropy_map(moments) - moments.mean_entropy
@@ -432,40 +421,24 @@ def _nearest(points, others):
                       for p in points.split(max(1, BUDGET // len(others)))])
 
 
-def connected_components(mask):
-    """Ids (B, *S) int64, not consecutive, of the parts of mask (B, *S) bool whose pixels connect by
-    their sides; 0 where the mask is false."""
-    size = mask[0].numel()
-    ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
-    while True:
-        high = ids.clone()
-        for axis, side in enumerate(mask.shape[1:], 1):
-            for here, there in ((0, 1), (1, 0)):  # each pixel takes a neighbour's larger id
-                target = high.narrow(axis, here, side - 1)
-                torch.maximum(target, ids.narrow(axis, there, side - 1), out=target)
-        high *= mask
-        # then the id that the pixel it names has by now, so that ids travel ever further
-        known = torch.cat([high.new_zeros(len(high), 1), high.flatten(1)], 1)
-        high = known.gather(1, high.flatten(1)).view_as(ids)
-        if torch.equal(high, ids):
-            return ids
-        ids = high
-
-
 # ---- statistics over cases ----------------------------------------------------------------------
 
 def bootstrap(values, resamples=1000, seed=0):
     """{"mean", "stderr", "n"} of one value per case; without any, mean and stderr are NaN.
 
-    The standard error is that of the means of `resamples` draws of all n cases with replacement;
-    cases count as independent.
+    The standard error is the standard deviation of the means of `resamples` draws of all n cases
+    with replacement; cases count as independent.
     """
     values = _given(values)
     if not (n := len(values)):
         return {"mean": math.nan, "stderr": math.nan, "n": 0}
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    means = values[resampled(n, resamples, seed)].mean(1)
     return {"mean": float(values.mean()), "stderr": float(np.std(means)), "n": n}
+
+
+def resampled(cases, times=200, seed=0):
+    """`times` draws of as many cases with replacement: their indices, (times, cases)."""
+    return np.random.default_rng(seed).integers(cases, size=(times, cases))
 
 
 def paired_test(a, b, resamples=10000, seed=0):

@@ -1,4 +1,4 @@
-"""The ten models by name: how to build and load one, and how to draw samples for a whole split.
+"""The ten models by name and how each is trained: build and load one, draw samples of a split.
 
     model = models.load("runs/ssn-shapes-0")         # its best.pt, in eval mode
     samples = model.sample(image, 16)                # (16, B, K, H, W) logits
@@ -24,6 +24,7 @@ from ssn import SSN
 from vae_unet import VAEUNet
 
 CHUNK = 2**28  # logits that `sample_chunks` computes at once (1 GiB)
+LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
 
 MODELS = {
     "ssn": SSN,
@@ -37,7 +38,39 @@ MODELS = {
     "ensemble": EnsembleUNet,
     "m_heads": MHeads,
 }
-LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
+
+# {name in TRAINING: (class, which settings of TRAINING it takes beside lr)}
+OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
+              "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
+              "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}
+
+SIX_SCALES = (32, 64, 128, 256, 512, 1024)
+NINE_SCALES = (32, 64, 128, 256, 256, 256, 256, 256, 256)
+CITYSCAPES = dict(batch_size=16, lr_drops=tuple((60_000 * i, 10 ** (-i / 3)) for i in (1, 2, 3)))
+BRATS = dict(optimizer="rmsprop", lr=1e-3, momentum=0.6, alpha=0.9, weight_decay=1e-4,
+             batch_size=10, steps=120_000,
+             lr_drops=tuple((1000 * k, 0.5**i) for i, k in enumerate((44, 64, 80, 90, 98, 105), 1)))
+# A model's Config and TRAINING are those of its paper on one data set, most often LIDC. This is
+# what the paper did otherwise on another: {(model, data set): (fields of Config, settings of
+# TRAINING)}. Options of train.py override both.
+RECIPES = {
+    ("ssn", "brats"): ({}, BRATS),
+    # weight decay: the authors' loss is a mean over the 30^3 voxels of a patch, ours a sum
+    ("unet", "brats"): (dict(backbone="deepmedic"), BRATS | dict(weight_decay=1e-4 * 30**3)),
+    ("hpunet", "em"): (dict(channels=NINE_SCALES, kappa=1.2), dict(
+        batch_size=24, steps=450_000,
+        lr_drops=tuple((75_000 * i, 10 ** (-0.6 * i)) for i in range(1, 6)))),
+    # not a paper's set: the recipe for objects in hpunet.py's docstring, at a width for a GPU
+    ("hpunet", "cells"): (dict(channels=(32, 48, 64, 96, 96), blocks=2, convs=2, latents=(8, 4),
+                               objective="elbo", top_k=1, beta=30.0), dict(
+        lr=1e-3, batch_size=16, steps=20_000, lr_drops=((12_000, 0.3), (17_000, 0.1)))),
+    ("hpunet", "cityscapes"): (dict(channels=NINE_SCALES, blocks=2, kappa=0.77), dict(  # task=cars
+        batch_size=128, steps=100_000, lr=2e-4, lr_drops=((70_000, 0.5),))),
+    ("vae_unet", "synapse"): (dict(backbone="swin", ce_weight=0.4, dice_weight=0.5, kl_weight=0.1),
+                              dict(lr=0.05, steps=14_000)),
+    ("image2image_vae", "cityscapes"): (dict(channels=SIX_SCALES, beta=1.0), CITYSCAPES),
+} | {(model, "cityscapes"): (dict(channels=SIX_SCALES), CITYSCAPES)
+     for model in ("prob_unet", "unet", "dropout_unet", "ensemble", "m_heads")}
 
 
 def build(name: str, fields: dict, device="cpu") -> nn.Module:
@@ -130,6 +163,32 @@ def labels_of(scores, axis: int):
         label = torch.maximum(label, (score > best).byte() * k)
         best = torch.maximum(best, score)
     return label
+
+
+# ------------------------------------------------------------------------- how they are trained
+
+
+def published(name: str, data: str) -> tuple[dict, dict]:
+    """The entry of RECIPES for a model and a data set; two empty dicts where there is none."""
+    return RECIPES.get((name, data), ({}, {}))
+
+
+def learning_rate(step: int, training: dict) -> float:
+    """The learning rate of a step: `lr` times the factor of the last of `lr_drops` (step, factor)
+    that is passed, and, where there is a `poly_power`, times (1 - step / steps) to that power."""
+    factors = [factor for first, factor in training.get("lr_drops", ()) if step >= first]
+    lr = training["lr"] * (factors[-1] if factors else 1.0)
+    if power := training.get("poly_power"):
+        lr *= (1 - step / training["steps"]) ** power
+    return lr
+
+
+def make_optimizer(model, training: dict):
+    """The optimiser that `training` names, with those of its settings that `training` has."""
+    kind, options = OPTIMIZERS[training["optimizer"]]
+    given = {name: training[name] for name in ("lr", *options) if name in training}
+    fused = {} if kind is torch.optim.RMSprop else dict(fused=True)  # RMSprop has no fused form
+    return kind(model.parameters(), **given, **fused)
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -44,7 +44,7 @@ import data
 import evaluate
 from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
-from models import MODELS, build, distribute, place
+from models import (MODELS, build, distribute, learning_rate, make_optimizer, place, published)
 from sources.runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log,
                           restore, save, writing)
 
@@ -52,9 +52,6 @@ LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
 QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
-OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
-              "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
-              "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}
 LARGEST_RMS = 1000  # of images; above it, KLs take thousands of steps to come down
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
@@ -101,7 +98,8 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def settle(args) -> tuple[dict, Path]:
-    """(every setting of the run, its folder); refuses to resume a run as another."""
+    """Return every setting of the run and its folder. Raises UserError for settings that make no
+    sense, and where --resume would go on with other settings than those of the run."""
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     settings = {key: default for key, (_, default) in SETTINGS.items()} | given
     named = args.resume if isinstance(args.resume, str) else args.out
@@ -147,52 +145,6 @@ def lr_drops(texts: list[str]) -> list[tuple[int, float]]:
     return drops
 
 
-def learning_rate(step: int, training: dict) -> float:
-    """`lr` times the factor of the last of `lr_drops` (step, factor) passed, and, where the recipe
-    has a `poly_power`, times (1 - step / steps) to that power."""
-    factors = [factor for first, factor in training.get("lr_drops", ()) if step >= first]
-    lr = training["lr"] * (factors[-1] if factors else 1.0)
-    if power := training.get("poly_power"):
-        lr *= (1 - step / training["steps"]) ** power
-    return lr
-
-
-# ----------------------------------------------------------- model, optimiser, checkpoint
-
-
-SIX_SCALES = (32, 64, 128, 256, 512, 1024)
-NINE_SCALES = (32, 64, 128, 256, 256, 256, 256, 256, 256)
-CITYSCAPES = dict(batch_size=16, lr_drops=tuple((60_000 * i, 10 ** (-i / 3)) for i in (1, 2, 3)))
-BRATS = dict(optimizer="rmsprop", lr=1e-3, momentum=0.6, alpha=0.9, weight_decay=1e-4,
-             batch_size=10, steps=120_000,
-             lr_drops=tuple((1000 * k, 0.5**i) for i, k in enumerate((44, 64, 80, 90, 98, 105), 1)))
-# What a paper did otherwise on another data set than that of a model's defaults, most often LIDC:
-# {(model, data set): (fields of the config, settings of TRAINING)}. Options override it.
-RECIPES = {
-    ("ssn", "brats"): ({}, BRATS),
-    # weight decay: the authors' loss is a mean over the 30^3 voxels of a patch, ours a sum
-    ("unet", "brats"): (dict(backbone="deepmedic"), BRATS | dict(weight_decay=1e-4 * 30**3)),
-    ("hpunet", "em"): (dict(channels=NINE_SCALES, kappa=1.2), dict(
-        batch_size=24, steps=450_000,
-        lr_drops=tuple((75_000 * i, 10 ** (-0.6 * i)) for i in range(1, 6)))),
-    # not a paper's set: the recipe for objects in hpunet.py's docstring, at a width for a GPU
-    ("hpunet", "cells"): (dict(channels=(32, 48, 64, 96, 96), blocks=2, convs=2, latents=(8, 4),
-                               objective="elbo", top_k=1, beta=30.0), dict(
-        lr=1e-3, batch_size=16, steps=20_000, lr_drops=((12_000, 0.3), (17_000, 0.1)))),
-    ("hpunet", "cityscapes"): (dict(channels=NINE_SCALES, blocks=2, kappa=0.77), dict(  # task=cars
-        batch_size=128, steps=100_000, lr=2e-4, lr_drops=((70_000, 0.5),))),
-    ("vae_unet", "synapse"): (dict(backbone="swin", ce_weight=0.4, dice_weight=0.5, kl_weight=0.1),
-                              dict(lr=0.05, steps=14_000)),
-    ("image2image_vae", "cityscapes"): (dict(channels=SIX_SCALES, beta=1.0), CITYSCAPES),
-} | {(model, "cityscapes"): (dict(channels=SIX_SCALES), CITYSCAPES)
-     for model in ("prob_unet", "unet", "dropout_unet", "ensemble", "m_heads")}
-
-
-def of_paper(settings) -> tuple[dict, dict]:
-    """The entry of RECIPES for the run's model and data set."""
-    return RECIPES.get((settings["model"], settings["data"]), ({}, {}))
-
-
 def first_model(settings, split) -> nn.Module:
     """The run's model for this data, its initial weights a function of the seed. UserError where
     the images' scale is far from what any model expects."""
@@ -202,7 +154,7 @@ def first_model(settings, split) -> nn.Module:
                         "bring the images to about [0, 1], or to mean 0 and deviation 1, or store "
                         "them as uint8 or uint16")
     fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes,
-                  dims=split.images.dim() - 2) | of_paper(settings)[0]
+                  dims=split.images.dim() - 2) | published(settings["model"], settings["data"])[0]
     if settings["quick"] and settings["model"] in MODELS:
         fields |= MODELS[settings["model"]].QUICK_CONFIG
         if split.instances is not None:
@@ -212,21 +164,13 @@ def first_model(settings, split) -> nn.Module:
 
 
 def recipe(model, settings) -> dict:
-    """How this run trains: the paper's settings or --quick's, then those given."""
-    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"]
-                                 else of_paper(settings)[1])
+    """How this run trains: the paper's settings, or those of --quick, overridden by those given."""
+    _, elsewhere = published(settings["model"], settings["data"])
+    training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else elsewhere)
     training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
     if settings["lr_drops"]:
         training |= dict(lr_drops=lr_drops(settings["lr_drops"]), poly_power=0)
     return training
-
-
-def make_optimizer(model, training: dict):
-    """The optimiser that `training` names, with those of its options that `training` has."""
-    kind, options = OPTIMIZERS[training["optimizer"]]
-    given = {name: training[name] for name in ("lr", *options) if name in training}
-    fused = {} if kind is torch.optim.RMSprop else dict(fused=True)  # RMSprop has no fused form
-    return kind(model.parameters(), **given, **fused)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -298,7 +242,8 @@ class Terms:
         return f"step {step:.0f}: {min(names, key=['loss', 'gradient'].count)}"
 
     def read(self) -> dict:
-        """{name: mean since the last read}, over all processes; how many steps, and their time."""
+        """{name: mean since the last read, over all processes}, and how many steps there were and
+        how long one took."""
         mean = self.sum / self.count
         if dist.is_initialized():
             dist.all_reduce(mean)
@@ -310,7 +255,8 @@ class Terms:
 
 
 def refuse_non_finite(terms, model, step, folder) -> None:
-    """UserError where the loss, the gradient or a weight is not finite: none such is ever saved."""
+    """Raise UserError where the loss, the gradient or a weight is not finite, so that it is never
+    saved."""
     finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
     if failed := terms.failed() or (None if finite else f"step {step}: a weight"):
         advice = "nothing was saved: begin again with a lower --lr"
@@ -330,6 +276,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     stop = Stop()
     keep_freed_memory()
     device, rank, world = start_processes(device_name)
+    if graphs and (device.type != "cuda" or world > 1 or compile):
+        raise UserError("--cuda-graphs: for one CUDA device, without --compile")
     torch.set_float32_matmul_precision("high" if settings["precision"] == "tf32" else "highest")
 
     train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
@@ -362,8 +310,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"--compile: {missing}; training without it, at the usual speed")
     elif compile:
         loss_of = compiled(loss_of)
-    if graphs and (device.type != "cuda" or world > 1 or compile):
-        raise UserError("--cuda-graphs: for one CUDA device, without --compile")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16",
                               cache_enabled=not graphs)
     if not train_split.parts.get("test"):
@@ -449,8 +395,8 @@ def compiled(loss_of):
 
 
 def graphed(model, image, label, autocast):
-    """The model, whose loss and gradients of batches like this one are CUDA graphs from now on: the
-    same kernels, but started together, where Python would start thousands one after the other."""
+    """Return the model with its loss and gradients recorded as CUDA graphs, for batches of this
+    shape: the same kernels are started together instead of one after the other by Python."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([image.device]), autocast:
         torch.cuda.make_graphed_callables(model, (image.clone(), label.clone()))
@@ -460,7 +406,7 @@ def graphed(model, image, label, autocast):
 
 
 def lacks_compiler(device) -> str | None:
-    """What torch.compile needs and this machine lacks, or None."""
+    """Say what torch.compile needs that this machine lacks; None if it lacks nothing."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
@@ -468,7 +414,8 @@ def lacks_compiler(device) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """On Linux, let the process keep what it frees: else page faults take an eighth of a step."""
+    """On Linux, let the process keep the memory that it frees: getting it back from the system
+    page by page took an eighth of a step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks

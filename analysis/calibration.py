@@ -35,8 +35,8 @@ def pooled(rows: dict, n: int) -> dict:
     """The entries mode_pooled_tv_<n> and mode_gap_<n> of metrics.json, with standard errors by
     resampling cases."""
     excess = rows["mode_frequency"] - rows["mode_probability"]
-    cases, rng = len(excess), np.random.default_rng(0)
-    again = abs(excess[rng.integers(cases, size=(200, cases))].mean(1))  # (200, M)
+    cases = len(excess)
+    again = abs(excess[metrics.resampled(cases)].mean(1))  # (200, M)
     mean = abs(excess.mean(0))
     return {f"mode_pooled_tv_{n}": {"mean": mean.sum() / 2, "n": cases,
                                     "stderr": np.std(again.sum(1) / 2)},

@@ -82,16 +82,22 @@ def validations(log: list[dict]) -> tuple:
     return names[0], steps, np.interp(steps, *zip((0.0, 0.0), *training_time(log))) / 60, scores
 
 
+def read_scores(folder: Path) -> tuple[dict, dict]:
+    """What evaluate.py wrote to a folder: metrics.json, and {case: its row of per_case.csv}."""
+    summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    with open(folder / "per_case.csv", newline="", encoding="utf-8") as file:
+        return summary, {row["name"]: row for row in csv.DictReader(file)}
+
+
 def read_judged(folder: Path) -> tuple[dict, tuple]:
     """The settings of a judged run, and (name, {measure: {"mean", "stderr"}}, {case: ged_16})."""
     settings = read_config(folder)["settings"]
     try:
-        summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        summary, cases = read_scores(folder)
         summary = {name: {key: float(result[key]) for key in ("mean", "stderr")}
                    for name, result in summary.items()}
         summary["ged_16"]
-        with open(folder / "per_case.csv", newline="", encoding="utf-8") as file:
-            geds = {row["name"]: float(row["ged_16"]) for row in csv.DictReader(file)}
+        geds = {name: float(row["ged_16"]) for name, row in cases.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
                         f"python evaluate.py {folder}") from None
@@ -99,7 +105,8 @@ def read_judged(folder: Path) -> tuple[dict, tuple]:
 
 
 def pooled(runs: list[tuple]) -> tuple:
-    """Runs that differ in their seeds as one: means, and standard deviations over them."""
+    """Join runs that differ only in their seeds: the means over them and, as "stderr", their
+    standard deviations."""
     if len(runs) == 1:
         return runs[0]
     names, summaries, geds = zip(*runs)

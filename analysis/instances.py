@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import metrics
 from analysis.pictures import numbered, paint_image, paint_label, save_grid
 from common import center_crop
 
@@ -90,9 +89,29 @@ def _surviving(ids: Tensor, erosion: int) -> Tensor:
     return ids[high == low]
 
 
+def connected_components(mask: Tensor) -> Tensor:
+    """Ids (B, *S) int64, not consecutive, of the parts of mask (B, *S) bool whose pixels connect by
+    their sides; 0 where the mask is false."""
+    size = mask[0].numel()
+    ids = torch.arange(1, size + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
+    while True:
+        high = ids.clone()
+        for axis, side in enumerate(mask.shape[1:], 1):
+            for here, there in ((0, 1), (1, 0)):  # each pixel takes a neighbour's larger id
+                target = high.narrow(axis, here, side - 1)
+                torch.maximum(target, ids.narrow(axis, there, side - 1), out=target)
+        high *= mask
+        # then the id that the pixel it names has by now, so that ids travel ever further
+        known = torch.cat([high.new_zeros(len(high), 1), high.flatten(1)], 1)
+        high = known.gather(1, high.flatten(1)).view_as(ids)
+        if torch.equal(high, ids):
+            return ids
+        ids = high
+
+
 def objects(maps: Tensor, first: int) -> Tensor:
-    """Label maps, or instance ids, with the classes or ids from `first` up counted from 1, all
-    others 0. int64."""
+    """Label maps, or instance ids, as int64 maps in which the classes or ids from `first` up are
+    counted from 1 and all others are 0."""
     return (maps.long() - first + 1).clamp(min=0)
 
 
@@ -115,10 +134,13 @@ def rand_errors(batch, found: Tensor) -> Tensor:
 
 
 def coherence(samples: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
-    """(the share of an object's pixels in its commonest colour, mean over objects and samples, NaN
-    where there is no object, (B,); the number of objects, (B,)). Colours (n, B, *S), 0 for none,
-    and instance ids (B, *S), from 1 up."""
-    shares, counts, most = [], [], int(samples.max()) + 1
+    """Do the samples paint every object in one colour? Returns the share of an object's pixels that
+    have its commonest colour, averaged over objects and samples, (B,), NaN without any object; and
+    the number of objects, (B,).
+
+    samples (n, B, *S): colours, 0 for none; instances (B, *S): ids, from 1 up.
+    """
+    shares, counts, most = [], [], max(2, int(samples.max()) + 1)  # none, and a colour
     for colours, truth in zip(samples.flatten(2).unbind(1), instances.flatten(1)):
         known = truth > 0
         _, which, area = truth[known].unique(return_inverse=True, return_counts=True)
@@ -142,7 +164,7 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, sam
     """
     known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
     precision = average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
-    components = metrics.connected_components(objects(prediction, batch.fixed) > 0)
+    components = connected_components(objects(prediction, batch.fixed) > 0)
     coherent, count = coherence(objects(samples, batch.fixed), truth * known)
     return {f"rand_error_{ending}": rand_errors(batch, found),
             **{f"{name}_{ending}": values for name, values in precision.items()},

@@ -68,7 +68,8 @@ def warning_scores(probs) -> dict:
     foreground = (labels_of(probs.mean(0), 1) > 0).float().unsqueeze(1)
     near = F.max_pool2d(foreground, 2 * MARGIN + 1, 1, MARGIN).flatten(1)  # (B, H*W)
     near = torch.where(near.any(1, keepdim=True), near, torch.ones_like(near))
-    maps = {"variance": probs.var(0, correction=0).sum(1), "gamma": metrics.gamma_map(probs)}
+    moments = metrics.Moments(probs)
+    maps = {"variance": moments.variance, "gamma": metrics.gamma_map(moments)}
     return {name: (m.flatten(1) * near).sum(1) / near.sum(1) for name, m in maps.items()}
 
 

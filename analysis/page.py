@@ -5,10 +5,9 @@ can be sent to somebody as one file.
 """
 
 import base64
-import csv
 import io
-import json
 import re
+import textwrap
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from analysis.compare import training_time
+from analysis.compare import read_scores, training_time
 from analysis.pictures import COLORS, label_picture, paint_image, paint_map
 from sources.files import write_text
 from sources.runs import read_config, read_log
@@ -61,6 +60,7 @@ MEASURES = {
     "The single prediction against annotators": {
         "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
         "dice_present": "↑ The same over classes that the prediction or the annotation has.",
+        "dice_foreground": "↑ Dice of the prediction, all classes but the background as one.",
         "dice_mean": "↑ Dice of the mean of the samples' probabilities.",
         "ged_predict": "↓ GED of the prediction, as if it were the only sample.",
         "dice_better": "Share of samples whose Dice is above the prediction's."},
@@ -70,7 +70,8 @@ MEASURES = {
     "Spread of the samples' Dice": {
         "dice_q": "Quantiles, in per cent, over the samples of a case."},
     "Known probabilities": {
-        "mode_tv": "↓ Total variation between frequencies of a case's label maps and known ones.",
+        "mode_tv": "↓ Total variation between frequencies of a case's label maps and known ones. "
+                   "Above 0 even for samples of the true distribution.",
         "mode_pooled_tv": "↓ The same after averaging over the cases.",
         "mode_gap": "↓ The largest difference of one label map's frequency then."},
     "By class": {
@@ -80,7 +81,11 @@ MEASURES = {
         "rand_error": "↓ Rand error: 1 - F-score over pairs of pixels of one object.",
         "rand_error_components": "↓ The same for connected parts of the prediction.",
         "ap": "↑ Average precision of the objects, over IoU thresholds from 0.5 to 0.95.",
-        "ap50": "↑ Average precision of the objects at an IoU of 0.5."}}
+        "ap50": "↑ Average precision of the objects at an IoU of 0.5.",
+        "coherence": "↑ Share of an object's pixels that have its commonest colour in a sample.",
+        "colour_nats": "Information in the objects' colours: objects x ln(colours), in nats.",
+        "kl": "KL divergence of posterior and prior in nats, of all latents and of each latent "
+              "map. Latents that can name every object need at least colour_nats."}}
 # Pictures that may lie in the folder, with captions; True for plots, which turn dark with the page.
 PICTURES = {
     "curves.png": (True, "Training: every term of the loss, and the validation score, by step."),
@@ -100,15 +105,27 @@ PICTURES = {
     "extrapolation.png": (False, "Completions of hidden label maps (HPU-Net, Fig. 5).")}
 
 
+def explained() -> str:
+    """PICTURES and MEASURES as text, with which `evaluate.py --help` ends."""
+    lines = ["Names of measures go on with a number of samples (ged_16), a class (hd95_class_2),",
+             "a quantile (dice_q05), a kind of pixels (ece_band), or a score (aurc_entropy)."]
+    pictures = {name: caption for name, (_, caption) in PICTURES.items()}
+    for heading, texts in [*MEASURES.items(), ("Pictures", pictures)]:
+        lines += ["", heading]
+        for name, text in texts.items():
+            text = text.replace("↓", "(lower is better)").replace("↑", "(higher is better)")
+            lines += textwrap.wrap(text, 100, initial_indent=f"    {name:26}",
+                                   subsequent_indent=30 * " ")
+    return "\n".join(lines)
+
+
 def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -> None:
     """Write `out`/report.html from the files in `out` and in the run's `folder`.
 
     judged: what was judged, in words. cases: pictures.Case of every case to page through; shown:
     {its name in per_case.csv: its name in pictures}.
     """
-    summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    with open(out / "per_case.csv", newline="", encoding="utf-8") as file:
-        scores = {row["name"]: row for row in csv.DictReader(file)}
+    summary, scores = read_scores(out)
     about = ["{model} on {data}, seed {seed}".format(**read_config(folder)["settings"]), judged]
     for steps, seconds in training_time(read_log(folder))[-1:]:
         if abs(seconds) < 1e9:  # in a damaged log it may be anything
@@ -158,7 +175,7 @@ def numbers_html(summary: dict) -> str:
     for name, result in summary.items():
         base, column = split_name(name)
         cells.setdefault(base, {})[column] = value(result)
-    further = dict.fromkeys(cells, "Explained by python evaluate.py --help.")
+    further = dict.fromkeys(cells, "")
     for heading, texts in [*MEASURES.items(), ("Further measures", further)]:
         rows = {base: (text, cells.pop(base)) for base, text in texts.items() if base in cells}
         columns = sorted(sorted({c for _, row in rows.values() for c in row}), key=len)
@@ -171,7 +188,7 @@ def numbers_html(summary: dict) -> str:
                      + "".join(f"<th scope=col>{head}</th>" for head in heads) + "</tr>")
         for base, (text, row) in rows.items():
             html += (f"<tr><th scope=row>{spoken(base)} <span class=better>"
-                     f"{ARROWS.get(text[0], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
+                     f"{ARROWS.get(text[:1], '')}</span><small>{text.lstrip('↓↑ ')}</small></th>"
                      + "".join(f"<td>{row.get(c, '')}</td>" for c in columns) + "</tr>")
         html += "</table></div>" if rows else ""
     return html

@@ -1,8 +1,12 @@
-"""All measures of a batch of cases, from samples that are drawn and gone through once."""
+"""All measures of a batch of cases, from samples that are drawn and gone through once, and how
+batches and processes are put together."""
 
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import metrics
@@ -67,12 +71,11 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     return out | likelihoods(model, batch, likelihood_samples)
 
 
-def geds(batch, hard, samples) -> dict:
-    """GED of a batch of cases from samples (n, B, *S), {"ged_<n>": (B,)}."""
-    (classes, empty), labels = scoring(batch), only_scored(batch, batch.labels)
-    hard = only_scored(batch, hard)
-    return {f"ged_{n}": metrics.ged(hard[:n], labels, classes, batch.weights, empty)
-            for n in samples}
+def sample_ged(batch, hard) -> Tensor:
+    """GED of a batch of cases from the samples' label maps (n, B, *S), (B,)."""
+    classes, empty = scoring(batch)
+    labels = only_scored(batch, batch.labels)
+    return metrics.ged(only_scored(batch, hard), labels, classes, batch.weights, empty)
 
 
 def scoring(split) -> tuple[int, float]:
@@ -125,3 +128,26 @@ def likelihoods(model, batch, n) -> dict:
                                   only_scored(batch, label)[:, None], scoring(batch)[0]) / 2
             out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
     return out
+
+
+# ---- the batches of a split
+
+def process() -> tuple[int, int]:
+    """This process's (rank, number of processes) under torchrun, else (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(rows: list[dict]) -> dict:
+    """Join the batches' {name: (B, ...) tensor or a list} to one {name: (N, ...) float64 array or a
+    list}. Under torchrun it holds the batches of all processes, in the split's order."""
+    rows = [{name: v.double().cpu().numpy() if torch.is_tensor(v) else v for name, v in row.items()}
+            for row in rows]
+    if dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, rows)
+        rows = [row for turn in itertools.zip_longest(*shares) for row in turn if row]
+    found = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        found[name] = sum(values, []) if isinstance(first, list) else np.concatenate(values)
+    return found

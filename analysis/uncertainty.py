@@ -211,18 +211,17 @@ def areas(scores, risks) -> tuple[float, float, float]:
 
 def failure_detection(values) -> dict:
     """aurc_<score>, e_aurc_<score> and augrc_<score> of the cases' values {name: (N,)}."""
-    risks, out, rng = 1 - values["dice_mean"], {}, np.random.default_rng(0)
-    there = ~np.isnan(risks)
-    cases = int(there.sum())
-    if not cases:
+    there = ~np.isnan(values["dice_mean"])
+    risks, out = 1 - values["dice_mean"][there], {}
+    if not len(risks):
         return {}
-    again = rng.integers(cases, size=(200, cases))
     for score in SCORES:
-        scores, risk = values[score][there], risks[there]
-        errors = np.std([areas(scores[rows], risk[rows]) for rows in again], 0)
-        for name, mean, error in zip(("aurc", "e_aurc", "augrc"), areas(scores, risk), errors):
-            out[f"{name}_{score.removesuffix('_patch')}"] = {"mean": mean, "stderr": error,
-                                                             "n": cases}
+        scores = values[score][there]
+        again = [areas(scores[rows], risks[rows]) for rows in metrics.resampled(len(risks))]
+        ending = score.removesuffix("_patch")
+        for name, mean, error in zip(("aurc", "e_aurc", "augrc"), areas(scores, risks),
+                                     np.std(again, 0)):
+            out[f"{name}_{ending}"] = {"mean": mean, "stderr": error, "n": len(risks)}
     return out
 
 

@@ -12,7 +12,6 @@ run that fails is named below the table with its last line, and does not hold up
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics
-from analysis.compare import compare
+from analysis.compare import compare, read_scores
 from common import Progress, UserError, pick_device, say
 from results.tables import TABLES, WORDS, Table
 from sources.files import write_text
@@ -151,60 +151,83 @@ def run_all(runs: list[Run], args) -> dict[Run, str]:
 # ------------------------------------------------------------------------------------ the table
 
 
-def measure(runs: list[Run], column: str):
-    """(mean, standard error, means of the seeds, {case: mean over seeds}) of a measure, or None."""
-    judge, summaries, tables = TABLES[runs[0].table].judge, [], []
-    last, column = "last" in judge and "best:" not in column, column.removeprefix("best:")
+class Measured(NamedTuple):
+    """A measure of a row."""
+
+    mean: float
+    error: float  # standard error over cases
+    seeds: tuple[float, ...]  # the mean of every run
+    cases: dict[str, float]  # {case: mean over the runs}; NaN if single cases have no value
+
+
+def measure(runs: list[Run], column: str) -> Measured | None:
+    """A measure of a row's runs; None where a run lacks it. best:NAME is that of best.pt."""
+    judge, name = TABLES[runs[0].table].judge, column.removeprefix("best:")
+    summaries, tables = [], []
     for run in runs:
+        last = "--weights last" in judge and name == column
         folder = run.folder / "test-all-last" if last else run.folder
-        file = folder / ("ood.json" if "--ood" in judge else "metrics.json")
-        summaries.append(json.loads(file.read_text()).get(column))
-        with open(folder / "per_case.csv", newline="") as text:
-            tables.append({r["name"]: float(r.get(column, "nan")) for r in csv.DictReader(text)})
+        summary, rows = read_scores(folder)
+        if "--ood" in judge:
+            summary = json.loads((folder / "ood.json").read_text())
+        summaries.append(summary.get(name))
+        tables.append({case: float(row.get(name, "nan")) for case, row in rows.items()})
     if None in summaries:
         return None
-    means, errors = zip(*((summary["mean"], summary["stderr"]) for summary in summaries))
-    cases = {name: np.mean([table[name] for table in tables]) for name in tables[0]}
+    means = tuple(summary["mean"] for summary in summaries)
+    cases = {case: np.mean([table[case] for table in tables]) for case in tables[0]}
     error = metrics.bootstrap(list(cases.values()))["stderr"]
-    return np.mean(means), np.mean(errors) if np.isnan(error) else error, means, cases
+    if np.isnan(error):
+        error = np.mean([summary["stderr"] for summary in summaries])
+    return Measured(np.mean(means), error, means, cases)
+
+
+def against_best(row: str, measured: dict[str, Measured], highest: bool) -> str:
+    """What the table says of a row in column p: "best", or p of the paired test over cases against
+    the best row of its kind, whose names are alike up to a colon. Nothing where there is no rival
+    or single cases have no value."""
+    rivals = [r for r in measured if r.rpartition(":")[0] == row.rpartition(":")[0]]
+    best = (max if highest else min)(rivals, key=lambda r: measured[r].mean)
+    if row == best:
+        return "best" if len(rivals) > 1 else ""
+    mine, others = measured[row].cases, measured[best].cases
+    if np.isnan(list(mine.values())).all():
+        return ""
+    return f"{metrics.paired_test([mine[case] for case in others], list(others.values())):.2g}"
 
 
 def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     """The table's lines in Markdown; groups {row: its finished runs}."""
-    found = {c: {row: m for row, runs in groups.items() if (m := measure(runs, c))}
-             for c in table.columns.split()}
-    found = {c: rows for c, rows in found.items() if rows}
-    (ranking, first), *_ = found.items()
-    groups = {row: runs for row, runs in groups.items() if row in first}
-    several, names = any(len(m[2]) > 1 for m in first.values()), " | ".join(found).replace("_", " ")
+    found = {column: {row: m for row, runs in groups.items() if (m := measure(runs, column))}
+             for column in table.columns.split()}
+    found = {column: rows for column, rows in found.items() if rows}
+    ranking, first = next(iter(found.items()))
+    highest = ranking.startswith(("dice", "auroc"))
+    several = any(len(m.seeds) > 1 for m in first.values())
+    names = " | ".join(found).replace("_", " ")
     for word, name in WORDS.items():
         names = names.replace(word, name)
-    lines = [["", "parameters", "steps x batch", "minutes", names, *["over seeds"] * several, "p",
-              *table.beside]]
-    lines.append(["---"] * (len(lines[0]) + len(found) - 1))
-    for row, runs in groups.items():
+    lines = [["", "parameters", "steps x batch", "minutes", *names.split(" | "),
+              *["over seeds"] * several, "p", *table.beside]]
+    lines.append(["---"] * len(lines[0]))
+    for row in first:
+        runs = groups[row]
         config, logs = read_config(runs[0].folder), [read_log(run.folder) for run in runs]
         seconds = sum(entry.get("steps", 0) * entry.get("seconds_per_step", 0)
                       for log in logs for entry in log)
-        rivals = [r for r in first if r.rpartition(":")[0] == row.rpartition(":")[0]]
-        choose = max if ranking.startswith(("dice", "auroc")) else min
-        best = choose(rivals, key=lambda r: first[r][0])
-        p = metrics.paired_test(*([first[r][3][case] for case in first[best][3]]
-                                  for r in (row, best)))
-        p = "best" * (len(rivals) > 1) if row == best else f"{p:.2g}"
-        p = p if p == "best" or not np.isnan([*first[row][3].values()]).all() else ""  # pooled
+        cells = [f"{m.mean:.3f} ± {m.error:.3f}" if (m := rows.get(row)) else ""
+                 for rows in found.values()]
+        deviation = np.std(first[row].seeds, ddof=len(runs) > 1)
         lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",
                       f"{logs[0][-1]['step']} x {config['training']['batch_size']}",
-                      f"{seconds / 60 / len(runs):.1f}",
-                      *("{:.3f} ± {:.3f}".format(*rows[row]) if row in rows else ""
-                        for rows in found.values()),
-                      *[f"± {np.std(first[row][2], ddof=len(runs) > 1):.3f}"] * several,
-                      p, *(published.get(row, "") for published in table.beside.values())])
+                      f"{seconds / 60 / len(runs):.1f}", *cells,
+                      *[f"± {deviation:.3f}"] * several, against_best(row, first, highest),
+                      *(published.get(row, "") for published in table.beside.values())])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
-    """<out>/<name>.md, of what has finished; its text."""
+    """Write <out>/<name>.md from the runs that have finished; returns its text."""
     table, runs, groups = TABLES[name], [run for run in runs if run.table == name], {}
     for run in runs:
         if run.finished():
@@ -232,7 +255,7 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
 
 
 def draw(name: str, runs: list[Run], args) -> None:
-    """<out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
+    """Save <out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
     folders = [run.folder for run in runs if run.table == name and run.finished()]
     try:
         if folders and not TABLES[name].prints:

@@ -218,7 +218,7 @@ def scores_and_pictures(model, split, n=16, alpha=None):
     drawn = analysis.scores.draw(model, batch, chunks, (n,))
     shown = dict(zip(split.names, split.names))
     rows = evaluate.details(model, drawn, False, (n, alpha), shown)
-    return evaluate.gather([rows]), rows["instances_shown"]
+    return analysis.scores.gather([rows]), rows["instances_shown"]
 
 
 def test_instances_of_a_model_that_knows_them(tmp_path):

@@ -18,6 +18,7 @@ from analysis import scores
 from analysis.calibration import mode_rows, pixel_curve, pooled, total_variation
 from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
+from analysis.page import MEASURES, split_name
 from common import UserError
 from helpers import undraw
 from sources.base import Split
@@ -75,7 +76,7 @@ def known_modes(model, split, n):
     """Rows for calibration, as arrays."""
     batches = [mode_rows(batch, torch.cat([models.labels_of(x, 2) for x in chunks]))
                for batch, chunks in models.sample_batches(model, split, n)]
-    return evaluate.gather(batches)
+    return scores.gather(batches)
 
 
 def test_true_draws_are_calibrated_and_one_mode_is_not(shapes):
@@ -98,11 +99,12 @@ def test_true_draws_are_calibrated_and_one_mode_is_not(shapes):
 
 def test_evaluation_repeats_itself_and_ignores_the_batch_before_it(shapes):
     model = Oracle(shapes)
-    first = evaluate.score(model, shapes, full=False)
+    first = evaluate.score(model, shapes)
     torch.rand(3)
-    again = evaluate.score(model, shapes, full=False)
+    again = evaluate.score(model, shapes)
     np.testing.assert_array_equal(first["ged_16"], again["ged_16"])
-    assert evaluate.validation_score(model, shapes) == ("ged_16", again["ged_16"].mean())
+    name, value = evaluate.validation_score(model, shapes)
+    assert name == "ged_16" and value == pytest.approx(again["ged_16"].mean(), rel=1e-5)
 
 
 def test_expectation_over_annotators_skips_missing_ones():
@@ -129,17 +131,10 @@ def test_only_the_scored_classes_count():
     assert scores.only_scored(part, labels).flatten().tolist() == [1, 1, 2, 2, 0, 255]
     assert scores.scoring(part)[0] == 3
 
-    class Model:
-        training = False
-        eval = train = lambda self, *_: self
-
-        def sample(self, image, n, generator=None):
-            maps = torch.tensor([[0, 0, 3, 3, 2, 1]])  # class 2 for 4: neither is scored
-            return torch.nn.functional.one_hot(maps, 5).movedim(-1, 0)[None, None].float()
-
-    assert evaluate.score(Model(), part, (1,), full=False)["ged_1"].tolist() == [0.0]
+    sample = torch.tensor([[[[0, 0, 3, 3, 2, 1]]]], dtype=torch.uint8)  # 2 for 4: neither is scored
+    assert scores.sample_ged(part, sample).tolist() == [0.0]
     part = replace(part, scored=())  # classes 1..4; absent in both, 1 and 2 count as right
-    assert evaluate.score(Model(), part, (1,), full=False)["ged_1"].tolist() == [1.0]
+    assert scores.sample_ged(part, sample).tolist() == [1.0]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +158,8 @@ def test_report_writes_csv_and_json_that_agree(run, undrawn, capsys):
     counts = [sum(row[f"dice_class_{k}"] != "nan" for row in rows) for k in (1, 2, 3)]
     assert counts == [summary.get(f"dice_class_{k}", {"n": 0})["n"] for k in (1, 2, 3)]
     assert max(counts) > 0 and (folder / "per_class.csv").exists()
+    explained = {name for texts in MEASURES.values() for name in texts}
+    assert {split_name(name)[0] for name in summary} <= explained
     assert {"ece_band", "aurc_disagreement", "dice_max_4", "entropy"} <= summary.keys()
     for picture in ("reliability.png", "risk_coverage.png"):
         assert (folder / picture).stat().st_size > 0
@@ -433,7 +430,7 @@ def test_every_class_by_itself(tmp_path):
     prediction[:, 1:5, 1:4] = 1  # 12 pixels, 8 of them right
     samples = torch.stack([prediction, labels[:, 1] % 255])
     samples[:, 1, 5] = 2  # ignored there
-    values = evaluate.gather([class_rows(split, prediction.byte(), samples.byte())])
+    values = scores.gather([class_rows(split, prediction.byte(), samples.byte())])
     nan = np.nan
     dice = [[[0.8, 0], [0.8, 0], [1, 1]], [[0.8, nan], [0.8, nan], [1, nan]]]
     np.testing.assert_allclose(values["class_dice"], dice, rtol=1e-6)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-import metrics
-from analysis.instances import clean_instances, cluster_instances, coherence, kl_terms, rand_error
+from analysis.instances import (clean_instances, cluster_instances, coherence,
+                                connected_components, kl_terms, rand_error)
 from hpunet import HPUNet, HPUNetConfig
 from sources.files import DataError
 
@@ -151,6 +151,8 @@ def test_coherence_by_hand():
     # object 1: three of four, then one of four; object 7: one of two, then both
     assert share[0].item() == pytest.approx((3 / 4 + 1 / 4 + 1 / 2 + 1) / 4)
     assert share[1].isnan() and count.tolist() == [2, 0]
+    empty = torch.zeros(3, 2, 1, 8, dtype=torch.long)  # no sample has an object
+    assert coherence(empty, instances)[0][0] == 0
 
 
 def test_kl_of_every_case_by_itself():
@@ -180,7 +182,7 @@ def test_membranes_fade_and_the_cells_stay():
     light, dark = faded.images[:, 0][gone].mean(), faded.images[:, 0][faded.instances == 0].mean()
     assert light - dark > 0.2
     truth = faded.instances.long()
-    assert rand_error(metrics.connected_components(truth > 0), truth).mean() > 0.7
+    assert rand_error(connected_components(truth > 0), truth).mean() > 0.7
     assert rand_error(truth, truth).max() < 1e-6
     with pytest.raises(DataError, match="at most 100 per cent"):
         data.load("cells", "all", faded=101)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import metrics
-from analysis.instances import average_precision, rand_error
+from analysis.instances import average_precision, connected_components, rand_error
 
 NAN = math.nan
 
@@ -703,7 +703,7 @@ def test_connected_components_are_those_of_a_flood_fill():
     spiral[::2] = True
     spiral[1::4, -1] = spiral[3::4, 0] = True
     masks = torch.cat([masks, spiral[None], torch.zeros(1, 20, 30, dtype=torch.bool)])
-    for ids, mask in zip(metrics.connected_components(masks), masks):
+    for ids, mask in zip(connected_components(masks), masks):
         want = torch.from_numpy(flood_fill(mask.numpy()))
         pairs = torch.stack([ids, want]).flatten(1).unique(dim=1)
         assert pairs.shape[1] == len(ids.unique()) == len(want.unique())  # a renaming
@@ -713,5 +713,5 @@ def test_connected_components_are_those_of_a_flood_fill():
 def test_connected_components_of_a_volume():
     mask = torch.zeros(1, 3, 3, 3, dtype=torch.bool)
     mask[0, 0, 0, 0] = mask[0, 1, 0, 0] = mask[0, 2, 1, 0] = True  # the third meets at an edge
-    ids = metrics.connected_components(mask)[0]
+    ids = connected_components(mask)[0]
     assert ids[0, 0, 0] == ids[1, 0, 0] != ids[2, 1, 0] != 0

@@ -19,7 +19,8 @@ import evaluate
 import metrics
 import train
 from analysis.compare import training_time, validations
-from analysis.page import (MEASURES, label_png, numbers_html, outline_path, split_name, write_page)
+from analysis.page import (MEASURES, PICTURES, explained, label_png, numbers_html, outline_path,
+                           split_name, write_page)
 from analysis.pictures import COLORS, cases_to_show, new_plot, save_figure
 from sources.base import Split
 
@@ -125,6 +126,15 @@ def test_every_number_is_in_a_table():
     assert re.findall(r"<td>([\d.]+)", html) == ["1.000", "2.000", "5.000", "6.000", "123.5",
                                                  "3.000", "4.000"]
     assert html.count("lower is better") == 2 and html.count("higher is better") == 1
+
+
+def test_help_explains_every_measure_and_picture():
+    """In ASCII, which every terminal can print."""
+    text = explained()
+    named = set(re.findall(r"^ {4}(\S+)", text, re.MULTILINE))
+    assert named == {*PICTURES, *(name for texts in MEASURES.values() for name in texts)}
+    assert text.isascii() and max(map(len, text.splitlines())) <= 100
+    assert "(lower is better) Squared generalised energy distance" in text
 
 
 @pytest.mark.parametrize("name, parts", [

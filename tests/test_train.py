@@ -432,11 +432,11 @@ def test_output_that_cannot_be_shown_stops_nothing(stream, monkeypatch):
 
 def test_learning_rates():
     training = dict(lr=0.1, lr_drops=((10, 0.5), (20, 0.1)))
-    rates = [train.learning_rate(step, training) for step in (0, 9, 10, 19, 20, 1000)]
+    rates = [models.learning_rate(step, training) for step in (0, 9, 10, 19, 20, 1000)]
     assert rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.01, 0.01])
-    assert train.learning_rate(1000, dict(lr=0.1)) == 0.1
+    assert models.learning_rate(1000, dict(lr=0.1)) == 0.1
     poly = dict(lr=0.1, steps=100, poly_power=0.9)
-    assert [train.learning_rate(step, poly) for step in (0, 50, 99)] == \
+    assert [models.learning_rate(step, poly) for step in (0, 50, 99)] == \
         pytest.approx([0.1, 0.1 * 0.5**0.9, 0.1 * 0.01**0.9])
 
 
@@ -455,7 +455,7 @@ def test_lr_drops_replace_the_recipe_s_schedule(tmp_path):
 def test_optimizers_have_the_options_that_are_theirs(name, kind, options):
     given = dict(lr=1.0, weight_decay=0.1) | options
     training = dict(momentum=0.6, optimizer=name) | given  # --quick may replace SGD by Adam
-    optimizer = train.make_optimizer(torch.nn.Linear(2, 1), training)
+    optimizer = models.make_optimizer(torch.nn.Linear(2, 1), training)
     assert type(optimizer) is kind
     assert {key: optimizer.defaults[key] for key in given} == given
 
@@ -475,13 +475,14 @@ def test_images_far_from_unit_scale_are_refused():
         train.first_model(given, SimpleNamespace(images=1e4 * images, num_classes=2))
 
 
-@pytest.mark.parametrize("model, name", train.RECIPES)
+@pytest.mark.parametrize("model, name", models.RECIPES)
 def test_what_a_paper_did_otherwise_is_the_default_there(model, name, monkeypatch):
     """Every entry builds and trains, --quick and options override it, other sets do not see it."""
-    fields, training = train.RECIPES[model, name]
+    fields, training = models.RECIPES[model, name]
     assert name in data.DATASETS
     dims, channels = (3, 4) if name == "brats" else (2, 3)
-    split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4)
+    split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4,
+                            instances=None)
     monkeypatch.setattr(train, "build", lambda *given: models.build(*given, "meta"))
     built = train.first_model(settings(model, name), split)
     assert {key: getattr(built.config, key) for key in fields} == fields
@@ -503,11 +504,11 @@ def test_what_a_paper_did_otherwise_is_the_default_there(model, name, monkeypatc
 
 def test_brats_is_trained_as_published():
     recipe = train.recipe(SSN, settings("ssn", "brats"))
-    optimizer = train.make_optimizer(torch.nn.Linear(2, 1), recipe)
+    optimizer = models.make_optimizer(torch.nn.Linear(2, 1), recipe)
     assert type(optimizer) is torch.optim.RMSprop
     assert {key: optimizer.defaults[key] for key in ("lr", "momentum", "alpha", "weight_decay")} \
         == dict(lr=1e-3, momentum=0.6, alpha=0.9, weight_decay=1e-4)
-    rates = [train.learning_rate(1000 * k, recipe) for k in range(121)]
+    rates = [models.learning_rate(1000 * k, recipe) for k in range(121)]
     halvings = [k for k in range(1, 121) if rates[k] == rates[k - 1] / 2]
     assert halvings == [44, 64, 80, 90, 98, 105] and len(set(rates)) == 7
     assert (recipe["batch_size"], recipe["steps"]) == (10, 120_000)
@@ -519,8 +520,8 @@ def test_a_sum_with_more_weight_decay_trains_as_a_mean():
     for scale in (1, 30**3):
         torch.manual_seed(0)
         model, x = torch.nn.Linear(3, 1).double(), torch.randn(20, 3).double()
-        training = train.BRATS | dict(weight_decay=0.1 * scale)
-        optimizer = train.make_optimizer(model, training)
+        training = models.BRATS | dict(weight_decay=0.1 * scale)
+        optimizer = models.make_optimizer(model, training)
         for _ in range(20):
             optimizer.zero_grad()
             (scale * (model(x) - x[:, :1] - 2).square().mean()).backward()
