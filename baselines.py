@@ -30,7 +30,7 @@ Differences from the paper
   4. One 1-wide convolution follows the U-Net; the paper has "the appropriate number".
   5. DeepMedic's cross-entropy is summed over a patch's voxels, like all losses here. The authors
      take the mean, which includes the air around the brain. RMSprop does not depend on this scale,
-     and the weight decay in train.RECIPES is adapted to it.
+     and the weight decay in models.RECIPES is adapted to it.
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4

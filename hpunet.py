@@ -20,7 +20,7 @@ pixels of one object change together from sample to sample (analysis/instances.p
 If it is also given the labels around a hidden region, it extrapolates them (`--data-args hide=50`).
 
 Differences from the paper
-  1. kappa depends on the data: 0.05 is LIDC's, and train.RECIPES has the paper's other values. If
+  1. kappa depends on the data: 0.05 is LIDC's, and models.RECIPES has the paper's other values. If
      the term `constraint` never falls below 0, kappa is too low, and train.py says so.
   2. The moving average in the loss is that of the whole constraint and starts at the first batch;
      in the code it is that of the reconstruction. They differ only where pixels are ignored.

@@ -32,7 +32,7 @@ Differences from the paper
      and which takes long to unlearn (`shapes`, 300 steps: GED .37 instead of .23).
   4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
      fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
-     trained with the authors' recipe (train.RECIPES), and as theirs, a batch is 10 patches of 10
+     trained with the authors' recipe (models.RECIPES), and as theirs, a batch is 10 patches of 10
      volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
      here all volumes are in memory and take turns, one patch each. Augmentation mirrors and rotates
      in the axial plane like theirs, but deforms neither the volume nor the histogram.

@@ -57,7 +57,7 @@ BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, the code is followed)
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png
     python train.py --model vae_unet --data lidc --device cuda
-    python train.py --model vae_unet --data synapse --device cuda     # on Swin, see train.RECIPES
+    python train.py --model vae_unet --data synapse --device cuda     # on Swin, see models.RECIPES
     python evaluate.py runs/vae_unet-synapse-0 --per-volume           # the paper's Tables 2 and 3
 """
 
