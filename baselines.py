@@ -267,7 +267,7 @@ class DropoutUNet(DeterministicUNet):
 
     def with_dropout(self, features: list[Tensor], size,
                      generator: torch.Generator | None = None) -> Tensor:
-        """The rest: from the features of `before_dropout`, logits (B, K, *size) under a new mask."""
+        """The rest: features of `before_dropout` -> logits (B, K, *size) under a new mask."""
         c = self.config
         *skips, x = features
         for block in self.unet.encoder[-c.dropout_blocks :]:

@@ -26,6 +26,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -64,6 +65,8 @@ PAGED = 20  # cases in report.html, at most
 LIKELIHOOD_SAMPLES = 16
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
+HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_mean", "iou_rec", "ece",
+             "log_likelihood", "mode_pooled_tv", "rand_error", "rand_error_components")  # printed
 FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_levels, "levels.png"),
            "vae_unet": (plot_latents, "latents.png"), "hpunet": (plot_scales, "scales.png")}
 
@@ -126,8 +129,10 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     plot_all(out, model, pictured, found, values, summary, "hide" in settings["data_args"])
     write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", found["shown"],
                shown)
-    progress.say(f"{table(summary)}\n{split} split, {len(whole)} cases: "
-                 f"numbers and pictures in {out}")
+    headlines = {name: result for name, result in summary.items()
+                 if re.sub(r"(_\d+)+$", "", name) in HEADLINES}
+    progress.say(f"{table(headlines)}\n{split} split, {len(whole)} cases: all {len(summary)} "
+                 f"numbers and pictures in {out}, look at report.html")
     return summary
 
 
