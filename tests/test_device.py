@@ -38,7 +38,8 @@ METHODS = ("ssn", "prob_unet", "phiseg", "hpunet", "vae_unet")
 CASES = {name: (name, {}) for name in models.MODELS}
 CASES |= {f"{name}-3d": (name, dict(dims=3) | (DEEPMEDIC if name == "ssn" else {}))
           for name in METHODS}
-CASES |= {"ssn-unet-3d": ("ssn", dict(dims=3, backbone="unet")), "vae_unet-swin": ("vae_unet", SWIN)}
+CASES["ssn-unet-3d"] = "ssn", dict(dims=3, backbone="unet")
+CASES["vae_unet-swin"] = "vae_unet", SWIN
 every_case = pytest.mark.parametrize("name, fields", CASES.values(), ids=CASES)
 
 
