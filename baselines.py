@@ -269,12 +269,12 @@ class DropoutUNet(DeterministicUNet):
                      generator: torch.Generator | None = None) -> Tensor:
         """The rest: features of `before_dropout` -> logits (B, K, *size) under a new mask."""
         c = self.config
-        *skips, x = features
+        features = list(features)
         for block in self.unet.encoder[-c.dropout_blocks :]:
-            skips.append(x)
-            x = block(dropout(halve(x), c.p, generator))
-        for depth, block in enumerate(self.unet.decoder):
-            x = torch.cat([skips.pop(), double(x)], 1)
+            features.append(block(dropout(halve(features[-1]), c.p, generator)))
+        *skips, x = features
+        for depth, (block, skip) in enumerate(zip(self.unet.decoder, reversed(skips))):
+            x = torch.cat([skip, double(x)], 1)
             x = block(dropout(x, c.p, generator) if depth < c.dropout_blocks else x)
         return self.head(center_crop(x, size))
 

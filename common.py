@@ -349,8 +349,8 @@ class UNet(nn.Module):
     def decode(self, features: list[Tensor]) -> Tensor:
         """Upsample from the coarsest level, concatenating the features of each finer one."""
         *skips, x = features
-        for block in self.decoder:
-            x = block(torch.cat([skips.pop(), double(x)], 1))
+        for block, skip in zip(self.decoder, reversed(skips)):
+            x = block(torch.cat([skip, double(x)], 1))
         return x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class HPUNet(nn.Module):
             loss = weight.detach() * constraint + kl
             # this is 0, and its gradient makes lambda rise while the constraint is above 0
             loss = loss + (weight.detach() - weight) * constraint.detach()
-            terms |= {"constraint": constraint, "lambda": weight}
+            terms.update({"constraint": constraint, "lambda": weight})
         return loss, {name: term.detach() for name, term in terms.items()}
 
     forward = loss

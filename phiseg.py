@@ -145,7 +145,7 @@ class PHiSeg(nn.Module):
             self.config.kl_base ** (l - 1) * kl for l, kl in kls.items())
         terms = dict(reconstruction=errors[1], supervision=sum(errors.values()) - errors[1],
                      kl=sum(kls.values()))
-        terms |= {f"kl_{l}": kl for l, kl in kls.items()}
+        terms.update({f"kl_{l}": kl for l, kl in kls.items()})
         return loss, {name: term.detach() for name, term in terms.items()}
 
     forward = loss

@@ -185,7 +185,7 @@ class VAEUNet(nn.Module):
         dice, kl = dice_loss(logits, label), sum(kls)
         loss = c.ce_weight * ce + c.dice_weight * dice + c.kl_weight * kl
         terms = {"cross_entropy": ce, "dice": dice, "kl": kl}
-        terms |= {f"kl_{i}": level for i, level in enumerate(kls)}
+        terms.update({f"kl_{i}": level for i, level in enumerate(kls)})
         return loss, {name: term.detach() for name, term in terms.items()}
 
     forward = loss
