@@ -445,7 +445,8 @@ def test_workers_make_the_same(archive, tmp_path, capsys):
 
 def test_ctrl_c_says_that_the_same_command_resumes(archive, tmp_path):
     src, dst, script = archive[0], tmp_path / "l.npz", tmp_path / "script.py"
-    script.write_text(f"""import sys
+    script.write_text(f"""import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run as a shell's job
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(data.__file__).parent)]}
 import data, sources.lidc_archive, test_lidc_archive as t
 sources.lidc_archive.read_dicom = t.patient_read
