@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -17,6 +18,9 @@ from common import UserError
 # The endings of the files that `read_array` reads.
 ENDINGS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
 EXPANSION, SMALL = 200, 2**28  # a file may claim arrays of 200 times its size, or of 256 MiB
+# NumPy parses a file's header by `ast`, and now and then that fails where two threads do it at once
+# ("AST constructor recursion depth mismatch", seen with Python 3.11.7).
+PARSING = threading.Lock()
 
 # `_open_picture` refuses what Pillow would only warn of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -120,7 +124,7 @@ def read_pages(file: Path) -> np.ndarray:
 def read_npz_arrays(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
     """Reads {key: array}, in the order of `needed` and `optional`; other keys are refused. NumPy
     expands no more than the sizes in the zip's directory, so these are checked first."""
-    with readable(file, ".npz of plain arrays"), open(file, "rb") as raw, \
+    with readable(file, ".npz of plain arrays"), PARSING, open(file, "rb") as raw, \
             np.load(raw, allow_pickle=False) as archive:
         given = set(archive.files)
         if not set(needed) <= given <= {*needed, *optional}:
@@ -189,7 +193,8 @@ def _open_npy(file: Path) -> np.ndarray:
     """Maps the array in an .npy into memory, so that it cannot claim more than the file holds."""
     with readable(file, ".npy of a plain array"), open(file, "rb") as raw:
         np.lib.format.read_magic(raw)  # refuses what NumPy would take for a zip or a pickle
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        with PARSING:
+            return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def count_slices(file: Path) -> int:

@@ -14,6 +14,7 @@ script is started by root. Case number i is a function of i alone, so `--only i`
 """
 
 import argparse
+import codecs
 import contextlib
 import gzip
 import importlib.util
@@ -38,6 +39,7 @@ from pathlib import Path
 
 import matplotlib
 
+codecs.lookup("latin1")  # the unprivileged user may not be able to read the standard library
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, GIGABYTES = 20, 4  # a case may take at most
 NOBODY = 65534
