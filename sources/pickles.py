@@ -53,19 +53,23 @@ class ArrayUnpickler(pickle._Unpickler):  # the one in Python, whose operations 
         return NAMES[module, name]
 
     def load_bytearray8(self):
-        self.load_binbytes8()  # does not set memory aside for bytes that are not there
+        """Reads a bytearray, without setting memory aside for bytes that are not there."""
+        self.load_binbytes8()
         self.stack[-1] = bytearray(self.stack[-1])
 
     def load_dict(self):
+        """Makes a dict of all items since the last mark."""
         items = self.pop_mark()
         self.append({})
         self.set_items(items)
 
     def load_setitem(self):
+        """Sets one item of the dict below it on the stack."""
         value, key = self.stack.pop(), self.stack.pop()
         self.set_items([key, value])
 
     def load_setitems(self):
+        """Sets all items since the last mark in the dict below them."""
         self.set_items(self.pop_mark())
 
     def set_items(self, items: list):
