@@ -48,7 +48,7 @@ MEASURES = {
         "brier": "↓ Brier score over all classes, from 0 to 2."},
     "Failure detection: does a score of the image tell how wrong the prediction is?": {
         "aurc": "↓ Area under the curve of risk, 1 - Dice, against the share of images kept.",
-        "e_aurc": "↓ What this area exceeds that of the ideal order by.",
+        "e_aurc": "↓ By how much this area exceeds that of the ideal order.",
         "augrc": "↓ The area for the risk per image of the whole split, from 0 to 0.5."},
     "Uncertainty": {
         "entropy": "Of the samples' mean, in nats a pixel: the total uncertainty.",
