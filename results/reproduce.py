@@ -12,6 +12,7 @@ run that fails is named below the table with its last line, and does not hold up
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import metrics
 from analysis.compare import compare, read_scores
 from common import Progress, UserError, pick_device, say
-from results.tables import TABLES, WORDS, Table
+from results.tables import FURTHER, TABLES, WORDS, Table
 from sources.files import write_text
 from sources.runs import read_config, read_log
 
@@ -196,18 +197,33 @@ def against_best(row: str, measured: dict[str, Measured], highest: bool) -> str:
     return f"{metrics.paired_test([mine[case] for case in others], list(others.values())):.2g}"
 
 
+def found_in(groups: dict[str, list[Run]], columns: str) -> dict[str, dict[str, Measured]]:
+    """{measure: {row: its value}} without measures that no row has; groups {row: its runs}."""
+    found = {column: {row: m for row, runs in groups.items() if (m := measure(runs, column))}
+             for column in columns.split()}
+    return {column: rows for column, rows in found.items() if rows}
+
+
+def spelled(columns) -> list[str]:
+    """Names of measures as the headings of a table."""
+    names = " | ".join(columns).replace("_", " ")
+    for word, name in WORDS.items():
+        names = names.replace(word, name)
+    return names.split(" | ")
+
+
+def cell(measured: Measured | None) -> str:
+    """What a table says of a measure."""
+    return f"{measured.mean:.3f} ± {measured.error:.3f}" if measured else ""
+
+
 def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     """The table's lines in Markdown; groups {row: its finished runs}."""
-    found = {column: {row: m for row, runs in groups.items() if (m := measure(runs, column))}
-             for column in table.columns.split()}
-    found = {column: rows for column, rows in found.items() if rows}
+    found = found_in(groups, table.columns)
     ranking, first = next(iter(found.items()))
     highest = ranking.startswith(("dice", "auroc"))
     several = any(len(m.seeds) > 1 for m in first.values())
-    names = " | ".join(found).replace("_", " ")
-    for word, name in WORDS.items():
-        names = names.replace(word, name)
-    lines = [["", "parameters", "steps x batch", "minutes", *names.split(" | "),
+    lines = [["", "parameters", "steps x batch", "minutes", *spelled(found),
               *["over seeds"] * several, "p", *table.beside]]
     lines.append(["---"] * len(lines[0]))
     for row in first:
@@ -215,8 +231,7 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
         config, logs = read_config(runs[0].folder), [read_log(run.folder) for run in runs]
         seconds = sum(entry.get("steps", 0) * entry.get("seconds_per_step", 0)
                       for log in logs for entry in log)
-        cells = [f"{m.mean:.3f} ± {m.error:.3f}" if (m := rows.get(row)) else ""
-                 for rows in found.values()]
+        cells = [cell(rows.get(row)) for rows in found.values()]
         deviation = np.std(first[row].seeds, ddof=len(runs) > 1)
         lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",
                       f"{logs[0][-1]['step']} x {config['training']['batch_size']}",
@@ -224,6 +239,21 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
                       *[f"± {deviation:.3f}"] * several, against_best(row, first, highest),
                       *(published.get(row, "") for published in table.beside.values())])
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def told_apart(table: Table, groups: dict[str, list[Run]]) -> list[str]:
+    """The lines of the table of `table.further` measures; the last line says how many pairs of rows
+    each of them tells apart by the paired test over cases, p below 0.05."""
+    found = found_in(groups, table.further)
+    lines = [["", *spelled(found)], ["---"] * (len(found) + 1)]
+    lines += [[f"`{row}`", *(cell(rows.get(row)) for rows in found.values())] for row in groups]
+    last = ["pairs told apart"]
+    for rows in found.values():
+        known = [m.cases for m in rows.values() if not np.isnan(list(m.cases.values())).all()]
+        tests = [metrics.paired_test(list(a.values()), [b[case] for case in a]) < 0.05
+                 for a, b in itertools.combinations(known, 2)]
+        last.append(f"{sum(tests)} of {len(tests)}" if tests else "")
+    return [f"| {' | '.join(line)} |" for line in [*lines, last]]
 
 
 def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
@@ -242,6 +272,8 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
         text += ["\n".join(line if line.startswith("|") else f"{line}\n" for line in lines)]
     elif groups:
         text += ["\n".join(lines_of(table, groups))]
+        if table.further:
+            text += [FURTHER, "\n".join(told_apart(table, groups))]
     text += [f"Failed: {failed[run]}" for run in runs if run in failed]
     if left := [run.folder.name for run in runs if not run.finished() and run not in failed]:
         text += [f"Not finished: {', '.join(left)}."]

@@ -14,6 +14,7 @@ class Table:
     judge: str = ""  # options of evaluate.py, if what train.py makes of best.pt is not wanted
     columns: str = ""  # measures, the first ranks; best:NAME is NAME of best.pt
     beside: dict[str, dict[str, str]] = field(default_factory=dict)  # {column: {row: published}}
+    further: str = ""  # measures of a second table, which also says which of them tells rows apart
     seeds: int = 1
     prints: tuple[str, ...] = ()  # instead of rows: commands whose output is the table
 
@@ -25,13 +26,24 @@ ALL = MAIN | {name: f"--model {name}" for name in
 LAST, QUICK = "--weights last", "--weights last --samples 16"
 WHY_LAST = ("All rows are judged at their last checkpoint: at the one of lowest validation GED, "
             "models with one answer win by marking nothing.")
-CROPS = "--data lidc --path FILE --steps 3000 --image-size 64 --batch-size 8"
+CROPS = ("--data lidc --path FILE --steps 3000 --image-size 64 --batch-size 8 "
+         "--lr-drops 2000:.3 2700:.1")
+SMALL_CROPS = f"{CROPS} --quick --lr 1e-3"
+# On crops, networks need the five levels that the quick SSN and PHiSeg have already.
+FIVE_LEVELS = {name: f'{options} --model-args "channels=(16,32,64,64,64)" convs=2'
+               if name not in ("ssn", "phiseg", "hpunet", "vae_unet") else options
+               for name, options in ALL.items()}
 SCORES = "ged_100 ged_16 hungarian_iou_16 ncc_100 diversity_16 dice iou_rec ece best:ged_100"
+FURTHER = ("The same runs by other measures (`evaluate.py --help`). The last line says how many "
+           "pairs of models each of them tells apart by the paired test, p below 0.05; ECE and "
+           "E-AURC have no value for a single case.")
+MEASURES = ("ged_16 ncc_16 dice_mean dice_max_16 dice_match_16 dice_soft volume_crps brier "
+            "log_likelihood ece_band e_aurc_disagreement")
 STREETS = '--model-args "channels=(16,32,64,64)" convs=1'
 CELLS = "--data cells --quick --data-args colours=5"
 CELL_STEPS = "--steps 4000 --lr 2.5e-3 --lr-drops 2400:.3 3400:.1"
-SECTIONS = ("--data em --path FILE --data-args tile=128 --batch-size 4 --lr 1e-3 "
-            '--model-args "channels=(16,32,48,48,48,48,48,48)" convs=2')
+SECTIONS = "--data em --path FILE --quick --data-args tile=128 colours=5 --batch-size 4"
+SECTION_WIDTHS = '"channels=(16,32,48,48,48,48)"'  # z_0 has a position for every 32 pixels
 
 TABLES = {
     "toy": Table(
@@ -41,7 +53,7 @@ TABLES = {
         "Synthetic scenes", "Narrow models that train for one to three minutes on an idle CPU: "
         f"this ranks what learns fast, not what is best in the end. {WHY_LAST}",
         ALL, "--data shapes --quick", QUICK, seeds=3,
-        columns="ged_16 ncc_16 diversity_16 ece iou_rec mode_gap_16"),
+        columns="ged_16 ncc_16 diversity_16 ece iou_rec mode_gap_16", further=MEASURES),
     "ablations": Table(
         "Ablations", f"Synthetic scenes, narrow models. {WHY_LAST}",
         {"phiseg: 4 levels": "--model phiseg",
@@ -78,16 +90,18 @@ TABLES = {
         "measure is that of the checkpoint of lowest validation GED.", ALL, CROPS, LAST, SCORES),
     "crops_small": Table(
         "Real LIDC crops, small models", "The narrow models of `--quick`, which take minutes on a "
-        "CPU, at one size and one length; learned from all annotators and judged against all. "
-        f"{WHY_LAST} The last measure is that of the checkpoint of lowest validation GED.",
-        MAIN, f"{CROPS} --quick", LAST, SCORES),
+        "CPU, at one size, one length and one learning rate; learned from all annotators and "
+        f"judged against all. {WHY_LAST} The last measure is that of the checkpoint of lowest "
+        "validation GED.", FIVE_LEVELS, SMALL_CROPS, LAST, SCORES, further=MEASURES),
     "annotators": Table(
-        "Real LIDC crops, one annotator against all", "As real LIDC crops, but learned from "
-        f"annotator 0 alone. {WHY_LAST}", MAIN, f"{CROPS} --annotators 0", LAST, SCORES),
+        "Real LIDC crops, one annotator against all", "As the small models on real LIDC crops, but "
+        f"learned from annotator 0 alone. {WHY_LAST}", {name: FIVE_LEVELS[name] for name in MAIN},
+        f"{SMALL_CROPS} --annotators 0", LAST, SCORES),
     "brain": Table(
         "Newborn brain MR", "QUBIQ brain-growth in the layout of the LIDC pickle, 28 slices of "
-        f"128 x 128, seven annotators; default configurations. {WHY_LAST}",
-        MAIN, "--data lidc --path FILE --steps 2000 --batch-size 4", LAST, SCORES),
+        f"128 x 128, seven annotators; narrow models. {WHY_LAST}", FIVE_LEVELS,
+        "--data lidc --path FILE --quick --steps 800 --batch-size 4 --lr 1e-3 "
+        "--lr-drops 500:.3 700:.1", LAST, SCORES, further=MEASURES),
     "organs": Table(
         "Organs with blurred borders", "Synthetic images, narrow models. Dice is that of the "
         "deterministic answer (the VAE U-Net's prior mode), then that of the mean of samples (its "
@@ -113,9 +127,9 @@ TABLES = {
          "faded cells: unet": f"--model unet {CELLS} faded=50 --steps 2000",
          "cells: hpunet": f"--model hpunet {CELLS} {CELL_STEPS}",
          "cells: unet": f"--model unet {CELLS} --steps 2000",
-         "sections: hpunet":
-             f"--model hpunet --steps 11000 {SECTIONS} blocks=1 top_k=0.1 kappa=1.8",
-         "sections: unet": f"--model unet --steps 1500 {SECTIONS}"},
+         "sections: hpunet": f"--model hpunet {SECTIONS} --steps 5000 --lr 2.5e-3 --lr-drops "
+                             f"3000:.3 4300:.1 --model-args {SECTION_WIDTHS} beta=150",
+         "sections: unet": f"--model unet {SECTIONS} --steps 1500 --model-args {SECTION_WIDTHS}"},
         judge=f"{QUICK} --cluster 32 28",
         columns="rand_error_32_28 rand_error_components coherence"),
     "extrapolation": Table(
