@@ -69,7 +69,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
     p.add_argument("--lr-drops", nargs="+", metavar="STEP:FACTOR",
-                   help="from STEP on, FACTOR times --lr (default: the paper's schedule)")
+                   help="from STEP on, FACTOR times --lr (default: the paper's schedule; or that of "
+                   "--quick, which more --steps stretch)")
     p.add_argument("--seed", type=int)
     p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
                    help="fp32: PyTorch's defaults; tf32: matrix products and convolutions of a GPU "
@@ -164,12 +165,20 @@ def first_model(settings, split) -> nn.Module:
 
 
 def recipe(model, settings) -> dict:
-    """How this run trains: the paper's settings, or those of --quick, overridden by those given."""
+    """How this run trains: the paper's settings, or those of --quick, overridden by those given.
+
+    More steps than those of --quick stretch its schedule: a run of three times the length would
+    otherwise spend most of its steps at the last and lowest learning rate.
+    """
     _, elsewhere = published(settings["model"], settings["data"])
     training = model.TRAINING | (model.QUICK_TRAINING if settings["quick"] else elsewhere)
     training |= {k: settings[k] for k in ("steps", "batch_size", "lr") if settings[k] is not None}
     if settings["lr_drops"]:
         training |= dict(lr_drops=lr_drops(settings["lr_drops"]), poly_power=0)
+    elif settings["quick"] and "lr_drops" in training:
+        stretch = max(1, training["steps"] / model.QUICK_TRAINING["steps"])
+        training |= dict(lr_drops=tuple((round(stretch * step), factor)
+                                        for step, factor in training["lr_drops"]))
     return training
 
 

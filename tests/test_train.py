@@ -440,6 +440,18 @@ def test_learning_rates():
         pytest.approx([0.1, 0.1 * 0.5**0.9, 0.1 * 0.01**0.9])
 
 
+def test_more_steps_stretch_the_quick_schedule():
+    """Otherwise a longer quick run would spend most of its steps at the last, lowest rate."""
+    steps = SSN.QUICK_TRAINING["steps"]
+    drops = SSN.QUICK_TRAINING["lr_drops"]
+    for given, factor in ((3 * steps, 3), (steps, 1), (40, 1)):
+        recipe = train.recipe(SSN, settings("ssn", "shapes", quick=True, steps=given))
+        assert recipe["lr_drops"] == tuple((factor * step, rate) for step, rate in drops)
+    given = train.recipe(SSN, settings("ssn", "shapes", quick=True, steps=3 * steps,
+                                       lr_drops=["5:0.1"]))
+    assert given["lr_drops"] == [(5, 0.1)]
+
+
 def test_lr_drops_replace_the_recipe_s_schedule(tmp_path):
     run(*TINY, "--steps", 4, "--lr", 0.01, "--lr-drops", "3:0.01", "1:0.1", "--out", tmp_path)
     training = json.loads((tmp_path / "config.json").read_text())["training"]
