@@ -380,10 +380,14 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"stopped and saved at step {step}; resume with: "
                      f"python train.py --resume {folder}")
     else:
-        constraints = [entry["constraint"] for entry in read_log(folder) if "constraint" in entry]
-        if constraints and min(constraints) >= 0:
+        logged = [entry for entry in read_log(folder) if "constraint" in entry]
+        if logged and min(entry["constraint"] for entry in logged) >= 0:
             progress.say("the reconstruction never reached its target "
                          f"kappa={model.config.kappa}: raise it with --model-args kappa=...")
+        elif logged and logged[-1]["reconstruction_per_pixel"] < model.config.kappa / 2:
+            progress.say(f"kappa={model.config.kappa} was easily met: the reconstruction is "
+                         f"{logged[-1]['reconstruction_per_pixel']:.2g}. With a lower --model-args "
+                         "kappa=... the latents say more, and samples vary more")
         if world > 1:
             dist.barrier()  # until best.pt is there
         evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
