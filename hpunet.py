@@ -212,15 +212,15 @@ class HPUNet(nn.Module):
         return self._logits(x, image)[0]
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling, (B,), over all pixels; half
         of the draws from the posterior, half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         shared_p, shared_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
         for from_q, count in ((True, n_q), (False, n_p)):
-            for noise in self.noise(image, count):
+            for noise in self.noise(image, count, generator):
                 if from_q:
                     latents, q, _ = self.posterior(shared_q, noise=noise)
                     _, p, x = self.unet(shared_p, latents=latents)

@@ -130,7 +130,6 @@ def sample_batches(model, split, n, seed=0, rank=0, world=1):
     for start in range(rank * batch, len(split), world * batch):
         part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
         generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
-        torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
         yield part, sample_chunks(model, part.images, n, split.num_classes, generator)
 
 

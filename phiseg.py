@@ -175,15 +175,15 @@ class PHiSeg(nn.Module):
         return self._finest(latents, image)[0]
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
         half from the posterior and half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         given_p, given_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
         for net, given, count in ((self.posterior, given_q, n_q), (self.prior, given_p, n_p)):
-            for noise in self.noise(image, count):
+            for noise in self.noise(image, count, generator):
                 latents, _ = net(given, noise=noise)
                 _, q = self.posterior(given_q, latents=latents)
                 _, p = self.prior(given_p, latents=latents)

@@ -185,14 +185,14 @@ class ProbUNet(nn.Module):
         return self.decode(image, self.posterior(image, label).mean.unsqueeze(0))[0]
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n latents, half
         from the posterior and half from the prior: see common.importance_log_ratio."""
         label, shared = valid_label(label, mask), self._shared(image)
         prior, posterior = self.prior(image), self.posterior(image, label)
         n_q, n_p = n - n // 2, n // 2
-        z = torch.cat([draw(posterior, n_q), draw(prior, n_p)])
+        z = torch.cat([draw(posterior, n_q, generator), draw(prior, n_p, generator)])
         log_q, log_p = (torch.stack([normal.log_prob(sample) for sample in z])  # (n, B)
                         for normal in (posterior, prior))
         log_prob = torch.cat([-cross_entropy(logits, label) for logits in self._chunks(shared, z)])
