@@ -49,9 +49,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.res_blocks import UpBlock, res_blocks
-from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy,
-                    hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, predict_normal, run_encoder, valid_label)
+from common import (CONV, IGNORE, center_crop, check_choice, cross_entropy, hierarchy_noise,
+                    importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
+                    predict_normal, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,11 @@ class HPUNet(nn.Module):
         scales = levels if scales is None else scales
         for i in scales:
             check_choice("scales", i, levels)
-        shared = self.encode(image)
-
-        def chunk(noise):
+        shared, logits = self.encode(image), []
+        for noise in self.noise(image, n, generator):
             drawn = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
-            return self._logits(self.unet(shared, noise=drawn)[2], image)
-
-        return concatenate(map(chunk, self.noise(image, n, generator)), n)
+            logits.append(self._logits(self.unet(shared, noise=drawn)[2], image))
+        return torch.cat(logits)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -276,9 +274,12 @@ class LatentUNet(nn.Module):
                 x = self.decoder[i - 1](self.joins[i - 1](x, shared[i]))
             if str(i) in self.heads:
                 normals[i] = predict_normal(self.heads[str(i)], x)
-                chosen[i] = latents[i] if latents else normals[i].mean
-                if noise:
-                    chosen[i] = chosen[i] + normals[i].std * noise[i]
+                if latents:
+                    chosen[i] = latents[i]
+                elif noise:
+                    chosen[i] = normals[i].mean + normals[i].std * noise[i]
+                else:
+                    chosen[i] = normals[i].mean
                 x = torch.cat([x, chosen[i].to(x.dtype)], 1)
         return chosen, normals, x
 

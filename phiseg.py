@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
+from common import (CONV, center_crop, check_choice, conv_block, cross_entropy, double,
                     hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
                     run_encoder, valid_label)
 
@@ -154,9 +154,8 @@ class PHiSeg(nn.Module):
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S). The prior's encoder runs once for all of them."""
         features = self.encode(image)
-        chunks = (self._finest(self.prior(features, noise=noise)[0], image)
-                  for noise in self.noise(image, n, generator))
-        return concatenate(chunks, n)
+        return torch.cat([self._finest(self.prior(features, noise=noise)[0], image)
+                          for noise in self.noise(image, n, generator)])
 
     def _finest(self, latents, image):
         """Logits (m, B, K, *S) of the finest masks for latents of m samples."""
@@ -231,9 +230,12 @@ class LatentNet(nn.Module):
             if chosen:
                 x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1))
             normals[l] = predict_normal(self.heads[str(l)], x)
-            chosen[l] = latents[l] if latents else normals[l].mean
-            if noise:
-                chosen[l] = chosen[l] + normals[l].std * noise[l]
+            if latents:
+                chosen[l] = latents[l]
+            elif noise:
+                chosen[l] = normals[l].mean + normals[l].std * noise[l]
+            else:
+                chosen[l] = normals[l].mean
         return chosen, normals
 
 
