@@ -18,7 +18,7 @@ from common import UserError
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
-from sources.runs import check_state, load_checkpoint
+from sources.runs import load_checkpoint, load_state
 from ssn import SSN
 from vae_unet import VAEUNet
 
@@ -104,9 +104,8 @@ def load(path, device="cpu") -> nn.Module:
     """Load a trained model in eval mode from a run's folder (its best.pt) or a checkpoint."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
-    check_state(path, build(content["model"], content["config"], "meta"), content["state"])
     model = build(content["model"], content["config"])
-    model.load_state_dict(content["state"])
+    load_state(path, model, content["state"])
     return place(model, device).eval()
 
 
