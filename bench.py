@@ -241,18 +241,13 @@ def table_of_costs(options) -> list[dict]:
     return rows
 
 
-def matrix_rate(device, side=8192) -> float:
-    """Floating-point operations a second of a large product of bfloat16 matrices."""
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    times = in_turn({"product": lambda: a @ b}, 9)["product"]
-    return 2 * side**3 / statistics.median(times)
-
-
 def table_of_gpu(options) -> list[dict]:
     """A step in bfloat16, compiled or as CUDA graphs, against one in float32; the card's rate."""
     if options.device.type != "cuda":
         raise UserError("--tables gpu: give --device cuda")
-    rows, rate = [], matrix_rate(options.device)
+    a, b = torch.randn(2, 8192, 8192, device=options.device, dtype=torch.bfloat16)
+    times = in_turn({"product": lambda: a @ b}, 9)["product"]
+    rows, rate = [], 2 * 8192**3 / statistics.median(times)  # operations a second
     print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
     for name in options.models:
         kinds = {"fp32": dict(precision="fp32"), "bf16": dict(),

@@ -195,10 +195,8 @@ class LowRankNormal:
         """
         batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
         shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
-        deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
         std = self.diagonal.sqrt().unsqueeze(1)
-        # Operations in place save memory, but the backward pass needs this noise unchanged.
-        deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
+        deviation = standard_normal(shape, mean, generator) * std  # (B, n, K, *S)
         if self.factor is not None:
             noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
             # under autocast, the product in bfloat16 would round every sample

@@ -174,7 +174,7 @@ def score(model, split, samples=(16,), n=0, likelihood_samples=LIKELIHOOD_SAMPLE
     rank, world = process()
     progress, rows = Progress(len(split), quiet=rank > 0), []
     model.eval()
-    for batch, chunks in sample_batches(model, split, max(n, *samples), 0, rank, world):
+    for batch, chunks in sample_batches(model, split, max(n, *samples), rank, world):
         drawn = draw(model, batch, chunks, samples)
         rows.append(measure(model, drawn, samples, likelihood_samples) | more(drawn))
         done = world * sum(len(row["dice"]) for row in rows)
@@ -193,7 +193,7 @@ def validation_score(model, split) -> tuple[str, float]:
     """
     was_training, rows = model.training, []
     model.eval()
-    for batch, chunks in sample_batches(model, split, CLUSTERED, 0, *process()):
+    for batch, chunks in sample_batches(model, split, CLUSTERED, *process()):
         hard = torch.cat([labels_of(logits, 2) for logits in chunks])
         rows.append({"ged": sample_ged(batch, hard)})
         if batch.instances is not None:

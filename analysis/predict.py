@@ -20,7 +20,7 @@ SHOWN = 64  # samples in the picture, at most
 OF_RUNS = ("config", "split", "metrics", "ood", "ambiguity")  # .json in a run's folder
 
 
-def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, temperature=1.0,
+def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1.0,
                   class_scales=None) -> tuple[Path, Path, dict]:
     """Write samples for a picture, a NIfTI file or a BraTS patient's folder to the folder `out`.
 
@@ -50,7 +50,7 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
     size, box = image.shape[1:], bounding_box(inside)
     image = torch.from_numpy(image[(slice(None), *box)]).float()
-    arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, seed, temperature,
+    arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, temperature,
                            class_scales)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -103,14 +103,14 @@ def volumes(samples, num_classes: int, source=None) -> dict:
 
 
 @torch.no_grad()
-def sample_arrays(model, image, inside, samples, seed, temperature, class_scales) -> dict:
+def sample_arrays(model, image, inside, samples, temperature, class_scales) -> dict:
     """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S).
 
     Where inside (*S) is false, which training never saw, everything is background.
     """
     device = next(model.parameters()).device
     batch, mask = image[None].to(device), inside.to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     moments, drawn = metrics.Moments(), []
     for logits in scaled_samples(model, batch, samples, generator, temperature, class_scales):
         drawn.append((labels_of(logits, 2)[:, 0] * mask).cpu())

@@ -66,7 +66,10 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
     out |= set_measures(pairs, most, samples)
-    probs = scored_probabilities(batch, drawn.moments.mean)
+    probs = drawn.moments.mean
+    if batch.scored:
+        scored = probs[:, list(batch.scored)]
+        probs = torch.cat([1 - scored.sum(1, keepdim=True), scored], 1)
     out |= pixel_measures(probs, labels, pairs.weights)
     out |= score_measures(drawn.moments, batch.labels)
     return out | likelihoods(model, batch, likelihood_samples)
@@ -96,14 +99,6 @@ def only_scored(split, maps):
     table[list(split.scored)] = torch.arange(1, 1 + len(split.scored), device=maps.device).byte()
     table[IGNORE] = IGNORE
     return table[maps.long()]
-
-
-def scored_probabilities(split, probs):
-    """Probabilities (B, K, *S) of the classes of `only_scored`."""
-    if not split.scored:
-        return probs
-    scored = probs[:, list(split.scored)]
-    return torch.cat([1 - scored.sum(1, keepdim=True), scored], 1)
 
 
 def likelihoods(model, batch, n) -> dict:

@@ -181,5 +181,5 @@ def load_state(path, target, state: dict) -> None:
     try:
         target.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path}: its state does not fit the {type(target).__name__} of its config; "
-                        "train again, or begin another run with --out") from error
+        raise UserError(f"{path}: its state does not fit the {type(target).__name__} of its "
+                        "config; train again, or begin another run with --out") from error
