@@ -357,12 +357,9 @@ def entropy_map(probs):
 def mutual_information_map(probs):
     """Entropy of the mean less mean entropy, (B, *S) nats: how much the samples disagree.
 
-    For an ensemble and for dropout it is called the epistemic part, and the mean entropy the
-    aleatoric one (Depeweg et al. 2018): samples differ by the weights that made them, which more
-    data would settle, and each says by its probabilities how ambiguous it finds the pixel. For SSN,
-    M-heads and all models with latents it is NOT epistemic: there samples differ because annotators
-    do. It is the part of the aleatoric uncertainty that the logits' noise, the head or the latent
-    explains.
+    For an ensemble and for dropout, whose samples differ by their weights, this is the epistemic
+    part, and the mean entropy the aleatoric one (Depeweg et al. 2018). For all other models it is
+    NOT epistemic: their samples differ because annotators do.
     """
     moments = Moments.of(probs)
     disagreement = entropy_map(moments) - moments.mean_entropy

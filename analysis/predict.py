@@ -27,18 +27,14 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
     of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
     standardised for a model trained on `folder` or `brats`, as in its training.
-        <name>_samples.png  image, prediction, outlines, maps, samples; of a volume, its fullest
-                            slice
+        <name>_samples.png  image, prediction, outlines, maps, samples; a volume's fullest slice
         <name>.json         how large each class is, see `volumes`
-        <name>.npz          for a picture: samples uint8 (n, H, W); prediction and mean uint8
-                            (H, W), label maps of `model.predict` and of the samples' mean
-                            probabilities; these probabilities, float32 (K, H, W); uncertainty and
-                            entropy, float32 (H, W)
-        <name>_mean.png     for a picture, its palette indices are the classes; <name>_entropy.png
-                            and <name>_probability_<k>.png have 16 bits, of which 65535 stands for
-                            log K nats and for 1
-        <name>_samples.nii.gz  and so on: the arrays for a NIfTI, with its shape and affine; n or K
-                            is the fourth axis
+    for a picture
+        <name>.npz          the arrays of `sample_arrays`
+        <name>_mean.png     its palette indices are the classes; <name>_entropy.png and
+                            <name>_probability_<k>.png have 16 bits: 65535 is log K nats, and 1
+    and for a NIfTI
+        <name>_<array>.nii.gz   the same arrays, on its grid; n or K is the fourth axis
     data_name: the data set that the model was trained on. temperature, class_scales: for SSN only,
     see `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
@@ -104,7 +100,9 @@ def volumes(samples, num_classes: int, source=None) -> dict:
 
 @torch.no_grad()
 def sample_arrays(model, image, inside, samples, temperature, class_scales) -> dict:
-    """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S).
+    """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S): the label maps
+    samples (n, *S), prediction, by `model.predict`, and mean (*S), that of the samples' mean
+    probabilities (K, *S); uncertainty and entropy (*S).
 
     Where inside (*S) is false, which training never saw, everything is background.
     """
