@@ -181,24 +181,17 @@ def make_optimizer(model, training: dict):
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm needs GPUs)."""
+    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm needs GPUs): each process
+    normalises the whole batch and keeps its own rows."""
 
     def forward(self, x):
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                eps=self.eps)
-        axes = [0, *range(2, x.dim())]
-        moments = torch.stack([x.mean(axes), x.square().mean(axes)])
-        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
-        var = square - mean.square()
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        first, whole = 0, x
+        if self.training:
+            first, whole = dist.get_rank() * len(x), torch.cat(dist_nn.all_gather(x))
             self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        shape = (-1, *[1] * (x.dim() - 2))
-        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+        out = F.batch_norm(whole, self.running_mean, self.running_var, self.weight, self.bias,
+                           self.training, self.momentum, self.eps)
+        return out[first : first + len(x)]
 
 
 def distribute(model, device):
