@@ -231,8 +231,9 @@ def mode_frequencies(samples, modes, num_classes=2):
 class Moments:
     """Means over samples that are added one at a time, so that no more than one is in memory.
 
-    What is added up are changes from the first sample: where all samples are equal, the variance is
-    exactly 0 and the means are exactly the sample's own.
+    mean and mean_log (B, K, *S) are those of the probabilities p and of log(p + 1e-8), mean_entropy
+    (B, *S) is that of the samples' entropies in nats. Welford's algorithm (1962): where all samples
+    are equal, the means are exactly the sample's own and the variance is exactly 0.
     """
 
     def __init__(self, probs=()):
@@ -244,15 +245,17 @@ class Moments:
         """One more sample's probabilities (B, K, *S), kept in float32 at least: 1e-8 needs it."""
         probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
         log = (probs + 1e-8).log_()
-        values = probs, log, -(probs * log).sum(1)
-        if self.count == 0:
-            self.first = probs.clone(), *values[1:]
-            self.changes = [torch.zeros_like(value) for value in values]
-            self.squares = torch.zeros_like(probs)
+        entropy = -(probs * log).sum(1)
         self.count += 1
-        for value, first, total in zip(values, self.first, self.changes):
-            total += value - first
-        self.squares += (probs - self.first[0]).square_()
+        if self.count == 1:
+            self.mean, self.mean_log, self.mean_entropy = probs.clone(), log, entropy
+            self.squares = torch.zeros_like(probs)  # of deviations from the mean
+            return
+        deviation, share = probs - self.mean, 1 / self.count
+        self.mean.lerp_(probs, share)
+        self.mean_log.lerp_(log, share)
+        self.mean_entropy.lerp_(entropy, share)
+        self.squares.addcmul_(deviation, probs - self.mean)
 
     @classmethod
     def of(cls, probs):
@@ -260,25 +263,9 @@ class Moments:
         return probs if isinstance(probs, cls) else cls(probs)
 
     @property
-    def mean(self):
-        """Mean probabilities, (B, K, *S)."""
-        return self.first[0] + self.changes[0] / self.count
-
-    @property
-    def mean_log(self):
-        """Mean of log(probability + 1e-8), (B, K, *S)."""
-        return self.first[1] + self.changes[1] / self.count
-
-    @property
-    def mean_entropy(self):
-        """Mean of the samples' entropies, (B, *S) nats."""
-        return self.first[2] + self.changes[2] / self.count
-
-    @property
     def variance(self):
         """Variance over the samples, added over the classes, (B, *S)."""
-        rest = self.squares - self.changes[0].square() / self.count
-        return rest.sum(1).clamp(min=0) / self.count
+        return self.squares.sum(1) / self.count
 
 
 def gamma_map(probs):
@@ -321,7 +308,7 @@ def error_map(probs, labels, weights=None):
 def _annotator_errors(moments, labels):
     """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
     labels = labels.flatten(2)  # (B, A, P)
-    valid = (labels != IGNORE).to(moments.first[0])  # as 0 and 1: products with bool are slow
+    valid = (labels != IGNORE).to(moments.mean)  # as 0 and 1: products with bool are slow
     return -moments.mean_log.flatten(2).gather(1, (labels.byte() % IGNORE).long()), valid
 
 
