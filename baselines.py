@@ -131,8 +131,8 @@ class Mixture(nn.Module):
         return self.outputs(image, self.count).float().softmax(2).mean(0)
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """log p(y | x) of the mixture in nats, (B,). It is exact and does not depend on n."""
         log_prob = -cross_entropy(self.outputs(image, self.count), valid_label(label, mask))
         return log_prob.logsumexp(0) - math.log(self.count)
@@ -291,10 +291,10 @@ class DropoutUNet(DeterministicUNet):
         return torch.stack([self.with_dropout(features, size, generator) for _ in range(n)])
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """log of the mean of p(y | x) over n masks, in nats, (B,): a lower bound on average."""
         features, label = self.before_dropout(image), valid_label(label, mask)
-        log_prob = [-cross_entropy(self.with_dropout(features, label.shape[1:]), label)
+        log_prob = [-cross_entropy(self.with_dropout(features, label.shape[1:], generator), label)
                     for _ in range(n)]
         return torch.stack(log_prob).logsumexp(0) - math.log(n)

@@ -168,20 +168,10 @@ class Bench:
         """One training step."""
         train.train_step(self.loss, self.optimizer, self.image, self.label, 1e-6, self.autocast())
 
-    def forward(self):
-        """The loss alone."""
+    def call(self, method: str, *arguments):
+        """A method of the model, in the precision asked for."""
         with self.autocast():
-            return self.model(self.image, self.label)[0]
-
-    def sample(self, n: int):
-        """n samples of the first image."""
-        with self.autocast():
-            return self.model.sample(self.image[:1], n)
-
-    def predict(self):
-        """The deterministic answer for the first image."""
-        with self.autocast():
-            return self.model.predict(self.image[:1])
+            return getattr(self.model, method)(*arguments)
 
 
 def table_of_models(options) -> list[dict]:
@@ -189,11 +179,13 @@ def table_of_models(options) -> list[dict]:
     rows = []
     for name in options.models:
         b, plain = Bench(name, options), Bench(name, options, plain=True)
+        loss, first = functools.partial(b.call, "loss", b.image, b.label), b.image[:1]
         times = in_turn({"step": b.step, "plain": plain.step,
-                         "convs": convolutions_alone(b.forward, True, b.autocast)}, options.rounds)
+                         "convs": convolutions_alone(loss, True, b.autocast)}, options.rounds)
         b.model.eval()
-        drawn = in_turn({"one": lambda: b.sample(1), "n": lambda: b.sample(options.samples),
-                         "predict": b.predict}, options.rounds)
+        drawn = in_turn({"one": lambda: b.call("sample", first, 1),
+                         "n": lambda: b.call("sample", first, options.samples),
+                         "predict": lambda: b.call("predict", first)}, options.rounds)
         row = {"model": name, "parameters": sum(p.numel() for p in b.model.parameters()),
                "GFLOP": operations(plain.step) / 1e9, "step ms": milliseconds(times["step"]),
                "/ plain": ratio(times["step"], times["plain"]),
@@ -231,7 +223,7 @@ def table_of_costs(options) -> list[dict]:
         bench.model.eval()
         network.eval()
         with torch.no_grad(), bench.autocast():
-            times = in_turn({"samples": lambda: bench.sample(100),
+            times = in_turn({"samples": lambda: bench.call("sample", bench.image[:1], 100),
                              "unet": lambda: network(bench.image[:1])}, options.rounds)
         add(f"{bench.name}: 100 samples / one U-Net pass", times["samples"], times["unet"])
 
@@ -240,7 +232,7 @@ def table_of_costs(options) -> list[dict]:
         bench.model.eval()
         functions = {}
         for n in (1, 17):
-            functions[n] = functools.partial(bench.sample, n)
+            functions[n] = functools.partial(bench.call, "sample", bench.image[:1], n)
             functions["convs", n] = convolutions_alone(functions[n], False, bench.autocast)
         times = in_turn(functions, options.rounds)
         samples = [many - one for one, many in zip(times[1], times[17])]
@@ -249,18 +241,13 @@ def table_of_costs(options) -> list[dict]:
     return rows
 
 
-def matrix_rate(device, side=8192) -> float:
-    """Floating-point operations a second of a large product of bfloat16 matrices."""
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    times = in_turn({"product": lambda: a @ b}, 9)["product"]
-    return 2 * side**3 / statistics.median(times)
-
-
 def table_of_gpu(options) -> list[dict]:
     """A step in bfloat16, compiled or as CUDA graphs, against one in float32; the card's rate."""
     if options.device.type != "cuda":
         raise UserError("--tables gpu: give --device cuda")
-    rows, rate = [], matrix_rate(options.device)
+    a, b = torch.randn(2, 8192, 8192, device=options.device, dtype=torch.bfloat16)
+    times = in_turn({"product": lambda: a @ b}, 9)["product"]
+    rows, rate = [], 2 * 8192**3 / statistics.median(times)  # operations a second
     print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
     for name in options.models:
         kinds = {"fp32": dict(precision="fp32"), "bf16": dict(),

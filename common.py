@@ -56,20 +56,6 @@ def samples_at_once(values: int, device: torch.device) -> int:
     return max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // values)
 
 
-def concatenate(chunks, n: int) -> Tensor:
-    """Join chunks of samples (m, ...), n samples in total, to one tensor (n, ...). Unlike torch.cat
-    of a list, this does not hold every sample twice in memory."""
-    samples, start = None, 0
-    for chunk in chunks:
-        if len(chunk) == n:
-            return chunk
-        if samples is None:
-            samples = chunk.new_empty(n, *chunk.shape[1:])
-        samples[start : start + len(chunk)] = chunk
-        start += len(chunk)
-    return samples
-
-
 def bounded_log_std(x: Tensor) -> Tensor:
     """Squash x smoothly into (-4, 4), so that the std is between 0.018 and 55. float32.
 
@@ -80,9 +66,18 @@ def bounded_log_std(x: Tensor) -> Tensor:
     return 4 * torch.tanh(x.float() / 4)
 
 
-def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None, *,
-                    draw=torch.randn) -> Tensor:
-    """Float32 noise of `shape`, whose first axis is the batch, on the device of `like`.
+def standard_normal(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal float32 noise of `shape`, by `draw_noise`."""
+    return draw_noise(torch.randn, shape, like, generator)
+
+
+def uniform(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Float32 noise of `shape`, uniform on [0, 1), by `draw_noise`."""
+    return draw_noise(torch.rand, shape, like, generator)
+
+
+def draw_noise(draw, shape, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise of `shape`, whose first axis is the batch, on the device of `like`.
 
     With a generator, the noise is drawn on the generator's device and then moved, so a seed gives
     the same noise on every device. Without one, when training under DistributedDataParallel, all
@@ -95,11 +90,6 @@ def standard_normal(shape, like: Tensor, generator: torch.Generator | None = Non
     world, rank = (dist.get_world_size(), dist.get_rank()) if shared else (1, 0)
     noise = draw((world * shape[0], *shape[1:]), device=like.device)
     return noise[rank * shape[0] : (rank + 1) * shape[0]]
-
-
-def uniform(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Like `standard_normal`, but uniform on [0, 1)."""
-    return standard_normal(shape, like, generator, draw=torch.rand)
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -205,10 +195,8 @@ class LowRankNormal:
         """
         batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
         shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
-        deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
         std = self.diagonal.sqrt().unsqueeze(1)
-        # Operations in place save memory, but the backward pass needs this noise unchanged.
-        deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
+        deviation = standard_normal(shape, mean, generator) * std  # (B, n, K, *S)
         if self.factor is not None:
             noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
             # under autocast, the product in bfloat16 would round every sample

@@ -97,17 +97,10 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     pictured = whole.subset(spread(len(whole), PAGED))
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
-    rank, world = process()
-    progress, rows = Progress(len(whole), quiet=rank > 0), []
     n = max(samples) if whole.instances is None else max(*samples, cluster[0])
-    for batch, chunks in sample_batches(model, whole, n, 0, rank, world):
-        drawn = draw(model, batch, chunks, samples)
-        rows.append(measure(model, drawn, samples, likelihood_samples)
-                    | details(model, drawn, classes, cluster, shown))
-        done = world * sum(len(row["dice"]) for row in rows)
-        progress.update(min(done, len(whole)), "cases evaluated")
-    found = gather(rows)
-    if rank > 0:
+    found = score(model, whole, samples, n, likelihood_samples,
+                  lambda drawn: details(model, drawn, classes, cluster, shown))
+    if process()[0] > 0:
         return {}
 
     own = f"{split}-{cases}" + ("-last" if weights == "last" else "")
@@ -131,8 +124,8 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
                shown)
     headlines = {name: result for name, result in summary.items()
                  if re.sub(r"(_\d+)+$", "", name) in HEADLINES}
-    progress.say(f"{table(headlines)}\n{split} split, {len(whole)} cases: all {len(summary)} "
-                 f"numbers and pictures in {out}, look at report.html")
+    say(f"{table(headlines)}\n{split} split, {len(whole)} cases: all {len(summary)} "
+        f"numbers and pictures in {out}, look at report.html")
     return summary
 
 
@@ -170,18 +163,23 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
 
 
 @torch.no_grad()
-def score(model, split, samples=(16,)) -> dict:
-    """Every measure of every case: {name: (N,) float64 array}, for each n in `samples`; and
-    "reliability", from which `calibration` is computed.
+def score(model, split, samples=(16,), n=0, likelihood_samples=LIKELIHOOD_SAMPLES,
+          more=lambda drawn: {}) -> dict:
+    """Every measure of every case: {name: (N,) float64 array}, for each number in `samples`, of n
+    samples in all; "reliability", from which `calibration` is computed; and what `more` adds, which
+    is given every batch as `scores.Drawn`. The model is in eval mode afterwards.
 
     Under torchrun the processes share the cases, and all get everything, the same as one would.
     """
-    was_training, rows = model.training, []
+    rank, world = process()
+    progress, rows = Progress(len(split), quiet=rank > 0), []
     model.eval()
-    for batch, chunks in sample_batches(model, split, max(samples), 0, *process()):
+    for batch, chunks in sample_batches(model, split, max(n, *samples), rank, world):
         drawn = draw(model, batch, chunks, samples)
-        rows.append(measure(model, drawn, samples, LIKELIHOOD_SAMPLES))
-    model.train(was_training)
+        rows.append(measure(model, drawn, samples, likelihood_samples) | more(drawn))
+        done = world * sum(len(row["dice"]) for row in rows)
+        progress.update(min(done, len(split)), "cases evaluated")
+    progress.say("", end="")  # clears its line
     return gather(rows)
 
 
@@ -195,7 +193,7 @@ def validation_score(model, split) -> tuple[str, float]:
     """
     was_training, rows = model.training, []
     model.eval()
-    for batch, chunks in sample_batches(model, split, CLUSTERED, 0, *process()):
+    for batch, chunks in sample_batches(model, split, CLUSTERED, *process()):
         hard = torch.cat([labels_of(logits, 2) for logits in chunks])
         rows.append({"ged": sample_ged(batch, hard)})
         if batch.instances is not None:

@@ -49,9 +49,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.res_blocks import UpBlock, res_blocks
-from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy,
-                    hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
-                    pad_to_multiple, predict_normal, run_encoder, valid_label)
+from common import (CONV, IGNORE, center_crop, check_choice, cross_entropy, hierarchy_noise,
+                    importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
+                    predict_normal, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,11 @@ class HPUNet(nn.Module):
         scales = levels if scales is None else scales
         for i in scales:
             check_choice("scales", i, levels)
-        shared = self.encode(image)
-
-        def chunk(noise):
+        shared, logits = self.encode(image), []
+        for noise in self.noise(image, n, generator):
             drawn = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
-            return self._logits(self.unet(shared, noise=drawn)[2], image)
-
-        return concatenate(map(chunk, self.noise(image, n, generator)), n)
+            logits.append(self._logits(self.unet(shared, noise=drawn)[2], image))
+        return torch.cat(logits)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -212,15 +210,15 @@ class HPUNet(nn.Module):
         return self._logits(x, image)[0]
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats by importance sampling, (B,), over all pixels; half
         of the draws from the posterior, half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         shared_p, shared_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
         for from_q, count in ((True, n_q), (False, n_p)):
-            for noise in self.noise(image, count):
+            for noise in self.noise(image, count, generator):
                 if from_q:
                     latents, q, _ = self.posterior(shared_q, noise=noise)
                     _, p, x = self.unet(shared_p, latents=latents)
@@ -276,9 +274,12 @@ class LatentUNet(nn.Module):
                 x = self.decoder[i - 1](self.joins[i - 1](x, shared[i]))
             if str(i) in self.heads:
                 normals[i] = predict_normal(self.heads[str(i)], x)
-                chosen[i] = latents[i] if latents else normals[i].mean
-                if noise:
-                    chosen[i] = chosen[i] + normals[i].std * noise[i]
+                if latents:
+                    chosen[i] = latents[i]
+                elif noise:
+                    chosen[i] = normals[i].mean + normals[i].std * noise[i]
+                else:
+                    chosen[i] = normals[i].mean
                 x = torch.cat([x, chosen[i].to(x.dtype)], 1)
         return chosen, normals, x
 

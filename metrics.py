@@ -17,6 +17,7 @@ All pairs of maps are compared in one matrix product per class, in chunks of BUD
 counts are exact: products of zeros and ones are, in float32 and TF32, and are added as integers.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -46,23 +47,17 @@ def _overlaps(maps, num_classes):
 
     inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
     """
-    highest = maps.amax((0, 1))  # (P,); where it is 0, a pixel counts for no class
-    clear = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
-    mixed = maps.mT[:, highest == IGNORE]  # (B, P'', N), ignored by some map
+    marked = maps.mT[:, maps.amax((0, 1)) > 0]  # (B, P', N); other pixels count for no class
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
     inters, sizes = [], []
     for k in range(1, num_classes):
-        inter = maps.new_zeros(len(maps), maps.shape[1], maps.shape[1], dtype=torch.long)
+        inter, size = maps.new_zeros(2, len(maps), *[maps.shape[1]] * 2, dtype=torch.long)
         # Autocast would round the products, which are counts, to 8 or 11 bits.
         with torch.autocast(maps.device.type, enabled=False):
-            for pixels in clear.split(step, 1):
-                is_k = pixels.float().eq_(k)
-                inter += (is_k.mT @ is_k).long()
-            size = inter.diagonal(dim1=1, dim2=2)[:, :, None].expand_as(inter)  # valid in every j
-            for pixels in mixed.split(step, 1):
+            for pixels in marked.split(step, 1):
                 is_k, valid = pixels.float().eq_(k), pixels.float().ne_(IGNORE)
-                inter = inter + (is_k.mT @ is_k).long()
-                size = size + (is_k.mT @ valid).long()
+                inter += (is_k.mT @ is_k).long()
+                size += (is_k.mT @ valid).long()
         inters.append(inter)
         sizes.append(size)
     return torch.stack(inters), torch.stack(sizes)
@@ -164,57 +159,59 @@ def transport(value, weights):
     """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
 
     T[a, i] is what sample i sends to annotator a: a sample sends 1/n, and annotators get weights
-    (B, A). Every sample starts where value - price is highest. Any prices lead to the same T, as
+    (B, A).
+    """
+    best = np.full(len(value), math.nan)
+    for b in np.flatnonzero(~np.isnan(weights).any(1)):
+        best[b] = _transport(value[b], weights[b] / weights[b].sum())
+    return best
+
+
+def _transport(value, share):
+    """`transport` of one case, value (A, n) and share (A,).
+
+    Every sample starts where value - price is highest. Any prices lead to the same T, as
     sum(T * price) is the same for all T; those of Sinkhorn's iterations send nearly everything to
     the right place. The rest follows by successive shortest paths: from an annotator who has too
     much to one who has too little, over others, on the way on which least is lost.
     """
-    B, A, n = value.shape
-    weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)
-    share = np.nan_to_num(weights / weights.sum(1, keepdims=True), nan=1 / A)
-    price = np.zeros((B, A, 1))
+    A, n = value.shape
+    price = np.zeros((A, 1))
     for heat in np.geomspace(0.3, 0.01, 12):
-        soft = np.exp((value - price - (value - price).max(1, keepdims=True)) / heat)
-        load = (soft / soft.sum(1, keepdims=True)).mean(2, keepdims=True)
-        price += heat * np.log(load / share[:, :, None].clip(1e-9) + 1e-9)
+        soft = np.exp((value - price - (value - price).max(0)) / heat)
+        load = (soft / soft.sum(0)).mean(1)
+        price += heat * np.log(load / share.clip(1e-9) + 1e-9)[:, None]
     net = value - price
-    sent = (net.argmax(1)[:, None] == np.arange(A)[:, None]).astype(float)  # in samples
-    room = n * share - sent.sum(2)  # negative: too much
+    sent = (net.argmax(0) == np.arange(A)[:, None]).astype(float)  # in samples
+    room = n * share - sent.sum(1)  # negative: too much
     eps = 1e-9  # of a sample; what rounding leaves
-    while len(b := np.flatnonzero((room < -eps).any(1) & (room > eps).any(1))):
-        case = np.arange(len(b))
-        held = np.where(sent[b] > eps, net[b], np.inf)
-        moves = held[:, :, None] - net[b, None]  # (b, from, to, n): what a sample loses by it
-        mover = moves.argmin(3)
-        step = np.take_along_axis(moves, mover[..., None], 3)[..., 0]
-        loss, previous = _shortest_paths(room[b] < -eps, step)
-        at = end = np.where(room[b] > eps, loss, np.inf).argmin(1)
-        amount, way = room[b, end], []  # the way is found from its end
-        while (on := (before := previous[case, at]) >= 0).any():
-            sample = mover[case, before, at]
-            amount = np.where(on, np.minimum(amount, sent[b, before, sample]), amount)
-            way.append((on, before, at, sample))
-            at = np.where(on, before, at)
-        amount = np.minimum(amount, -room[b, at])
-        for on, before, after, sample in way:
-            sent[b, before, sample] -= amount * on
-            sent[b, after, sample] += amount * on
-        room[b, end] -= amount
-        room[b, at] += amount
-    return (sent * value).sum((1, 2)) / n + 0 * weights.sum(1)
+    while (room < -eps).any() and (room > eps).any():
+        moves = np.where(sent > eps, net, np.inf)[:, None] - net  # (from, to, n): the loss by it
+        loss, previous = _shortest_paths(room < -eps, moves.min(2))
+        way = [np.where(room > eps, loss, np.inf).argmin()]
+        while previous[way[0]] >= 0:
+            way.insert(0, previous[way[0]])
+        steps = [(a, b, moves[a, b].argmin()) for a, b in itertools.pairwise(way)]
+        amount = min(-room[way[0]], room[way[-1]], *(sent[a, sample] for a, _, sample in steps))
+        for a, b, sample in steps:
+            sent[a, sample] -= amount
+            sent[b, sample] += amount
+        room[way[0]] += amount
+        room[way[-1]] -= amount
+    return (sent * value).sum() / n
 
 
 def _shortest_paths(sources, step):
-    """Bellman-Ford from the sources (B, A) bool, where going from j to k costs step[:, j, k]: the
-    least loss (B, A) of reaching each annotator, and the one before on that way, or -1."""
-    loss, previous = np.where(sources, 0, np.inf), np.full(sources.shape, -1)
+    """Bellman-Ford from the sources (A,) bool, where going from j to k costs step[j, k]: the least
+    loss (A,) of reaching each annotator, and the one before on that way, or -1."""
+    loss, previous = np.where(sources, 0, np.inf), np.full(len(sources), -1)
     while True:
-        through = loss[:, :, None] + step
-        better = through.min(1) < loss - 1e-12  # the margin keeps rounding from cycling
+        through = loss[:, None] + step
+        better = through.min(0) < loss - 1e-12  # the margin keeps rounding from cycling
         if not better.any():
             return loss, previous
-        previous = np.where(better, through.argmin(1), previous)
-        loss = np.where(better, through.min(1), loss)
+        previous = np.where(better, through.argmin(0), previous)
+        loss = np.where(better, through.min(0), loss)
 
 
 def mode_frequencies(samples, modes, num_classes=2):
@@ -234,8 +231,9 @@ def mode_frequencies(samples, modes, num_classes=2):
 class Moments:
     """Means over samples that are added one at a time, so that no more than one is in memory.
 
-    What is added up are changes from the first sample: where all samples are equal, the variance is
-    exactly 0 and the means are exactly the sample's own.
+    mean and mean_log (B, K, *S) are those of the probabilities p and of log(p + 1e-8), mean_entropy
+    (B, *S) is that of the samples' entropies in nats. Welford's algorithm (1962): where all samples
+    are equal, the means are exactly the sample's own and the variance is exactly 0.
     """
 
     def __init__(self, probs=()):
@@ -247,15 +245,17 @@ class Moments:
         """One more sample's probabilities (B, K, *S), kept in float32 at least: 1e-8 needs it."""
         probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
         log = (probs + 1e-8).log_()
-        values = probs, log, -(probs * log).sum(1)
-        if self.count == 0:
-            self.first = probs.clone(), *values[1:]
-            self.changes = [torch.zeros_like(value) for value in values]
-            self.squares = torch.zeros_like(probs)
+        entropy = -(probs * log).sum(1)
         self.count += 1
-        for value, first, total in zip(values, self.first, self.changes):
-            total += value - first
-        self.squares += (probs - self.first[0]).square_()
+        if self.count == 1:
+            self.mean, self.mean_log, self.mean_entropy = probs.clone(), log, entropy
+            self.squares = torch.zeros_like(probs)  # of deviations from the mean
+            return
+        deviation, share = probs - self.mean, 1 / self.count
+        self.mean.lerp_(probs, share)
+        self.mean_log.lerp_(log, share)
+        self.mean_entropy.lerp_(entropy, share)
+        self.squares.addcmul_(deviation, probs - self.mean)
 
     @classmethod
     def of(cls, probs):
@@ -263,25 +263,9 @@ class Moments:
         return probs if isinstance(probs, cls) else cls(probs)
 
     @property
-    def mean(self):
-        """Mean probabilities, (B, K, *S)."""
-        return self.first[0] + self.changes[0] / self.count
-
-    @property
-    def mean_log(self):
-        """Mean of log(probability + 1e-8), (B, K, *S)."""
-        return self.first[1] + self.changes[1] / self.count
-
-    @property
-    def mean_entropy(self):
-        """Mean of the samples' entropies, (B, *S) nats."""
-        return self.first[2] + self.changes[2] / self.count
-
-    @property
     def variance(self):
         """Variance over the samples, added over the classes, (B, *S)."""
-        rest = self.squares - self.changes[0].square() / self.count
-        return rest.sum(1).clamp(min=0) / self.count
+        return self.squares.sum(1) / self.count
 
 
 def gamma_map(probs):
@@ -324,7 +308,7 @@ def error_map(probs, labels, weights=None):
 def _annotator_errors(moments, labels):
     """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
     labels = labels.flatten(2)  # (B, A, P)
-    valid = (labels != IGNORE).to(moments.first[0])  # as 0 and 1: products with bool are slow
+    valid = (labels != IGNORE).to(moments.mean)  # as 0 and 1: products with bool are slow
     return -moments.mean_log.flatten(2).gather(1, (labels.byte() % IGNORE).long()), valid
 
 
@@ -360,12 +344,9 @@ def entropy_map(probs):
 def mutual_information_map(probs):
     """Entropy of the mean less mean entropy, (B, *S) nats: how much the samples disagree.
 
-    For an ensemble and for dropout it is called the epistemic part, and the mean entropy the
-    aleatoric one (Depeweg et al. 2018): samples differ by the weights that made them, which more
-    data would settle, and each says by its probabilities how ambiguous it finds the pixel. For SSN,
-    M-heads and all models with latents it is NOT epistemic: there samples differ because annotators
-    do. It is the part of the aleatoric uncertainty that the logits' noise, the head or the latent
-    explains.
+    For an ensemble and for dropout, whose samples differ by their weights, this is the epistemic
+    part, and the mean entropy the aleatoric one (Depeweg et al. 2018). For all other models it is
+    NOT epistemic: their samples differ because annotators do.
     """
     moments = Moments.of(probs)
     disagreement = entropy_map(moments) - moments.mean_entropy

@@ -12,19 +12,18 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
 from common import UserError
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
-from sources.runs import check_state, load_checkpoint
+from sources.runs import load_checkpoint, load_state
 from ssn import SSN
 from vae_unet import VAEUNet
 
 CHUNK = 2**28  # logits that `sample_chunks` computes at once (1 GiB)
-LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
+LARGEST, MOST_PARAMETERS = 10_000, 10**9  # of a number in a config, and of a model
 
 MODELS = {
     "ssn": SSN,
@@ -77,7 +76,7 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
     """Build the model `name` with these fields of its config and defaults for the others.
 
     Raises a UserError if a field is unknown, its value is not allowed, or the model would be
-    absurdly large. To check this, the model is built on the device "meta" first, without memory.
+    absurdly large. To check this, the model is built on the device "meta" first.
     """
     if name not in MODELS:
         raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
@@ -85,27 +84,19 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
     known = sorted(field.name for field in dataclasses.fields(Model.Config))
     for field in fields.keys() - known:
         raise UserError(f"--model-args {field}: {name} knows {', '.join(known)}")
-    sizes = []
-
-    def limit(module, parameter_name, parameter):
-        sizes.append(0 if parameter is None else parameter.numel())
-        if sum(sizes) > LARGEST or len(sizes) > MOST_TENSORS:
-            raise ValueError(f"it has more than {LARGEST:,} parameters or {MOST_TENSORS:,} tensors")
-
-    hook = register_module_parameter_registration_hook(limit)
     try:
         for value in fields.values():
             numbers = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(number, int) and number > 10**6 for number in numbers):
-                raise ValueError("a number above 1,000,000")  # a constructor might loop forever
+            if any(isinstance(number, int) and number > LARGEST for number in numbers):
+                raise ValueError(f"a number above {LARGEST:,}")  # its layers might take hours
         config = Model.Config(**fields)
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             model = Model(config)
+        if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
+            raise ValueError(f"it has more than {MOST_PARAMETERS:,} parameters")
     except Exception as error:  # constructors raise all kinds of errors on bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name} cannot be built: {reason}") from error
-    finally:
-        hook.remove()
     return model if device == "meta" else Model(config)
 
 
@@ -113,9 +104,8 @@ def load(path, device="cpu") -> nn.Module:
     """Load a trained model in eval mode from a run's folder (its best.pt) or a checkpoint."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
-    check_state(path, build(content["model"], content["config"], "meta"), content["state"])
     model = build(content["model"], content["config"])
-    model.load_state_dict(content["state"])
+    load_state(path, model, content["state"])
     return place(model, device).eval()
 
 
@@ -126,20 +116,19 @@ def place(model, device) -> nn.Module:
     return model.to(device)
 
 
-def sample_batches(model, split, n, seed=0, rank=0, world=1):
+def sample_batches(model, split, n, rank=0, world=1):
     """Yield (batch of `split` as a Split, its `sample_chunks`, to be used up before the next batch)
     for the whole split or, under torchrun, for every world-th batch.
 
     A batch has at most 32 cases (128 on a GPU), fewer if their logits would need more than 128 MiB
-    (1 GiB on a GPU). The samples depend on (seed, batch) only.
+    (1 GiB on a GPU). The samples depend on the batch only.
     """
     on_cpu = split.images.device.type == "cpu"
     most, values = (32, 2**25) if on_cpu else (128, 2**28)  # a GPU starts few, large kernels faster
     batch = max(1, min(most, values // (n * split.num_classes * split.labels[0, 0].numel())))
     for start in range(rank * batch, len(split), world * batch):
         part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
-        generator = torch.Generator(part.images.device).manual_seed(seed * 1_000_003 + start)
-        torch.manual_seed(seed * 1_000_003 + start)  # for log_likelihood, which takes no generator
+        generator = torch.Generator(part.images.device).manual_seed(start)
         yield part, sample_chunks(model, part.images, n, split.num_classes, generator)
 
 
@@ -192,24 +181,17 @@ def make_optimizer(model, training: dict):
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm needs GPUs)."""
+    """Batch norm over the batches of all CPU processes (nn.SyncBatchNorm needs GPUs): each process
+    normalises the whole batch and keeps its own rows."""
 
     def forward(self, x):
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                eps=self.eps)
-        axes = [0, *range(2, x.dim())]
-        moments = torch.stack([x.mean(axes), x.square().mean(axes)])
-        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
-        var = square - mean.square()
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        first, whole = 0, x
+        if self.training:
+            first, whole = dist.get_rank() * len(x), torch.cat(dist_nn.all_gather(x))
             self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        shape = (-1, *[1] * (x.dim() - 2))
-        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+        out = F.batch_norm(whole, self.running_mean, self.running_var, self.weight, self.bias,
+                           self.training, self.momentum, self.eps)
+        return out[first : first + len(x)]
 
 
 def distribute(model, device):

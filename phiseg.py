@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
+from common import (CONV, center_crop, check_choice, conv_block, cross_entropy, double,
                     hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
                     run_encoder, valid_label)
 
@@ -154,9 +154,8 @@ class PHiSeg(nn.Module):
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S). The prior's encoder runs once for all of them."""
         features = self.encode(image)
-        chunks = (self._finest(self.prior(features, noise=noise)[0], image)
-                  for noise in self.noise(image, n, generator))
-        return concatenate(chunks, n)
+        return torch.cat([self._finest(self.prior(features, noise=noise)[0], image)
+                          for noise in self.noise(image, n, generator)])
 
     def _finest(self, latents, image):
         """Logits (m, B, K, *S) of the finest masks for latents of m samples."""
@@ -175,15 +174,15 @@ class PHiSeg(nn.Module):
         return self._finest(latents, image)[0]
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
         half from the posterior and half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         given_p, given_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
         for net, given, count in ((self.posterior, given_q, n_q), (self.prior, given_p, n_p)):
-            for noise in self.noise(image, count):
+            for noise in self.noise(image, count, generator):
                 latents, _ = net(given, noise=noise)
                 _, q = self.posterior(given_q, latents=latents)
                 _, p = self.prior(given_p, latents=latents)
@@ -231,9 +230,12 @@ class LatentNet(nn.Module):
             if chosen:
                 x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1))
             normals[l] = predict_normal(self.heads[str(l)], x)
-            chosen[l] = latents[l] if latents else normals[l].mean
-            if noise:
-                chosen[l] = chosen[l] + normals[l].std * noise[l]
+            if latents:
+                chosen[l] = latents[l]
+            elif noise:
+                chosen[l] = normals[l].mean + normals[l].std * noise[l]
+            else:
+                chosen[l] = normals[l].mean
         return chosen, normals
 
 

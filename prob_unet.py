@@ -47,9 +47,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import (CONV, DiagonalNormal, UNet, check_choice, concatenate, conv_block,
-                    cross_entropy, importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
-                    predict_normal, run_encoder, samples_at_once, standard_normal, valid_label)
+from common import (CONV, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy,
+                    importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple, predict_normal,
+                    run_encoder, samples_at_once, standard_normal, valid_label)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class ProbUNet(nn.Module):
     @torch.no_grad()
     def decode(self, image: Tensor, z: Tensor) -> Tensor:
         """Eq. 2: logit maps (n, B, K, *S) for latents z (n, B, N) of your choice."""
-        return concatenate(self._chunks(self._shared(image), z), len(z))
+        return torch.cat([*self._chunks(self._shared(image), z)])
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -185,14 +185,14 @@ class ProbUNet(nn.Module):
         return self.decode(image, self.posterior(image, label).mean.unsqueeze(0))[0]
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n latents, half
         from the posterior and half from the prior: see common.importance_log_ratio."""
         label, shared = valid_label(label, mask), self._shared(image)
         prior, posterior = self.prior(image), self.posterior(image, label)
         n_q, n_p = n - n // 2, n // 2
-        z = torch.cat([draw(posterior, n_q), draw(prior, n_p)])
+        z = torch.cat([draw(posterior, n_q, generator), draw(prior, n_p, generator)])
         log_q, log_p = (torch.stack([normal.log_prob(sample) for sample in z])  # (n, B)
                         for normal in (posterior, prior))
         log_prob = torch.cat([-cross_entropy(logits, label) for logits in self._chunks(shared, z)])

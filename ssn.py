@@ -170,12 +170,12 @@ class SSN(nn.Module):
         return self.distribution(image).mean.softmax(1)
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """log p(y | x) in nats, (B,), by Eq. 6 with n samples: on average a lower bound."""
         normal, label = self.distribution(image, mask), valid_label(label, mask)
         chunk = samples_at_once(normal.mean.numel(), image.device)
-        parts = [-cross_entropy(normal.sample(min(chunk, n - i)), label)
+        parts = [-cross_entropy(normal.sample(min(chunk, n - i), generator), label)
                  for i in range(0, n, chunk)]
         return torch.cat(parts).logsumexp(0) - math.log(n)
 

@@ -69,9 +69,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
-from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, concatenate,
-                    cross_entropy, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
-                    samples_at_once, train_small, valid_label)
+from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, cross_entropy,
+                    importance_log_ratio, one_hot, pad_to_multiple, predict_normal, samples_at_once,
+                    train_small, valid_label)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class VAEUNet(nn.Module):
     def _sample(self, image, n, generator):
         features, of_image = self.encode(image)
         draws = [[normal.sample(generator) for normal in of_image] for _ in range(n)]
-        return concatenate(self._decode(features, draws, image.shape[2:]), n)
+        return torch.cat([*self._decode(features, draws, image.shape[2:])])
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ class VAEUNet(nn.Module):
         return self._logits(features, [normal.mean for normal in of_mask], image.shape[2:])
 
     @torch.no_grad()
-    def log_likelihood(self, image: Tensor, label: Tensor, n: int,
-                       mask: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
+                       generator: torch.Generator | None = None) -> Tensor:
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
         half from the mask's q, half from the image's p: see common.importance_log_ratio. With
         latents="image" all are from p."""
@@ -243,8 +243,8 @@ class VAEUNet(nn.Module):
         if self.config.latents == "image":
             n_q, n_p = 0, n
         features, of_image, of_mask = self.encode_both(image, label)
-        draws = [[normal.sample() for normal in of_mask] for _ in range(n_q)]
-        draws += [[normal.sample() for normal in of_image] for _ in range(n_p)]
+        draws = [[normal.sample(generator) for normal in of_mask] for _ in range(n_q)]
+        draws += [[normal.sample(generator) for normal in of_image] for _ in range(n_p)]
         log_q = torch.stack([log_density(of_mask, z) for z in draws])  # (n, B)
         log_p = torch.stack([log_density(of_image, z) for z in draws])
         log_prob = torch.cat([-cross_entropy(logits, label)

@@ -27,8 +27,7 @@ def ambiguity(model, val, test, folder, n=16) -> dict:
                   commoner=float(max(truth.mean(), 1 - truth.mean())),
                   threshold=threshold, samples=n, n=len(truth))
     write_text(Path(folder) / "ambiguity.json", json.dumps(result, indent=2) + "\n")
-    figure, axes = new_plot(size=(5, 3))
-    ax = axes[0, 0]
+    figure, ax = new_plot(size=(5, 3))
     ax.hist([counts[truth], counts[~truth]], bins=np.arange(n + 2) - 0.5,
             color=[COLORS[6], COLORS[5]], label=["annotators disagree", "annotators agree"])
     ax.axvline(threshold - 0.5, color="black", linestyle="--", linewidth=1)

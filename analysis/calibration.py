@@ -55,8 +55,7 @@ def plot_modes(path, rows: dict) -> None:
     """Draw frequencies against known probabilities, of modes over all cases and of pixels' classes.
     """
     known, frequency = rows["mode_probability"].mean(0), rows["mode_frequency"].mean(0)
-    figure, axes = new_plot(1, 2, size=(6, 3))
-    modewise, pixelwise = axes[0]
+    figure, (modewise, pixelwise) = new_plot(1, 2, size=(6, 3))
     both = np.concatenate([known, frequency])
     floor = both[both > 0].min() / 2  # where modes that were never drawn are put
     modewise.plot([floor, 2 * both.max()], [floor, 2 * both.max()], color=COLORS[7])

@@ -175,6 +175,7 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, sam
 @torch.no_grad()
 def kl_terms(model, batch) -> dict:
     """{"kl": (B,), "kl_<i>": (B,)}: the KL that the loss has of every case's first label map."""
+    torch.manual_seed(0)  # for the loss, which takes no generator
     rows = [model.loss(batch.images[i : i + 1], batch.labels[i : i + 1, 0].long())[1]
             for i in range(len(batch))]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]

@@ -1,7 +1,6 @@
 """Figures of the papers, drawn for trained models by means that only these models have."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ def plot_toy(models: dict, image: Tensor, label: Tensor, path: str) -> None:
 
 
 @torch.no_grad()
-def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
+def plot_manipulation(model, image: Tensor, path: str) -> None:
     """Draw SSN's Fig. 6: one sample of an image (C, *S), or of a volume's slice, that is changed
     after it was drawn.
 
@@ -51,7 +50,7 @@ def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
     scales = (-3, -2, -1, 0, 1, 2, 3)
     normal = model.distribution(image[None])
     mean = normal.mean[0]  # (K, *S)
-    sample = normal.sample(1, torch.Generator(image.device).manual_seed(seed))[0, 0]
+    sample = normal.sample(1, torch.Generator(image.device).manual_seed(0))[0, 0]
     if image.dim() == 4:
         fullest = fullest_slice(sample.argmax(0)[None])
         image, mean, sample = (x[:, fullest] for x in (image, mean, sample))
@@ -71,33 +70,24 @@ def plot_manipulation(model, image: Tensor, path: str, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
-                    axes: Sequence[int] = (0, 1)) -> None:
-    """Draw Figs. 6 and 7 of the Probabilistic U-Net: the label maps across the latent space, and
-    the annotators in it.
+def plot_latent_map(model, image: Tensor, labels: Tensor, path: str) -> None:
+    """Draw Figs. 6 and 7 of the Probabilistic U-Net: the label maps across the latent space of two
+    dimensions, and the annotators in it.
 
     image (C, H, W), labels (A, H, W) of its annotators, on the model's device. Positions are
     counted in the prior's std from the prior's mean, so the prior is the unit normal in the
-    picture: the rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples, if the
-    latent space is 2D; if it is not, the picture is its slice along `axes` through the prior's
-    mean. A dot is the posterior's mean for an annotator's map; outliers are drawn at the border.
-    Raises ValueError for other axes than the model has, and for 1D and 3D models.
+    picture: the rings at 1 to 4 std hold 39.3 %, 86.5 %, 98.9 % and 99.97 % of the samples. A dot
+    is the posterior's mean for an annotator's map; outliers are drawn at the border.
     """
-    latents = model.config.latent_dim
-    if model.config.dims != 2 or len(set(axes)) != 2 or not set(axes) <= set(range(latents)):
-        raise ValueError(f"axes={tuple(axes)}, dims={model.config.dims}: give two different axes "
-                         f"from 0 to {latents - 1}, and a model with dims=2")
     side, edge = 19, 4.75  # tiles a side, half a std wide each
     at = torch.linspace(-4.5, 4.5, side, device=image.device)
-    whitened = torch.zeros(side, side, latents, device=image.device)
-    whitened[..., axes[0]] = at
-    whitened[..., axes[1]] = -at[:, None]  # upwards
+    whitened = torch.stack(torch.meshgrid(at, -at, indexing="xy"), -1)  # y upwards
     prior = model.prior(image[None])
-    z = prior.mean + prior.std * whitened.view(-1, 1, latents)
+    z = prior.mean + prior.std * whitened.view(-1, 1, 2)
     tiles = model.decode(image[None], z).argmax(2).unflatten(0, (side, side))[:, :, 0]
     mosaic = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (side * H, side * W)
     posterior = model.posterior(image.expand(len(labels), -1, -1, -1), labels.long())
-    annotators = ((posterior.mean - prior.mean) / prior.std)[:, list(axes)].cpu()
+    annotators = ((posterior.mean - prior.mean) / prior.std).cpu()
 
     rows = 1 + len(labels)
     figure = Figure(figsize=(7.2 + 6.6 / rows, 7), layout="constrained")
@@ -125,7 +115,7 @@ def plot_latent_map(model, image: Tensor, labels: Tensor, path: str,
                     bbox=dict(boxstyle="circle,pad=0.2", facecolor=color, edgecolor="white"))
         ax.plot(x, y, "o", color=color, markersize=6, markeredgecolor="white")
     ax.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal",
-           xlabel=f"$z_{axes[0]}$, in std of the prior from its mean", ylabel=f"$z_{axes[1]}$")
+           xlabel="$z_0$, in std of the prior from its mean", ylabel="$z_1$")
     ax.set_title("the label map that each latent position stands for\n"
                  "rings: the prior; numbers: where the posterior puts each annotator", fontsize=10)
     save_figure(figure, path)

@@ -31,10 +31,10 @@ CASES, ANNOTATORS, SAMPLES = 6, 7, 16  # that a picture of an evaluation shows a
 
 
 def new_plot(rows: int = 1, columns: int = 1, *, size: tuple[float, float]):
-    """Make a figure of `size` inches; returns it and its (rows, columns) array of axes."""
+    """Make a figure of `size` inches; returns it and its axes, as Figure.subplots does."""
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
+    axes = figure.subplots(rows, columns)
+    for ax in figure.axes:
         ax.tick_params(labelsize=7)
     return figure, axes
 
@@ -110,8 +110,7 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
         for c, picture in enumerate(row):
             if picture is not None:
                 mosaic[r * down:, c * across:][:height, :width] = picture
-    figure, axes = new_plot(size=(cell * count + 1.2, cell * len(rows) * height / width + 0.4))
-    ax = axes[0, 0]
+    figure, ax = new_plot(size=(cell * count + 1.2, cell * len(rows) * height / width + 0.4))
     ax.imshow(mosaic.numpy(), interpolation="nearest")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
@@ -273,8 +272,7 @@ def plot_dice(path, values) -> None:
     dice = {name: numbers[order] for name, numbers in values.items() if name.startswith("dice")}
     better = values["dice_better"].mean()
     x = np.arange(len(order))
-    figure, axes = new_plot(size=(8, 3.6))
-    ax = axes[0, 0]
+    figure, ax = new_plot(size=(8, 3.6))
     ax.bar(x, dice["dice_better"], width=0.9, color=COLORS[4], alpha=0.6,
            label="share of samples above the prediction")
     ax.axhline(better, color="#666666", linestyle="--", label=f"its mean, {better:.1%}")
@@ -291,8 +289,7 @@ def plot_dice(path, values) -> None:
 
 def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
     """Draw GED against the number of samples, a line a run; runs: (name, what metrics.json has)."""
-    figure, axes = new_plot(size=(5, 3.2))
-    ax = axes[0, 0]
+    figure, ax = new_plot(size=(5, 3.2))
     for (name, summary), color in zip(runs, itertools.cycle(LINES)):
         counts = sorted(int(k[4:]) for k in summary if k.startswith("ged_") and k[4:].isdigit())
         geds = [summary[f"ged_{n}"] for n in counts]
@@ -314,11 +311,11 @@ def plot_validation(path, runs: list[tuple]) -> None:
     colors = dict(zip(dict.fromkeys(run[0] for run in runs), itertools.cycle(LINES)))
     lines = {}
     for name, _, steps, minutes, scores in runs:
-        for ax, x in zip(axes[0], (steps, minutes)):
+        for ax, x in zip(axes, (steps, minutes)):
             (lines[name],) = ax.plot(x, scores, color=colors[name], marker="o", markersize=3)
     score = max(run[1] for run in runs).removeprefix("val_").replace("_", " ")
-    axes[0, 0].set(xlabel="training steps", ylabel=f"validation {score}", xlim=(0, None))
-    axes[0, 1].set(xlabel="training time in minutes", xlim=(0, None))
+    axes[0].set(xlabel="training steps", ylabel=f"validation {score}", xlim=(0, None))
+    axes[1].set(xlabel="training time in minutes", xlim=(0, None))
     figure.legend(lines.values(), lines, fontsize=8, loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
@@ -331,10 +328,10 @@ def plot_curves(path, log: list[dict]) -> None:
         return
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
-    for ax in axes.flat[len(names):]:
+    figure, _ = new_plot(rows, columns, size=(2.8 * columns, 2.2 * rows))
+    for ax in figure.axes[len(names):]:
         ax.set_axis_off()
-    for ax, name in zip(axes.flat, names):
+    for ax, name in zip(figure.axes, names):
         points = [(e["step"], e[name]) for e in log if name in e]
         ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
         ax.set_title(name.replace("_", " "), fontsize=8)

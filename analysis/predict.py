@@ -20,25 +20,21 @@ SHOWN = 64  # samples in the picture, at most
 OF_RUNS = ("config", "split", "metrics", "ood", "ambiguity")  # .json in a run's folder
 
 
-def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, temperature=1.0,
+def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1.0,
                   class_scales=None) -> tuple[Path, Path, dict]:
     """Write samples for a picture, a NIfTI file or a BraTS patient's folder to the folder `out`.
 
     Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
     of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
     standardised for a model trained on `folder` or `brats`, as in its training.
-        <name>_samples.png  image, prediction, outlines, maps, samples; of a volume, its fullest
-                            slice
+        <name>_samples.png  image, prediction, outlines, maps, samples; a volume's fullest slice
         <name>.json         how large each class is, see `volumes`
-        <name>.npz          for a picture: samples uint8 (n, H, W); prediction and mean uint8
-                            (H, W), label maps of `model.predict` and of the samples' mean
-                            probabilities; these probabilities, float32 (K, H, W); uncertainty and
-                            entropy, float32 (H, W)
-        <name>_mean.png     for a picture, its palette indices are the classes; <name>_entropy.png
-                            and <name>_probability_<k>.png have 16 bits, of which 65535 stands for
-                            log K nats and for 1
-        <name>_samples.nii.gz  and so on: the arrays for a NIfTI, with its shape and affine; n or K
-                            is the fourth axis
+    for a picture
+        <name>.npz          the arrays of `sample_arrays`
+        <name>_mean.png     its palette indices are the classes; <name>_entropy.png and
+                            <name>_probability_<k>.png have 16 bits: 65535 is log K nats, and 1
+    and for a NIfTI
+        <name>_<array>.nii.gz   the same arrays, on its grid; n or K is the fourth axis
     data_name: the data set that the model was trained on. temperature, class_scales: for SSN only,
     see `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
@@ -50,7 +46,7 @@ def predict_image(model, data_name: str, file, out, *, samples=16, seed=0, tempe
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
     size, box = image.shape[1:], bounding_box(inside)
     image = torch.from_numpy(image[(slice(None), *box)]).float()
-    arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, seed, temperature,
+    arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, temperature,
                            class_scales)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -103,14 +99,16 @@ def volumes(samples, num_classes: int, source=None) -> dict:
 
 
 @torch.no_grad()
-def sample_arrays(model, image, inside, samples, seed, temperature, class_scales) -> dict:
-    """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S).
+def sample_arrays(model, image, inside, samples, temperature, class_scales) -> dict:
+    """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S): the label maps
+    samples (n, *S), prediction, by `model.predict`, and mean (*S), that of the samples' mean
+    probabilities (K, *S); uncertainty and entropy (*S).
 
     Where inside (*S) is false, which training never saw, everything is background.
     """
     device = next(model.parameters()).device
     batch, mask = image[None].to(device), inside.to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     moments, drawn = metrics.Moments(), []
     for logits in scaled_samples(model, batch, samples, generator, temperature, class_scales):
         drawn.append((labels_of(logits, 2)[:, 0] * mask).cpu())

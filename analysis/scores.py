@@ -2,6 +2,7 @@
 batches and processes are put together."""
 
 import itertools
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,10 @@ def measure(model, drawn, samples, likelihood_samples) -> dict:
     for percent in (5, 25, 50, 75, 95):
         out[f"dice_q{percent:02}"] = dices.quantile(percent / 100, dim=0)
     out |= set_measures(pairs, most, samples)
-    probs = scored_probabilities(batch, drawn.moments.mean)
+    probs = drawn.moments.mean
+    if batch.scored:
+        scored = probs[:, list(batch.scored)]
+        probs = torch.cat([1 - scored.sum(1, keepdim=True), scored], 1)
     out |= pixel_measures(probs, labels, pairs.weights)
     out |= score_measures(drawn.moments, batch.labels)
     return out | likelihoods(model, batch, likelihood_samples)
@@ -97,30 +101,26 @@ def only_scored(split, maps):
     return table[maps.long()]
 
 
-def scored_probabilities(split, probs):
-    """Probabilities (B, K, *S) of the classes of `only_scored`."""
-    if not split.scored:
-        return probs
-    scored = probs[:, list(split.scored)]
-    return torch.cat([1 - scored.sum(1, keepdim=True), scored], 1)
-
-
 def likelihoods(model, batch, n) -> dict:
     """The measures that need the annotators' maps one by one: log_likelihood with n samples and, of
     models with latents, iou_rec.
 
     Both are expectations over a case's label maps. Where there are more than 8, two are drawn.
+    What is random depends on the name of the batch's first case only.
     """
     weights = batch.probabilities  # (B, A)
+    seed = zlib.crc32(batch.names[0].encode(errors="replace"))
+    generator = torch.Generator(weights.device).manual_seed(seed)
     annotators = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
     if weights.shape[1] > 8:
-        annotators = torch.multinomial(weights, 2, replacement=True)  # (B, 2)
+        annotators = torch.multinomial(weights, 2, replacement=True, generator=generator)  # (B, 2)
         weights = torch.full_like(weights[:, :2], 0.5)
     rows = torch.arange(len(batch), device=weights.device)
     out = {"log_likelihood": torch.zeros_like(weights[:, 0])}
     for annotator, weight in zip(annotators.T, weights.T):
         label = batch.labels[rows, annotator]  # (B, *S)
-        out["log_likelihood"] += weight * model.log_likelihood(batch.images, label.long(), n)
+        nats = model.log_likelihood(batch.images, label.long(), n, generator=generator)
+        out["log_likelihood"] += weight * nats
         if hasattr(model, "reconstruct"):
             again = labels_of(model.reconstruct(batch.images, label.long()), 1)
             # The GED of two single maps is 2 (1 - IoU); NaN where the annotator is missing.

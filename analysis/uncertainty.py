@@ -231,8 +231,7 @@ def plot_reliability(path, reliability) -> None:
     """Draw the annotators' mean against p in BINS equally wide bins, and how many pixels they hold.
     """
     sums = reliability.sum(0).reshape(3, BINS, -1, 3).sum(2)  # (regions, BINS, 3)
-    figure, axes = new_plot(1, 2, size=(6.4, 3.2))
-    curve, counts = axes[0]
+    figure, (curve, counts) = new_plot(1, 2, size=(6.4, 3.2))
     curve.plot([0, 1], [0, 1], color=COLORS[7])
     colors = COLORS[5], COLORS[6], COLORS[2]
     for (p, q, pixels), region, color in zip(sums.transpose(0, 2, 1), REGIONS, colors):
@@ -252,8 +251,7 @@ def plot_risk_coverage(path, values) -> None:
     """Draw 1 - Dice of the images that are kept, by every score and in the ideal order."""
     there = ~np.isnan(values["dice_mean"])
     risks = 1 - values["dice_mean"][there]
-    figure, axes = new_plot(size=(5, 3.4))
-    ax = axes[0, 0]
+    figure, ax = new_plot(size=(5, 3.4))
     share = np.arange(1, len(risks) + 1) / max(len(risks), 1)
     for name, color in zip((*SCORES, "ideal"), LINES):
         scores = risks if name == "ideal" else values[name][there]

@@ -65,9 +65,9 @@ class SwinUNet(nn.Module):
         """Image (B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, then the
         coarsest features. As in the published code, a skip connection holds the features before
         its level's blocks."""
-        features, x = [], x.movedim(1, -1)
+        features, x = [], x.movedim(1, -1)  # (B, H, W, C)
         for enter, blocks in zip(self.enter, self.encoder):
-            x = enter(x)
+            x = enter(x)  # (B, H_i, W_i, C_i)
             features.append(x)
             x = blocks(x)
         features[-1] = x
@@ -75,7 +75,7 @@ class SwinUNet(nn.Module):
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """Output of `encode`, with `joined` more channels on the skips -> (B, width, H, W)."""
-        *skips, x = [f.movedim(1, -1) for f in features]
+        *skips, x = [f.movedim(1, -1) for f in features]  # each (B, H_i, W_i, C_i)
         for stage, skip in zip(self.decoder, reversed(skips)):
             x = stage["join"](torch.cat([stage["up"](x), skip], -1))
             x = stage["blocks"](x)
@@ -134,15 +134,16 @@ class SwinBlock(nn.Module):
         h, w = min(self.window, height), min(self.window, width)  # sides of a window
         shifts = [self.shift if side > self.window else 0 for side in (height, width)]
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % h)).roll([-s for s in shifts], (1, 2))
-        rows, columns = x.shape[1] // h, x.shape[2] // w
+        rows, columns = x.shape[1] // h, x.shape[2] // w  # x is (B, rows*h, columns*w, C)
         # windows are an axis beside the heads, so that the whole batch shares one mask
         q, k, v = (self.qkv(x).view(count, rows, h, columns, w, 3, self.heads, -1)
-                   .permute(5, 0, 1, 3, 6, 2, 4, 7)
+                   .permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3, B, rows, columns, heads, h, w, C/heads)
                    .reshape(3, count, -1, h * w, channels // self.heads))
         bias = self.bias.index_select(1, self.index[:h, :w, :h, :w].flatten()).to(q)
         hidden = hidden_keys((height, width), (h, w), shifts, x.device)[:, None]
         bias = bias.view(1, self.heads, h * w, h * w).masked_fill(hidden, -math.inf)
-        x = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
+        bias = bias.flatten(0, 1)[None]  # (1, windows*heads, h*w, h*w)
+        x = F.scaled_dot_product_attention(q, k, v, bias)  # (B, windows*heads, h*w, C/heads)
         x = x.view(count, rows, columns, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         x = x.reshape(count, rows * h, columns * w, channels).roll(shifts, (1, 2))
         return self.out(x[:, :height, :width])
@@ -160,8 +161,9 @@ def hidden_keys(size, window, shifts, device) -> Tensor:
         padded = side + -side % length
         origin = torch.arange(shift, padded + shift, device=device) % padded
         region = 4 * region[..., None] + 2 * (origin >= side) + (origin < shift)
-    h, w = window
-    region = region.unflatten(1, (-1, w)).unflatten(0, (-1, h)).transpose(1, 2).reshape(-1, h * w)
+    h, w = window  # region is (rows*h, columns*w)
+    region = region.unflatten(1, (-1, w)).unflatten(0, (-1, h)).transpose(1, 2)
+    region = region.reshape(-1, h * w)  # (windows, h*w)
     return region[:, :, None] != region[:, None]
 
 

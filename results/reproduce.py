@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics
-from analysis.compare import compare, read_scores
+from analysis.compare import compare, read_scores, training_time
 from common import Progress, UserError, pick_device, say
 from results.tables import FURTHER, TABLES, WORDS, Table
 from sources.files import write_text
@@ -229,8 +229,7 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     for row in first:
         runs = groups[row]
         config, logs = read_config(runs[0].folder), [read_log(run.folder) for run in runs]
-        seconds = sum(entry.get("steps", 0) * entry.get("seconds_per_step", 0)
-                      for log in logs for entry in log)
+        seconds = sum(training_time(log)[-1][1] for log in logs)
         cells = [cell(rows.get(row)) for rows in found.values()]
         deviation = np.std(first[row].seeds, ddof=len(runs) > 1)
         lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",

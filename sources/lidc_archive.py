@@ -27,11 +27,9 @@ App. H.1; HPU-Net, arXiv:1905.13077, App. C). What they leave open is decided li
   window    -1000 to 400 HU become 0 to 255, so that one step is 5.5 HU.
 
 Over the annotation files of all 1,018 series these rules give 875 patients with a lesion, 2,648
-lesions and 15,742 slices of lesions with border="exclude" (2,651 lesions if nodules are joined by
-the distance of their outlines, as pylidc does). The pickle was published with 875 patients, about
-2,650 lesions and 15,096 slices. So patients and lesions agree, and the pickle lacks 646 slices, 4%.
-Which ones is not known: its authors' rules for slices are unpublished, and a border that is
-included can only add slices. The two papers, after their own choice, report 12,870.
+lesions and 15,742 slices of lesions with border="exclude". The pickle was published with 875
+patients, about 2,650 lesions and 15,096 slices; which 4 % of the slices it lacks is not known, as
+its authors' rules are unpublished. The two papers, after their own choice, report 12,870.
 """
 
 import functools

@@ -303,7 +303,7 @@ def test_samples_are_scaled_after_the_fact(run, tmp_path):
     both = turned[:, :, 2] + plain[:, :, 2]
     torch.testing.assert_close(both, 2 * mean[:, 2].expand_as(both))
     assert torch.equal(turned[:, :, 1], plain[:, :, 1])
-    arrays = analysis.predict.sample_arrays(model, image, inside, 5, 0, 0.0, None)
+    arrays = analysis.predict.sample_arrays(model, image, inside, 5, 0.0, None)
     assert (arrays["samples"] == arrays["prediction"]).all() and not arrays["uncertainty"].any()
     assert arrays["entropy"].shape == (12, 12)
     deterministic = models.build("unet", dict(channels=(4, 6)))

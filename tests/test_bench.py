@@ -66,8 +66,9 @@ def test_bf16_is_measured_in_bf16(capsys):
     options = bench.parse(["--precision", "bf16", "--batch-size", "1", "--image-size", "32"])
     options.device = torch.device("cpu")
     model = bench.Bench("unet", options)
-    for function, backward in ((model.forward, True), (model.predict, False)):
-        bench.convolutions_alone(function, backward, model.autocast)()
+    for call, backward in ((("loss", model.image, model.label), True),
+                           (("predict", model.image), False)):
+        bench.convolutions_alone(lambda: model.call(*call), backward, model.autocast)()
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -242,9 +242,9 @@ def test_pictures_are_drawn(tmp_path):
     figure, axes = analysis.pictures.new_plot(1, 2, size=(3, 2))
     label = torch.tensor([[0, 1], [2, 255]])
     image = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
-    analysis.pictures.show_picture(axes[0, 0], analysis.pictures.paint_label(label, image), "a")
-    analysis.pictures.show_map(axes[0, 1], image[0])
-    picture = axes[0, 0].get_images()[0].get_array()
+    analysis.pictures.show_picture(axes[0], analysis.pictures.paint_label(label, image), "a")
+    analysis.pictures.show_map(axes[1], image[0])
+    picture = axes[0].get_images()[0].get_array()
     np.testing.assert_allclose(picture[1, 1], 0.5)  # ignored: grey
     np.testing.assert_allclose(picture[0, 0], 0.0)  # background: the image's own black
     analysis.pictures.save_figure(figure, tmp_path / "three.png")

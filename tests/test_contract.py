@@ -67,11 +67,15 @@ def test_conditional_vaes_reconstruct():
 @every_case
 def test_same_seed_same_samples(name, fields):
     """Whatever state the global generator is in; another seed, other samples."""
-    model, (image, _) = tiny(name, **fields).eval(), case_of(fields)
+    model, (image, label) = tiny(name, **fields).eval(), case_of(fields)
     first = model.sample(image, 3, generator(0))
     same_noise(7)
     assert torch.equal(first, model.sample(image, 3, generator(0)))
     assert torch.equal(first, model.sample(image, 3, generator(1))) == (name in NOT_RANDOM)
+    bound = model.log_likelihood(image, label, 3, generator=generator(0))
+    assert torch.equal(bound, model.log_likelihood(image, label, 3, generator=generator(0)))
+    other = model.log_likelihood(image, label, 3, generator=generator(1))
+    assert torch.equal(bound, other) == (name in NOT_RANDOM)
 
 
 @every_model
@@ -238,7 +242,8 @@ def test_signatures(name):
     assert arguments["loss"] == ["self", "image", "label", "mask"]
     assert arguments["sample"][:4] == ["self", "image", "n", "generator"]
     assert arguments["predict"] == ["self", "image"]
-    assert arguments["log_likelihood"] == ["self", "image", "label", "n", "mask"]
+    assert arguments["log_likelihood"] == ["self", "image", "label", "n", "mask",
+                                           "generator"]
     assert {"optimizer", "lr", "weight_decay", "batch_size", "steps"} <= Model.TRAINING.keys()
     for dims in (2, 3) if name == "ssn" else (2,):  # 3: on another network
         models.build(name, Model.QUICK_CONFIG | dict(dims=dims))

@@ -48,7 +48,7 @@ class Oracle(torch.nn.Module):
         label = self.split.labels[case, best].long()
         return torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float()
 
-    def log_likelihood(self, image, label, n, mask=None):
+    def log_likelihood(self, image, label, n, mask=None, generator=None):
         return torch.full((len(image),), -float(n))
 
 
@@ -117,7 +117,7 @@ def test_expectation_over_annotators_skips_missing_ones():
         def reconstruct(self, image, label):  # always the first annotator's map
             return torch.nn.functional.one_hot(labels[:, 0].long(), 2).movedim(-1, 1).float()
 
-        def log_likelihood(self, image, label, n):
+        def log_likelihood(self, image, label, n, generator):
             return torch.where(label[:, 0, 0] == 1, -1.0, -3.0)
 
     out = scores.likelihoods(Model(), part, 5)
@@ -331,7 +331,7 @@ def test_dice_of_the_whole_foreground():
         def sample(self, image, n, generator=None):
             return self.predict(image).expand(n, -1, -1, -1, -1)
 
-        def log_likelihood(self, image, label, n):
+        def log_likelihood(self, image, label, n, generator):
             return torch.zeros(1)
 
     values = evaluate.score(Swaps(), split, (1,))
