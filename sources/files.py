@@ -38,8 +38,12 @@ def size_text(shape: Sequence[int]) -> str:
 def holds(folder: Path) -> str:
     """Says what a folder holds, for a message."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    shown = names[:6] + ["..."] if len(names) > 6 else names
-    return f"{folder} holds {', '.join(shown) or 'nothing'}"
+    return f"{folder} holds {', '.join(shortened(names)) or 'nothing'}"
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Cuts a list of many names, for a message."""
+    return [*names[:6], "..."] if len(names) > 6 else [*names]
 
 
 @contextlib.contextmanager

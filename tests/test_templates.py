@@ -154,7 +154,7 @@ def test_what_an_empty_mask_and_no_file_mean(tmp_path, empty, want):
         (value < 255) / sum(v < 255 for v in (0, *want)) for value in (0, *want)]
     (tmp_path / "labels/a/x.png").unlink()
     (tmp_path / "labels/b/x.png").unlink()
-    refused("'x'", "no mask", call=lambda: data.load("folder", "all", tmp_path, empty=empty))
+    refused("images/x.png", "no mask", call=lambda: data.load("folder", "all", tmp_path, empty=empty))
 
 
 def test_a_layout_by_name(tmp_path):
@@ -317,7 +317,7 @@ BAD_TREES = {
     "no ending": (dict(image="{group}/scan/{name}.bmp"), {}, [".nii.gz"]),
     "a null": (dict(image="{group}/\0/{name}.png"), {}, ["below the folder"]),
     "no layout": (dict(image="", label=""), {},
-                  ["none of the layouts folders, hpunet", "holds p1, p2", "image="])}
+                  ["no images/NAME.png or other layout (folders, hpunet", "holds p1, p2", "image="])}
 
 
 @pytest.mark.parametrize("fault", BAD_TREES)
