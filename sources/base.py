@@ -27,6 +27,7 @@ from sources.files import DataError, as_float_image, holds, readable, shortened,
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
+MANY = 64  # classes; where there are more, their number has to be given
 LARGE = 5.0  # root mean square of an image above which a warning is printed
 
 
@@ -267,11 +268,15 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         progress.say(f"{place}: {len(cases)} cases read")
     whole = _stack(place, listing, rows, images, maps)
     largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
-    if largest > LARGE and not progress.quiet:
-        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
-              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
-              file=sys.stderr)
+    if largest > LARGE:
+        _warn(f"{place}: pixels of about {largest:.3g}; models expect about [0, 1], or mean 0 and "
+              "deviation 1: divide the images, or store them as uint8 or uint16")
     return whole
+
+
+def _warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the only process of torchrun that writes
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
@@ -299,12 +304,22 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
         return replace(whole, labels=_fixed_maps(whole))
 
-    highest = max(int(label[label != IGNORE].max(initial=0)) for label in labels)
-    if not highest:
+    highest = np.max([[label[label != IGNORE].max(initial=0) for label in drawn]
+                      for drawn in labels], 0).astype(int)  # (A,)
+    if not highest.any():
         raise DataError(f"{place}: all labels are 0 (background) or {IGNORE} (ignored); if these "
                         "are black and white masks, add --data-args masks=binary (data set folder),"
                         " or store foreground as 1")
-    whole.num_classes = listing.num_classes or highest + 1
+    num_classes = listing.num_classes or int(highest.max()) + 1
+    if num_classes > MANY and not listing.num_classes:
+        raise DataError(f"{place}: the largest label makes {num_classes} classes; if that is right,"
+                        f" add --data-args num_classes={num_classes}; if these are black and white "
+                        "masks with grey borders, masks=binary (data set folder) or redraw them")
+    for a in np.flatnonzero(highest == 0):
+        if (labels[whole.present[:, a], a] == IGNORE).any():
+            _warn(f"{place}: all labels of annotator {whole.annotators[a]} are 0 (background) or "
+                  f"{IGNORE} (ignored), others have classes; are these black and white masks?")
+    whole.num_classes = num_classes
     weights = whole.present.double()  # (N, A)
     if listing.weights is not None:
         weights = weights * torch.from_numpy(listing.weights[rows])

@@ -98,6 +98,9 @@ def read_label(file: Path) -> np.ndarray:
     """Reads a label map (H, W), whose classes are the grey levels or palette indices."""
     with _open_picture(file) as picture:
         array = np.asarray(picture)
+        if array.ndim == 3 and (array[..., :3] == array[..., :1]).all() and (
+                array[..., 3:] == 255).all():
+            array = array[..., 0]  # grey levels that were saved as opaque colours
         if picture.format == "JPEG" or array.ndim != 2:
             raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
                             " TIFF of grey levels or palette indices (JPEG changes labels)")

@@ -46,6 +46,7 @@ class Layout(NamedTuple):
 # In LIDC every annotator saw every scan: who has no mask of a nodule drew nothing.
 PRESETS = {
     "folders": Layout("images/{name}", "labels/{annotator}/{name}"),
+    "single": Layout("images/{name}", "labels/{name}"),
     "hpunet": Layout("{split}/images/{group}/{name}.png",
                      "{split}/gt/{group}/{name}_l{annotator}.png", "binary", "nothing"),
     "kaggle-lidc": Layout("{group}/{nodule}/images/{name}.png",

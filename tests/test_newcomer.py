@@ -1,6 +1,7 @@
-"""What a newcomer meets with a folder of PNGs of their own, by two annotators called anna and bob."""
+"""What a newcomer meets with a folder of PNGs of their own, by annotators called anna and bob."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -150,9 +151,36 @@ def test_mistakes_in_the_command_are_told_before_an_old_run(own, tmp_path, capsy
 def test_black_and_white_masks_are_told_how_to_be_read(black_and_white, capsys):
     where = ["--data", "folder", "--path", black_and_white]
     assert "add --data-args masks=binary" in one_line(capsys, data.main, "show", *where)
-    assert "add --data-args masks=binary" in one_line(capsys, train.main, "--quick", *where, "--out",
-                                                      black_and_white / "run")
+    where += ["--quick", "--out", black_and_white / "run"]
+    assert "add --data-args masks=binary" in one_line(capsys, train.main, *where)
     assert data.load("folder", "all", black_and_white, masks="binary").num_classes == 2
+
+
+def test_black_and_white_masks_that_do_not_look_like_it(black_and_white, own, capsys):
+    """Of one annotator alone; with grey borders; saved as colours."""
+    shutil.rmtree(own / "labels/bob")
+    shutil.copytree(black_and_white / "labels/bob", own / "labels/bob")
+    data.load("folder", "all", own)
+    assert "all labels of annotator bob are 0" in capsys.readouterr().err
+    for file in sorted(own.glob("labels/bob/*")):
+        with Image.open(file) as picture:
+            soft = picture.resize((24, 24), Image.Resampling.BILINEAR).resize((16, 16))
+            picture.convert("RGBA").save(file)
+    colours = data.load("folder", "all", own, masks="binary")
+    white = data.load("folder", "all", black_and_white, masks="binary")
+    assert torch.equal(colours.labels, white.labels)
+    soft.save(file)
+    refused("classes; if that is right", "num_classes=", "masks=binary",
+            call=lambda: data.load("folder", "all", own))
+
+
+def test_a_single_annotator_needs_no_folder(own):
+    for i in range(10):
+        (own / f"labels/anna/scan{i}.png").rename(own / f"labels/scan{i}.png")
+    shutil.rmtree(own / "labels/anna")
+    shutil.rmtree(own / "labels/bob")
+    whole = data.load("folder", "all", own)
+    assert whole.annotators == ["0"] and whole.labels.shape == (10, 1, 16, 16)
 
 
 def test_a_wrong_path_says_what_is_there_and_what_to_give(own):

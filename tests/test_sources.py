@@ -726,7 +726,7 @@ BAD_FOLDERS = {
     "JPEG label": (lambda root: (save_picture(root / "labels/ben/case 1.jpg", np.zeros(
         (8, 7), np.uint8)), (root / "labels/ben/case 1.png").unlink()), ["case 1.jpg", "JPEG"]),
     "colour label": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
-        (8, 7, 3), np.uint8)), ["case 1.png", "RGB", "palette"]),
+        (8, 7, 3), np.uint8) + np.uint8([0, 0, 1])), ["case 1.png", "RGB", "palette"]),
     "sizes": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
         (7, 8), np.uint8)), ["ben/case 1.png is 7 x 8", "images/case 1.png 8 x 7"]),
     "fractions": (lambda root: ((root / "labels/ben/case 1.png").unlink(), save_picture(

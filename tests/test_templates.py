@@ -317,7 +317,7 @@ BAD_TREES = {
     "no ending": (dict(image="{group}/scan/{name}.bmp"), {}, [".nii.gz"]),
     "a null": (dict(image="{group}/\0/{name}.png"), {}, ["below the folder"]),
     "no layout": (dict(image="", label=""), {},
-                  ["no images/NAME.png or other layout (folders, hpunet", "holds p1, p2", "image="])}
+                  ["no images/NAME.png or other layout (folders", "holds p1, p2", "image="])}
 
 
 @pytest.mark.parametrize("fault", BAD_TREES)
