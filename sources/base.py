@@ -209,7 +209,7 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
     if count > 1:
         raise DataError(f"{place}: two cases are named {name!r}; rename one")
     why = listing.if_empty or (f"{len(set(groups))} groups (patients, scenes) are too few to "
-                               "split; give more, or use 'all'")
+                               "split: give 3 or more, or load 'all'")
     if split_file:
         place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
     elif any(case.split for case in cases):

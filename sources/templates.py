@@ -164,8 +164,8 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
     classes = sorted({name for row in rows for files in row.labels.values() for name in files},
                      key=_natural)
     if os.environ.get("RANK", "0") == "0":
-        _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, of the "
-                  f"annotators {', '.join(annotators) or '(no name)'}")
+        who = f"annotators {', '.join(annotators)}" if all(annotators) else "one annotator"
+        _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}")
     cases = []
     for row in rows:
         labels = {annotators.index(name): sorted((1 + classes.index(c), file)
@@ -261,7 +261,8 @@ def _read_groups(file: Path, names: Set[str]) -> dict[str, str]:
     """Reads {name: group} from the table `file`, which has to list every image."""
     with readable(file, "table of name,group"):
         lines = file.read_text(encoding="utf-8-sig").splitlines()
-        table = dict(tables.reader(filter(None, lines)))
+        table = {re.sub(f"{ENDING}$", "", name): group
+                 for name, group in tables.reader(filter(None, lines))}
     table.pop("name", None)  # the heading
     if odd := sorted(table.keys() ^ names):
         fault = "does not list" if odd[0] in names else "there is no image of"

@@ -174,6 +174,13 @@ def test_black_and_white_masks_that_do_not_look_like_it(black_and_white, own, ca
             call=lambda: data.load("folder", "all", own))
 
 
+def test_groups_are_listed_with_or_without_endings(own):
+    for ending in ("", ".png"):
+        lines = [f"scan{i}{ending},patient{i // 2}\n" for i in range(10)]
+        (own / "groups.csv").write_text("".join(lines))
+        assert data.load("folder", "all", own).groups[:3] == ["patient0", "patient0", "patient1"]
+
+
 def test_a_single_annotator_needs_no_folder(own):
     for i in range(10):
         (own / f"labels/anna/scan{i}.png").rename(own / f"labels/scan{i}.png")
