@@ -251,8 +251,10 @@ def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor
     weights = weights * torch.tensor([float(a in annotators) for a in everyone])
     without = (weights.sum(1) == 0).nonzero().flatten().tolist()
     if without:
-        raise DataError(f"annotators {list(annotators)}: none of them labelled {len(without)} of "
-                        f"the cases ({split.names[without[0]]!r} is one); name more annotators")
+        names = ", ".join(split.annotators[a] for a in annotators)
+        raise DataError(f"annotators {names}: none of them labelled {len(without)} of the cases "
+                        f"({split.names[without[0]]!r} is one); name more annotators, or the other "
+                        "cases in a split_file")
     return weights
 
 
@@ -336,8 +338,8 @@ DATASETS: dict[str, Source] = {
 
 def show(name: str, path=None, split: str = "train", out=None, options: dict | None = None) -> str:
     """Returns a table of the data set, and draws the cases of `split` whose label maps differ most
-    as a PNG (`out`, or <name>.png). Raises DataError as `load` does."""
-    options, out = options or {}, Path(out or f"{name}.png")
+    as a PNG (`out`, or show-<name>.png). Raises DataError as `load` does."""
+    options, out = options or {}, Path(out or f"show-{name}.png")
     wanted = ["all"] if split == "all" else list(SPLITS)
     try:
         splits = load(name, wanted, path, **options)
@@ -346,12 +348,15 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
         splits = load(name, wanted, path, **options)
     distances = [_distances(one) for one in splits]
     columns = [_summary(*pair) for pair in zip(splits, distances)]
-    lines = [f"{'':13}" + "".join(f"{which:>24}" for which in wanted)]
-    lines += [f"{row:13}" + "".join(f"{column.get(row, ''):>24}" for column in columns)
-              for row in dict.fromkeys(itertools.chain(*columns))]
-    if any(row.startswith("annotator ") for column in columns for row in column):
-        lines.append("annotator a: pixels marked / mean 1 - IoU with another annotator / how often "
-                     "one of the two marks nothing")
+    rows = list(dict.fromkeys(itertools.chain(*columns)))
+    width = max(13, 1 + max(map(len, rows)))
+    lines = [" " * width + "".join(f"{which:>24}" for which in wanted)]
+    lines += [row.ljust(width) + "".join(f"{column.get(row, ''):>24}" for column in columns)
+              for row in rows]
+    if any(row.startswith("annotator ") for row in rows):
+        numbered = " (numbered from 0)" * (splits[0].annotators[0] == "0")
+        lines.append(f"annotator{numbered}: pixels marked / mean 1 - IoU with another annotator / "
+                     "how often one of the two marks nothing")
     shown = splits[wanted.index(split)], distances[wanted.index(split)]
     _plot_cases(*shown, out)
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
@@ -393,15 +398,15 @@ def _summary(split: Split, distances: Tensor) -> dict[str, str]:
     both = present[:, :, None] & present[:, None] & ~torch.eye(count, dtype=torch.bool)
     one_sided = split.marked[:, :, None] != split.marked[:, None]
     for a in both.any(2).any(0).nonzero().flatten().tolist():
-        rows[f"annotator {a}"] = (f"{area[present[:, a], a].mean():.2%} / "
-                                  f"{distances[:, a][both[:, a]].mean():.3f} / "
-                                  f"{one_sided[:, a][both[:, a]].float().mean():.1%}")
+        rows[f"annotator {split.annotators[a]}"] = (
+            f"{area[present[:, a], a].mean():.2%} / {distances[:, a][both[:, a]].mean():.3f} / "
+            f"{one_sided[:, a][both[:, a]].float().mean():.1%}")
     return rows
 
 
 def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps: int = 7) -> None:
     """Draws a row a case, the most diverse first (of a volume, its fullest slice): the image, and
-    its likeliest label maps over it, each with its annotator's number and probability."""
+    its likeliest label maps over it, each with its annotator's name and probability."""
     pictures, notes = {}, {}
     diversity = _diversity(split, distances).sort(descending=True, stable=True)
     for score, i in zip(*(values[:cases].tolist() for values in diversity)):
@@ -416,7 +421,7 @@ def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps
         probabilities, numbers = case.probabilities[0].sort(descending=True, stable=True)
         for probability, number in zip(probabilities[:maps], numbers[:maps]):
             if probability > 0:
-                notes[name, len(pictures[name])] = f"{number}: {probability:.2f}"
+                notes[name, len(pictures[name])] = f"{split.annotators[number]}: {probability:.2f}"
                 pictures[name].append(paint_label(labels[number], image))
     save_grid(out, pictures, ["image", "label maps"], notes)
 
@@ -436,9 +441,9 @@ def main(argv=None) -> int:
         command.add_argument("--data-args", nargs="+", metavar="K=V", default=[],
                              help="its options")
     look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
-    look.add_argument("--out", help="the PNG (default <data>.png)")
-    copy.add_argument("out", metavar="OUT", help="NAME.npz, NAME.pickle, or a new folder; "
-                      "give it before --data-args")
+    look.add_argument("--out", help="the PNG (default show-<data>.png)")
+    copy.add_argument("out", metavar="OUT", nargs="?",
+                      help="NAME.npz, NAME.pickle, or a new folder")
     copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__)
@@ -458,6 +463,11 @@ def main(argv=None) -> int:
             build_lidc(**args)
         elif command:
             name, path, out = (args[key] for key in ("data", "path", "out"))
+            if command == "export" and out is None:
+                if not args["data_args"] or "=" in args["data_args"][-1]:
+                    raise UserError("export: OUT is missing, a NAME.npz, a NAME.pickle or a new "
+                                    "folder: python data.py export OUT --data ...")
+                out = args["data_args"].pop()  # it took all that followed it
             options = key_values("--data-args", args["data_args"])
             if command == "show":
                 print(show(name, path, args["split"], out, options))

@@ -18,6 +18,7 @@ from common import UserError
 from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
+from sources.base import check_known
 from sources.runs import load_checkpoint, load_state
 from ssn import SSN
 from vae_unet import VAEUNet
@@ -72,18 +73,22 @@ RECIPES = {
      for model in ("prob_unet", "unet", "dropout_unet", "ensemble", "m_heads")}
 
 
+def check_fields(name: str, fields) -> None:
+    """Raise a UserError unless there is a model `name`, whose config has such `fields`."""
+    check_known("--model", name, MODELS)
+    known = sorted(field.name for field in dataclasses.fields(MODELS[name].Config))
+    for field in fields:
+        check_known(f"{name} option", field, known)
+
+
 def build(name: str, fields: dict, device="cpu") -> nn.Module:
     """Build the model `name` with these fields of its config and defaults for the others.
 
     Raises a UserError if a field is unknown, its value is not allowed, or the model would be
     absurdly large. To check this, the model is built on the device "meta" first.
     """
-    if name not in MODELS:
-        raise UserError(f"--model {name}: choose one of {', '.join(MODELS)}")
+    check_fields(name, fields)
     Model = MODELS[name]
-    known = sorted(field.name for field in dataclasses.fields(Model.Config))
-    for field in fields.keys() - known:
-        raise UserError(f"--model-args {field}: {name} knows {', '.join(known)}")
     try:
         for value in fields.values():
             numbers = value if isinstance(value, (list, tuple)) else [value]

@@ -44,7 +44,9 @@ import data
 import evaluate
 from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
-from models import (MODELS, build, distribute, learning_rate, make_optimizer, place, published)
+from models import (MODELS, build, check_fields, distribute, learning_rate, make_optimizer, place,
+                    published)
+from sources.base import check_known
 from sources.runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log,
                           restore, save, writing)
 
@@ -80,7 +82,8 @@ def parse(argv=None) -> argparse.Namespace:
                    help="record a step's kernels once and start them together from then on: faster "
                    "where a GPU waits for Python, as it does for small models and batches")
     p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
-    p.add_argument("--annotators", help="whom to learn from: all, or numbers like 0 or 1,2")
+    p.add_argument("--annotators", metavar="WHO",
+                   help="whom to learn from: all, names like anna,bob, or numbers from 0 like 0,1")
     p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
                    help="train without the data set's augmentation")
     p.add_argument("--model-args", nargs="+", metavar="K=V", help="fields of the model's config")
@@ -123,14 +126,14 @@ def settle(args) -> tuple[dict, Path]:
     return settings, folder
 
 
-def annotators(text: str):
-    """"all" -> None, "0" -> (0,), "1,2" -> (1, 2)."""
+def annotators(text: str, split) -> list[int] | None:
+    """The numbers of those whom `text` names: None for "all", else as in "anna,bob" or "0,1"."""
     if text == "all":
         return None
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise UserError(f"--annotators {text}: all, or numbers like 0 or 1,2") from None
+    numbers = {str(number): number for number in range(len(split.annotators))}
+    numbers |= {name: number for number, name in enumerate(split.annotators)}
+    names = [name.strip() for name in text.split(",")]
+    return [numbers[check_known("--annotators", name, ["all", *numbers])] for name in names]
 
 
 def lr_drops(texts: list[str]) -> list[tuple[int, float]]:
@@ -156,7 +159,7 @@ def first_model(settings, split) -> nn.Module:
                         "them as uint8 or uint16")
     fields = dict(in_channels=split.images.shape[1], num_classes=split.num_classes,
                   dims=split.images.dim() - 2) | published(settings["model"], settings["data"])[0]
-    if settings["quick"] and settings["model"] in MODELS:
+    if settings["quick"]:
         fields |= MODELS[settings["model"]].QUICK_CONFIG
         if split.instances is not None:
             fields |= getattr(MODELS[settings["model"]], "QUICK_INSTANCES", {})
@@ -278,15 +281,12 @@ def refuse_non_finite(terms, model, step, folder) -> None:
 def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False,
           graphs=False) -> int:
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
-    last = folder / "last.pt"
-    if not resume and last.exists():
-        raise UserError(f"{folder} holds a run already: --resume continues it, --out DIR begins "
-                        "another beside it")
-    stop = Stop()
-    keep_freed_memory()
+    check_fields(settings["model"], settings["model_args"])
     device, rank, world = start_processes(device_name)
     if graphs and (device.type != "cuda" or world > 1 or compile):
         raise UserError("--cuda-graphs: for one CUDA device, without --compile")
+    stop = Stop()
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high" if settings["precision"] == "tf32" else "highest")
 
     train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
@@ -294,6 +294,11 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     model = place(first_model(settings, train_split), device)
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
+    chosen = annotators(settings["annotators"], train_split)
+    last = folder / "last.pt"
+    if last.exists() and not resume:  # told only once nothing else is wrong with the command
+        raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --out DIR "
+                        "begins another beside it")
     start, best, steps, size = 0, float("inf"), training["steps"], settings["image_size"]
     if last.exists():
         start, best = restore(last, settings, model, optimizer)
@@ -304,14 +309,16 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
     stream = data.batches(
         train_split.to(device), training["batch_size"], settings["seed"], start=start, size=size,
-        rank=rank, world=world, annotators=annotators(settings["annotators"]),
+        rank=rank, world=world, annotators=chosen,
         augmentation=data.DATASETS[settings["data"]].augmentation if settings["augment"] else None)
 
     if rank == 0:
         begin(folder, settings, training, model, train_split, start)
     progress = Progress(steps, start, quiet=rank > 0)
     progress.say(f"{settings['model']} on {settings['data']}: {len(train_split)} training cases, "
-                 f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}"
+                 f"{train_split.drawn_by}"
+                 + (f", learning from {settings['annotators']}" if chosen is not None else "")
+                 + f", {sum(p.numel() for p in model.parameters()):,} parameters, {device}"
                  + (f", {world} processes" if world > 1 else "")
                  + (f", resumed at step {start}" if resume else "") + f" -> {folder}")
     loss_of = distribute(model, device) if world > 1 else model

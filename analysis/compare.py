@@ -34,7 +34,9 @@ def compare(folders) -> str:
     groups, seen = {}, Counter()  # runs that differ in their seeds alone
     for folder, (settings, run) in zip(folders, runs):
         if run[2].keys() != set(cases):
-            raise UserError(f"{folder} and {folders[0]} were judged on different cases")
+            raise UserError(f"{folder} and {folders[0]} were judged on different cases: train both "
+                            "on the same data with the same --data-args (of a set in files: "
+                            f"split_file={folders[0] / 'split.json'})")
         seed = settings.pop("seed", 0)
         rest = json.dumps(settings, sort_keys=True)
         groups.setdefault((rest, seen[rest, seed]), []).append((folder, run))

@@ -200,12 +200,13 @@ def case_html(case, name: str, marks: str) -> str:
     scale = min(1, SIDE / max(height, width))
     size = [max(1, round(scale * side)) for side in (height, width)]
     image = paint_image(F.interpolate(case.image[None].float(), size, mode="area")[0])
-    kind = "annotator" if case.weights is None else "mode"
     step = size[1] / 420 * min(1.5, 8 / len(case.labels))  # lines of 1 to 8 px on a wide screen
-    lines, key, flat = "", "", []
-    for a, label in enumerate(shrink(case.labels, size)):
-        text = f"{kind} {a + 1}" + (f": {case.weights[a]:.2f}" if case.weights is not None else "")
-        color, stroke = COLORS[a % len(COLORS)], step * (len(case.labels) - a)
+    labels, lines, key, flat = shrink(case.labels, size), "", "", []
+    for i, (a, text) in enumerate(case.drawn_by.items()):
+        label, text = labels[i], escape(text.replace("\n", " "))
+        if case.weights is not None:
+            text += f": {case.weights[i]:.2f}"
+        color, stroke = COLORS[a % len(COLORS)], step * (len(labels) - i)
         lines += f"<path d='{outline_path(label)}' stroke='{color}' stroke-width='{stroke:.3f}'/>"
         key += f"<span class=key><span style='color: {color}'>&#9632;</span> {text}</span> "
         flat.append((text, label_png(label)))
@@ -219,7 +220,7 @@ def case_html(case, name: str, marks: str) -> str:
     flat += [("prediction", label_png(shrink(case.prediction[None], size)[0])), maps.pop()]
     return f"""<article class="case" style="--image: url({picture_png(image)}); --ratio:
 {width / height:.4f}"><h3>{name}</h3><p class="soft">{marks}</p><div class="stage"><figure><div
-class="frame"><svg role="img" aria-label="Outlines of {len(flat) - 2} {kind}s"
+class="frame"><svg role="img" aria-label="Outlines of {len(labels)} label maps"
 viewBox="0 0 {size[1]} {size[0]}">{lines}</svg></div><span class="text">{key}</span></figure>
 {framed("figure", *samples[0], ' class="film"')}
 <div>{"".join(framed("figure", *shown) for shown in maps)}</div></div>

@@ -160,10 +160,10 @@ def plot_maps(path: str, cases: list[Case]) -> None:
     rows, notes = {}, {}
     for case in cases:
         high = max(case.error.max().item(), case.gamma.max().item())
-        rows[case.name] = case_row(case, len(labels), 4, paint_map(case.error, high),
+        rows[case.name] = case_row(case, labels, 4, paint_map(case.error, high),
                                    paint_map(case.gamma, high))
         notes[case.name, len(labels) + 2] = f"NCC {case.ncc:.2f}"
-    columns = ["image", *labels, "E[CE(y, s)]", "gamma map", *numbered("sample", 4)]
+    columns = ["image", *labels.values(), "E[CE(y, s)]", "gamma map", *numbered("sample", 4)]
     save_grid(path, rows, columns, notes)
 
 

@@ -5,6 +5,7 @@ Functions take arrays and write PNGs. They use Figure without pyplot, which need
 """
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,6 +155,7 @@ class Case:
     name: str
     image: Tensor  # (C, H, W)
     labels: Tensor  # (A, H, W), the likeliest first
+    drawn_by: dict[int, str]  # {number: name} of the annotators, or modes, of these label maps
     weights: Tensor | None  # (A,) probabilities of the label maps, where they are known
     annotated: Tensor  # (H, W) share of the annotators that marked any foreground
     prediction: Tensor  # (H, W) label map
@@ -179,7 +181,7 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
                 samples=samples[:SAMPLES].movedim(0, 1), foreground=1 - moments.mean[:, 0],
                 variance=moments.variance, gamma=metrics.gamma_map(moments),
                 error=metrics.error_map(moments, batch.labels, batch.weights))
-    cases = []
+    cases, people = [], short_names(batch.annotators)
     for i in rows:
         flat = _flat({name: values[i] for name, values in maps.items()})
         flat = {name: values.cpu().clone() for name, values in flat.items()}  # without its volume
@@ -191,8 +193,11 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
             order = probabilities.argsort(descending=True)
         order = order[probabilities[order] > 0][:ANNOTATORS]  # an annotator may be missing
         weights = probabilities[order] if batch.exact else None
-        cases.append(Case(shown[batch.names[i]], labels=labels[order], weights=weights,
-                          annotated=annotated, ncc=ncc[i].item(), **flat))
+        drawn_by = {a: f"annotator\n{people[a]}" for a in order.tolist()}
+        if batch.exact or batch.instances is not None:  # drawn by nobody
+            drawn_by = dict(enumerate(numbered("mode" if batch.exact else "map", len(order))))
+        cases.append(Case(shown[batch.names[i]], labels=labels[order], drawn_by=drawn_by,
+                          weights=weights, annotated=annotated, ncc=ncc[i].item(), **flat))
     return cases
 
 
@@ -223,37 +228,40 @@ def short_names(names: list[str], most: int = 16) -> list[str]:
 # ------------------------------------------------------------------ the pictures of an evaluation
 
 
-def case_row(case: Case, labels: int, samples: int, *between: Tensor) -> list:
-    """Paint a case's image, `labels` label maps (None where it has fewer) and at most `samples`
-    samples, with the pictures `between` before these."""
-    maps = [paint_label(label, case.image) for label in case.labels[:labels]]
-    return [paint_image(case.image), *maps, *[None] * (labels - len(maps)), *between,
+def case_row(case: Case, columns: dict, samples: int, *between: Tensor) -> list:
+    """Paint a case's image, its label maps in the `columns` of `label_names` (None where it lacks
+    one) and at most `samples` samples, with the pictures `between` before these."""
+    maps = {a: paint_label(label, case.image) for a, label in zip(case.drawn_by, case.labels)}
+    return [paint_image(case.image), *map(maps.get, columns), *between,
             *(paint_label(sample, case.image) for sample in case.samples[:samples])]
 
 
-def label_names(cases: list[Case], most: int = ANNOTATORS) -> list[str]:
-    """Name the label maps of cases, at most `most` of each, as columns of a picture."""
-    kind = "annotator" if cases[0].weights is None else "mode"
-    return numbered(kind, min(most, max(len(case.labels) for case in cases)))
+def label_names(cases: list[Case], most: int = ANNOTATORS) -> dict[int, str]:
+    """{number: name} of the `most` annotators (or modes) that drew most of the cases: columns of a
+    picture."""
+    counts = Counter(a for case in cases for a in case.drawn_by)
+    names = {a: name for case in cases for a, name in case.drawn_by.items()}
+    return {a: names[a] for a in sorted(a for a, _ in counts.most_common(most))}
 
 
 def plot_samples(path, cases: list[Case]) -> None:
     """Draw image, annotators, prediction and samples of every case, a column a case."""
     labels = label_names(cases)
-    columns = [case_row(c, len(labels), SAMPLES, paint_label(c.prediction, c.image)) for c in cases]
-    names = ["image", *labels, "prediction", *numbered("sample", len(cases[0].samples))]
+    columns = [case_row(c, labels, SAMPLES, paint_label(c.prediction, c.image)) for c in cases]
+    names = ["image", *labels.values(), "prediction", *numbered("sample", len(cases[0].samples))]
     notes = {(name, i): f"{p:.2f}" for i, c in enumerate(cases) if c.weights is not None
-             for name, p in zip(labels, c.weights)}
+             for name, p in zip(labels.values(), c.weights)}
     save_grid(path, dict(zip(names, zip(*columns))), [c.name for c in cases], notes)
 
 
 def plot_overview(path, cases: list[Case]) -> None:
     """Draw four cases with four annotators and eight samples each, a row a case."""
-    labels, chosen = label_names(cases, 4), cases[:: -(-len(cases) // 4)]
-    rows = {c.name: case_row(c, len(labels), 8) for c in chosen}
+    chosen = cases[:: -(-len(cases) // 4)]
+    labels = label_names(chosen, 4)
+    rows = {c.name: case_row(c, labels, 8) for c in chosen}
     notes = {(c.name, 1 + a): f"{p:.2f}" for c in chosen if c.weights is not None
              for a, p in enumerate(c.weights[: len(labels)])}
-    save_grid(path, rows, ["image", *labels, *numbered("sample", 8)], notes, cell=0.8)
+    save_grid(path, rows, ["image", *labels.values(), *numbered("sample", 8)], notes, cell=0.8)
 
 
 def plot_uncertainty(path, cases: list[Case]) -> None:

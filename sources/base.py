@@ -4,6 +4,7 @@ A set's reader only *lists* its cases: a `Listing` of `Case`s, each with a funct
 `assign` shares them out to train, val and test, and `collect` reads those that are asked for.
 """
 
+import difflib
 import json
 import math
 import os
@@ -22,14 +23,15 @@ import torch
 from torch import Tensor
 
 from common import IGNORE, Progress
-from sources.files import DataError, as_float_image, holds, readable, size_text
+from sources.files import DataError, as_float_image, holds, readable, shortened, size_text
 
 SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
+MANY = 64  # classes; where there are more, their number has to be given
 LARGE = 5.0  # root mean square of an image above which a warning is printed
 
 
-@dataclass
+@dataclass(repr=False)
 class Split:
     """Cases in memory, images and all their annotations, on one device."""
 
@@ -49,6 +51,23 @@ class Split:
     scored: tuple[int, ...] = ()  # classes whose IoU the set's paper averages; () = 1..K-1
     # {split: names of its cases} of the whole set, as `split_file` takes it.
     parts: dict[str, list[str]] = field(default_factory=dict)
+    annotators: list[str] = field(default_factory=list)  # names; "0", "1", ... where they have none
+
+    def __post_init__(self):
+        count = (self.labels if self.flips is None else self.flips).shape[1]
+        if len(self.annotators) != count:  # none are given, or they drew other label maps
+            self.annotators = [str(number) for number in range(count)]
+
+    def __repr__(self) -> str:
+        return (f"Split({len(self)} cases of {size_text(self.images.shape[1:])}, "
+                f"{self.num_classes} classes, {self.drawn_by})")
+
+    @property
+    def drawn_by(self) -> str:
+        """Whose label maps these are, for a message."""
+        if self.exact or self.instances is not None:
+            return f"{len(self.annotators)} label maps"
+        return f"annotators {', '.join(shortened(self.annotators))}"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,10 +134,7 @@ class Case:
     split: str = ""  # train, val or test, where the set has splits of its own
 
     def __post_init__(self):
-        # File names may hold bytes that are not UTF-8, and damaged arrays of text what is no
-        # character at all; no CSV or JSON could be written with either.
-        self.name, self.group = (text.encode("utf-8", "backslashreplace").decode("utf-8", "replace")
-                                 for text in (self.name, self.group))
+        self.name, self.group = writable(self.name), writable(self.group)
 
 
 @dataclass
@@ -139,6 +155,7 @@ class Listing:
     fixed: int | None = None  # given where the label maps are instance ids, see Split
     scored: tuple[int, ...] = ()
     pad: str = "reflect"  # how images are filled up to the largest: a mode of numpy.pad
+    annotators: Sequence[str] = ()  # the names of annotator 0, 1, ..., where they have any
 
 
 def locate(name: str, path, source) -> Path:
@@ -155,9 +172,11 @@ def locate(name: str, path, source) -> Path:
         raise DataError(f"{name}: several files at {place}: give the path of one, "
                         f"{' or '.join(file.name for file in found)}")
     if not found:
-        fault = "nothing to read at" if place.exists() else "there is no"
-        there = f" ({holds(place)})" if place.is_dir() else ""
-        raise DataError(f"{name}: {fault} {place}{there}: put there, or give the path of, "
+        fault = f"nothing to read at {place}" + (f" ({holds(place)})" if place.is_dir() else "")
+        if not place.exists():
+            near = next(folder for folder in place.absolute().parents if folder.is_dir())
+            fault = f"there is no {place}; {holds(near)}"
+        raise DataError(f"{name}: {fault}: give as --path, or put at datasets/{name}, "
                         f"{source.layout}; sources/README.md has every layout")
     return found[0]
 
@@ -190,7 +209,7 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
     if count > 1:
         raise DataError(f"{place}: two cases are named {name!r}; rename one")
     why = listing.if_empty or (f"{len(set(groups))} groups (patients, scenes) are too few to "
-                               "split; give more, or use 'all'")
+                               "split: give 3 or more, or load 'all'")
     if split_file:
         place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
     elif any(case.split for case in cases):
@@ -249,11 +268,15 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         progress.say(f"{place}: {len(cases)} cases read")
     whole = _stack(place, listing, rows, images, maps)
     largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
-    if largest > LARGE and not progress.quiet:
-        print(f"warning: {place}: pixels of about {largest:.3g}; models expect about [0, 1], or "
-              "mean 0 and deviation 1: divide the images, or store them as uint8 or uint16",
-              file=sys.stderr)
+    if largest > LARGE:
+        _warn(f"{place}: pixels of about {largest:.3g}; models expect about [0, 1], or mean 0 and "
+              "deviation 1: divide the images, or store them as uint8 or uint16")
     return whole
+
+
+def _warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the only process of torchrun that writes
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -> Split:
@@ -275,17 +298,28 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
         images[i] = maps[i] = None  # frees them one by one
     whole = Split(torch.from_numpy(stack), torch.from_numpy(labels), None,
                   [case.group for case in cases], listing.num_classes,
-                  [case.name for case in cases], scored=listing.scored)
+                  [case.name for case in cases], scored=listing.scored,
+                  annotators=list(map(writable, listing.annotators[:annotators])))
     if listing.fixed is not None:
         whole = replace(whole, instances=whole.labels[:, 0], fixed=listing.fixed)
         return replace(whole, labels=_fixed_maps(whole))
 
-    highest = max(int(label[label != IGNORE].max(initial=0)) for label in labels)
-    if not highest:
-        raise DataError(f"{place}: no label between 0 and {IGNORE} in it: foreground is 1 and up, "
-                        f"{IGNORE} means ignore (black and white masks, 0 and {IGNORE}: the data "
-                        "set folder reads them with --data-args masks=binary)")
-    whole.num_classes = listing.num_classes or highest + 1
+    highest = np.max([[label[label != IGNORE].max(initial=0) for label in drawn]
+                      for drawn in labels], 0).astype(int)  # (A,)
+    if not highest.any():
+        raise DataError(f"{place}: all labels are 0 (background) or {IGNORE} (ignored); if these "
+                        "are black and white masks, add --data-args masks=binary (data set folder),"
+                        " or store foreground as 1")
+    num_classes = listing.num_classes or int(highest.max()) + 1
+    if num_classes > MANY and not listing.num_classes:
+        raise DataError(f"{place}: the largest label makes {num_classes} classes; if that is right,"
+                        f" add --data-args num_classes={num_classes}; if these are black and white "
+                        "masks with grey borders, masks=binary (data set folder) or redraw them")
+    for a in np.flatnonzero(highest == 0):
+        if (labels[whole.present[:, a], a] == IGNORE).any():
+            _warn(f"{place}: all labels of annotator {whole.annotators[a]} are 0 (background) or "
+                  f"{IGNORE} (ignored), others have classes; are these black and white masks?")
+    whole.num_classes = num_classes
     weights = whole.present.double()  # (N, A)
     if listing.weights is not None:
         weights = weights * torch.from_numpy(listing.weights[rows])
@@ -312,7 +346,8 @@ def _read_case(place, listing: Listing, case: Case) -> tuple[np.ndarray, dict[in
         raise DataError(f"{where}: image is {size_text(image.shape[1:])}; (H, W) or (D, H, W) is "
                         "needed")
     for annotator, label in maps.items():
-        title = f"{where}: mask {annotator}"
+        who = f"of {listing.annotators[annotator]}" if listing.annotators else annotator
+        title = f"{where}: mask {who}"
         if listing.fixed is None:
             maps[annotator] = _as_label(label, listing.num_classes or IGNORE, title)
         else:
@@ -360,6 +395,12 @@ def _fixed_maps(whole: Split) -> Tensor:
 # ----------------------------------------------------------------------- shared by several files
 
 
+def writable(text: str) -> str:
+    """Replaces what no CSV or JSON could be written with: bytes of a file's name that are not
+    UTF-8, and what in damaged arrays of text is no character at all."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8", "replace")
+
+
 def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
     """Crops and fills the last axes to `size`, about their centre; `how` is numpy.pad's."""
     cuts, widths = [...], [(0, 0)] * (array.ndim - len(size))
@@ -374,7 +415,9 @@ def centred(array: np.ndarray, size: Sequence[int], **how) -> np.ndarray:
 def check_known(what: str, name: str, names: Iterable[str]) -> str:
     """Returns `name` if it is one of `names`, and raises a DataError that lists them if not."""
     if name not in names:
-        raise DataError(f"unknown {what} {name!r}: choose from {', '.join(names)}")
+        near = difflib.get_close_matches(str(name)[:80], names, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise DataError(f"unknown {what} {name!r}: {meant}choose from {', '.join(names)}")
     return name
 
 

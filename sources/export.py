@@ -40,6 +40,7 @@ def export(whole: Split, out, layout: str = "") -> str:
         if os.path.lexists(path):
             raise DataError(f"{path} is there: delete it, or give another name")
     images, labels, names = whole.images.numpy(), whole.labels.numpy(), whole.names
+    named = whole.annotators != [str(number) for number in range(len(whole.annotators))]
     if images.ndim < 4:
         raise DataError(f"{out}: lines have no layout; images or volumes are needed")
     if layout == "pickle" and (images.ndim > 4 or images.shape[1] > 1 or whole.num_classes > 2):
@@ -53,6 +54,8 @@ def export(whole: Split, out, layout: str = "") -> str:
                           names=np.array(names), num_classes=np.array(whole.num_classes))
             if whole.weights is not None:
                 arrays["weights"] = whole.weights.numpy()
+            if named:
+                arrays["annotators"] = np.array(whole.annotators)
             np.savez_compressed(work / "out.npz", **arrays)
         elif layout == "pickle":
             table = {name: dict(image=image[0].astype(float), masks=list(maps), series_uid=group)
@@ -96,12 +99,7 @@ def _small(images: np.ndarray) -> np.ndarray:
 
 def _write_folder(root: Path, whole: Split) -> list[str]:
     """Writes the layout "folders" of `templates.PRESETS`; returns the cases' file names."""
-    names: dict[str, str] = {}
-    for name, group in zip(whole.names, whole.groups):
-        safe = re.sub(r"[^\w.-]+|^\.", "_", name)[:60]
-        while safe in names:
-            safe += "_"
-        names[safe] = group
+    names, annotators = _file_names(whole.names), _file_names(whole.annotators)
     for i, name in enumerate(names):
         image = whole.images[i].numpy()
         flat, small = image.ndim == 3, _small(image)
@@ -109,11 +107,22 @@ def _write_folder(root: Path, whole: Split) -> list[str]:
         if picture:
             small = small[0] if len(small) == 1 else small.transpose(1, 2, 0)
         _write(root / "images" / name, small, picture)
-        for annotator, label in enumerate(whole.labels[i].numpy()):
+        for annotator, label in zip(annotators, whole.labels[i].numpy()):
             if (label != IGNORE).any():
-                _write(root / "labels" / str(annotator) / name, label, flat)
+                _write(root / "labels" / annotator / name, label, flat)
     with open(root / "groups.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("name", "group"), *names.items()])
+        csv.writer(file).writerows([("name", "group"), *zip(names, whole.groups)])
+    return names
+
+
+def _file_names(texts: list[str]) -> list[str]:
+    """Returns each text as a file's name of its own."""
+    names: dict[str, None] = {}  # in this order, and quick to look up
+    for text in texts:
+        safe = re.sub(r"[^\w.-]+|^\.", "_", text)[:60]
+        while safe in names:
+            safe += "_"
+        names[safe] = None
     return list(names)
 
 

@@ -38,8 +38,12 @@ def size_text(shape: Sequence[int]) -> str:
 def holds(folder: Path) -> str:
     """Says what a folder holds, for a message."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    shown = names[:6] + ["..."] if len(names) > 6 else names
-    return f"{folder} holds {', '.join(shown) or 'nothing'}"
+    return f"{folder} holds {', '.join(shortened(names)) or 'nothing'}"
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Cuts a list of many names, for a message."""
+    return [*names[:6], "..."] if len(names) > 6 else [*names]
 
 
 @contextlib.contextmanager
@@ -94,6 +98,9 @@ def read_label(file: Path) -> np.ndarray:
     """Reads a label map (H, W), whose classes are the grey levels or palette indices."""
     with _open_picture(file) as picture:
         array = np.asarray(picture)
+        if array.ndim == 3 and (array[..., :3] == array[..., :1]).all() and (
+                array[..., 3:] == 255).all():
+            array = array[..., 0]  # grey levels that were saved as opaque colours
         if picture.format == "JPEG" or array.ndim != 2:
             raise DataError(f"{file}: a {picture.format} of {picture.mode}; a label map is a PNG or"
                             " TIFF of grey levels or palette indices (JPEG changes labels)")

@@ -15,11 +15,11 @@ def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
       images   (N, H, W), (N, C, H, W) or (N, C, D, H, W), of a kind that `as_float_image` takes
       labels   (N, A, H, W) or (N, A, D, H, W), always with the annotator axis: 0..K-1, 255 = ignore
     and optionally: weights (N, A), normalised row by row; groups (N,), such as the patient of each
-    case; names (N,); num_classes, else the largest label + 1. An annotator's map of nothing but
-    255 is missing.
+    case; names (N,); annotators (A,), their names; num_classes, else the largest label + 1. An
+    annotator's map of nothing but 255 is missing.
     """
     arrays = read_npz_arrays(path, ("images", "labels"),
-                             ("weights", "groups", "names", "num_classes"))
+                             ("weights", "groups", "names", "annotators", "num_classes"))
     images, labels = arrays["images"], arrays["labels"]
     shape = labels.shape
     images = images[:, None] if images.ndim == labels.ndim - 1 else images
@@ -27,10 +27,11 @@ def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
         raise DataError(f"{path}: labels is {size_text(shape)} and images "
                         f"{size_text(arrays['images'].shape)}; (N, A, H, W) must meet (N, H, W) or "
                         "(N, C, H, W) (of a single annotator? store labels[:, None])")
-    sizes = {"weights": shape[:2], "groups": shape[:1], "names": shape[:1], "num_classes": ()}
+    sizes = {"weights": shape[:2], "groups": shape[:1], "names": shape[:1], "num_classes": (),
+             "annotators": shape[1:2]}
     for key in arrays.keys() & sizes:
-        number = arrays[key].dtype.kind in "buif" or key in ("groups", "names")
-        if arrays[key].shape != sizes[key] or not number:
+        text = key in ("groups", "names", "annotators")
+        if arrays[key].shape != sizes[key] or not text and arrays[key].dtype.kind not in "buif":
             raise DataError(f"{path}: {key} is {size_text(arrays[key].shape)} of "
                             f"{arrays[key].dtype}; {size_text(sizes[key])} is needed")
     weights = np.asarray(arrays.get("weights", ()), float)
@@ -40,11 +41,13 @@ def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
         raise DataError(f"{path}: num_classes is {arrays['num_classes']}; give a whole number")
     num_classes = num_classes or int(arrays.get("num_classes", 0))
     with readable(path, "names or groups"):  # damaged text may hold what is no character
+        annotators = [str(name) for name in arrays.get("annotators", ())]
         names = [str(name) for name in arrays.get("names", range(len(labels)))]
         groups = [str(group) for group in arrays.get("groups", names)]
     cases = [Case(name, group, partial(read_row, images, labels, i))
              for i, (name, group) in enumerate(zip(names, groups))]
-    return Listing(cases, num_classes, weights=weights if "weights" in arrays else None)
+    return Listing(cases, num_classes, weights=weights if "weights" in arrays else None,
+                   annotators=annotators)
 
 
 def read_row(images: np.ndarray, labels: np.ndarray, i: int):

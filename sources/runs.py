@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from common import UserError
-from sources.files import write_atomically, write_text
+from sources.files import holds, write_atomically, write_text
 
 # ------------------------------------------------------------------------- settings and lock
 
@@ -47,8 +47,9 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(name)  # True would count as the number 1
         return config | {"settings": given, "changes": list(config.get("changes", []))}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        there = holds(folder if folder.is_dir() else folder.parent)
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
-                        "that train.py wrote") from None
+                        f"that train.py wrote; {there}") from None
 
 
 def plain(value):

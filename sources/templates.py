@@ -16,6 +16,7 @@ A template that ends in a field takes files of every ending that can be read (`f
 """
 
 import csv as tables
+import functools
 import glob
 import os
 import re
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
 # In LIDC every annotator saw every scan: who has no mask of a nodule drew nothing.
 PRESETS = {
     "folders": Layout("images/{name}", "labels/{annotator}/{name}"),
+    "single": Layout("images/{name}", "labels/{name}"),
     "hpunet": Layout("{split}/images/{group}/{name}.png",
                      "{split}/gt/{group}/{name}_l{annotator}.png", "binary", "nothing"),
     "kaggle-lidc": Layout("{group}/{nodule}/images/{name}.png",
@@ -162,8 +164,8 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
     classes = sorted({name for row in rows for files in row.labels.values() for name in files},
                      key=_natural)
     if os.environ.get("RANK", "0") == "0":
-        say(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, of the annotators "
-            + (", ".join(annotators) or "(no name)"))
+        who = f"annotators {', '.join(annotators)}" if all(annotators) else "one annotator"
+        _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}")
     cases = []
     for row in rows:
         labels = {annotators.index(name): sorted((1 + classes.index(c), file)
@@ -180,7 +182,14 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
                       for z in range(volume.left)]
     own = any(case.split for case in cases)
     return Listing(cases, num_classes, apart=own and num_classes > 0,
-                   if_empty=f"nothing is at {chosen.image}" if own else "")
+                   if_empty=f"nothing is at {chosen.image}" if own else "",
+                   annotators=annotators if all(annotators) else ())
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """A set is read again for its test split, or where it has not all splits."""
+    say(text)
 
 
 def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]:
@@ -192,8 +201,9 @@ def _choose(root: Path, name: str, image: str, label: str) -> tuple[str, Layout]
     if not name:
         like = [name for name, layout in PRESETS.items() if Template(layout.image).fits(root)]
         if not like:
-            raise DataError(f"{root}: looks like none of the layouts {', '.join(PRESETS)}, and "
-                            f"{holds(root)}; give the templates image= and label=, or csv=")
+            raise DataError(f"{root}: no images/NAME.png or other layout ({', '.join(PRESETS)}) is "
+                            f"in it, {holds(root)}; give another --path, or --data-args with two "
+                            "templates image= and label=, or csv=")
         with_labels = [name for name in like if Template(PRESETS[name].label).fits(root)]
         name = (with_labels or like)[0]
     return name, PRESETS[check_known("layout", name, PRESETS)]
@@ -251,7 +261,8 @@ def _read_groups(file: Path, names: Set[str]) -> dict[str, str]:
     """Reads {name: group} from the table `file`, which has to list every image."""
     with readable(file, "table of name,group"):
         lines = file.read_text(encoding="utf-8-sig").splitlines()
-        table = dict(tables.reader(filter(None, lines)))
+        table = {re.sub(f"{ENDING}$", "", name): group
+                 for name, group in tables.reader(filter(None, lines))}
     table.pop("name", None)  # the heading
     if odd := sorted(table.keys() ^ names):
         fault = "does not list" if odd[0] in names else "there is no image of"
@@ -270,6 +281,9 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
     tells whether all that is not 0 in a file is of its class; the rest is as in `read_folder`."""
     dims = 3 if slices == "axial" else None
     array, grid = read_array(image, dims=dims)
+    if not labels:
+        raise DataError(f"{image}: no mask of any annotator has its name; add one, or leave the "
+                        "image out")
     maps: dict[int, np.ndarray] = {}
     for annotator, files in labels.items():
         for value, file in files:

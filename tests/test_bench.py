@@ -72,7 +72,7 @@ def test_bf16_is_measured_in_bf16(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--models", "nope"], "choose one of ssn, prob_unet"), (["--rounds", "0"], "1 or more"),
+    (["--models", "nope"], "choose from ssn, prob_unet"), (["--rounds", "0"], "1 or more"),
     (["--device", "tpu"], "choose auto, cpu, cuda")])
 def test_mistakes_are_one_line(capsys, arguments, message):
     assert bench.main(arguments) == 2

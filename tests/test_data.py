@@ -445,7 +445,7 @@ def test_batches_refuse_what_cannot_be(made):
     refused("[]", call=lambda: data.batches(split, 2, 0, annotators=[]))
     refused("instances", call=lambda: data.batches(made["cells"], 2, 0, annotators=[0]))
     split.weights = torch.tensor([[1.0, 0], [0.5, 0.5], [0.5, 0.5]])
-    refused("'0'", "[1]", call=lambda: data.batches(split, 2, 0, annotators=[1]))
+    refused("'0'", "annotators 1", call=lambda: data.batches(split, 2, 0, annotators=[1]))
 
 
 def test_ignored_instances_stay_ignored(made):

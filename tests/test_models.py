@@ -38,8 +38,8 @@ def test_nonsense_is_one_line(name, value):
 
 
 @pytest.mark.parametrize("name, fields, message", [
-    ("nothing", {}, "choose one of ssn"),
-    ("ssn", {"ranks": 1}, "--model-args ranks: ssn knows .*channels"),
+    ("nothing", {}, "choose from ssn"),
+    ("ssn", {"ranks": 1}, "unknown ssn option 'ranks': did you mean rank. choose .*channels"),
     ("unet", {"channels": (10**5, 10**5)}, "a number above 10,000"),
     ("unet", {"convs": 10**6}, "a number above 10,000"),
     ("unet", {"channels": (10**4, 10**4)}, "more than 1,000,000,000 parameters")])

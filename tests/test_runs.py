@@ -127,10 +127,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.pop("state"), "not a checkpoint"),
     (lambda c: c.update(state=3), "does not fit the SSN"),
-    (lambda c: c.update(model="nothing"), "choose one of"),
+    (lambda c: c.update(model="nothing"), "choose from"),
     (lambda c: c["config"].update(rank=3), "does not fit the SSN"),
     (lambda c: c["config"].update(channels=()), "cannot be built"),
-    (lambda c: c["config"].update(ranks=3), "ssn knows"),
+    (lambda c: c["config"].update(ranks=3), "unknown ssn option"),
     (lambda c: c["state"].pop("mean.weight"), "does not fit the SSN"),
     (lambda c: c["state"].update(more=torch.ones(1)), "does not fit the SSN"),
     (lambda c: c["state"].update({"mean.weight": 3}), "does not fit the SSN")])

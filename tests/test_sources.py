@@ -722,17 +722,17 @@ BAD_FOLDERS = {
     "no image": (lambda root: save_picture(root / "labels/ben/x.png", np.zeros((8, 7), np.uint8)),
                  ["labels/ben/x.png", "images/"]),
     "no label": (lambda root: save_picture(root / "images/x.png", np.zeros((8, 7), np.uint8)),
-                 ["'x'", "no mask"]),
+                 ["images/x.png", "no mask"]),
     "JPEG label": (lambda root: (save_picture(root / "labels/ben/case 1.jpg", np.zeros(
         (8, 7), np.uint8)), (root / "labels/ben/case 1.png").unlink()), ["case 1.jpg", "JPEG"]),
     "colour label": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
-        (8, 7, 3), np.uint8)), ["case 1.png", "RGB", "palette"]),
+        (8, 7, 3), np.uint8) + np.uint8([0, 0, 1])), ["case 1.png", "RGB", "palette"]),
     "sizes": (lambda root: save_picture(root / "labels/ben/case 1.png", np.zeros(
         (7, 8), np.uint8)), ["ben/case 1.png is 7 x 8", "images/case 1.png 8 x 7"]),
     "fractions": (lambda root: ((root / "labels/ben/case 1.png").unlink(), save_picture(
         root / "labels/ben/case 1.tif", np.full((8, 7), 0.5, np.float32))), ["'case 1'", "0.5"]),
     "class 300": (lambda root: save_picture(root / "labels/ben/case 1.png", np.full(
-        (8, 7), 300, np.uint16)), ["'case 1'", "mask 1", "300"]),
+        (8, 7), 300, np.uint16)), ["'case 1'", "mask of ben", "300"]),
     "class 2 of 2": (lambda root: None, ["value 2", "0 to 1"]),
     "another kind": (lambda root: (root / "images/notes.txt").write_text("x"),
                      ["notes.txt", ".png"]),

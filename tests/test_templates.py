@@ -58,7 +58,7 @@ def test_kaggles_lidc_is_found_by_itself(tmp_path, capsys):
     train, val, test = data.load("lidc", ("train", "val", "test"), tmp_path)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and "kaggle-lidc" in told and "mask-{annotator}" in told
-    assert told.endswith("of the annotators 0, 1, 2, 3\n")
+    assert told.endswith(", annotators 0, 1, 2, 3\n")
     assert [len(set(part.groups)) for part in (train, val, test)] == [6, 2, 2]  # 64/16/20 of 10
     whole = data.load("lidc", "all", tmp_path)
     assert whole.labels.shape == (40, 4, 6, 5) and whole.num_classes == 2 and whole.weights is None
@@ -154,7 +154,7 @@ def test_what_an_empty_mask_and_no_file_mean(tmp_path, empty, want):
         (value < 255) / sum(v < 255 for v in (0, *want)) for value in (0, *want)]
     (tmp_path / "labels/a/x.png").unlink()
     (tmp_path / "labels/b/x.png").unlink()
-    refused("'x'", "no mask", call=lambda: data.load("folder", "all", tmp_path, empty=empty))
+    refused("images/x.png", "no mask", call=lambda: data.load("folder", "all", tmp_path, empty=empty))
 
 
 def test_a_layout_by_name(tmp_path):
@@ -317,7 +317,7 @@ BAD_TREES = {
     "no ending": (dict(image="{group}/scan/{name}.bmp"), {}, [".nii.gz"]),
     "a null": (dict(image="{group}/\0/{name}.png"), {}, ["below the folder"]),
     "no layout": (dict(image="", label=""), {},
-                  ["none of the layouts folders, hpunet", "holds p1, p2", "image="])}
+                  ["no images/NAME.png or other layout (folders", "holds p1, p2", "image="])}
 
 
 @pytest.mark.parametrize("fault", BAD_TREES)

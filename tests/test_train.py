@@ -329,7 +329,7 @@ def test_terms_name_the_cause_and_not_its_consequence():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--model", "unet3000"], "choose one of ssn"),
+    (["--model", "unet3000"], "did you mean unet? choose from ssn"),
     (["--data", "imagenet"], "toy1d"),
     (["--data-args", "m=3"], "n, size, seed"),
     (["--data-args", "n"], "key=value"),
@@ -352,8 +352,8 @@ def test_terms_name_the_cause_and_not_its_consequence():
     (["--lr", "-1"], "--lr -1.0"),
     (["--lr-drops", "100"], "STEP:FACTOR"),
     (["--lr-drops", "100:0.1", "5:inf"], "STEP:FACTOR"),
-    (["--annotators", "both"], "all, or numbers"),
-    (["--annotators", "99"], "choose from 0 to 11"),
+    (["--annotators", "both"], "choose from all, 0, 1"),
+    (["--annotators", "99"], "choose from all, 0, 1"),
     (["--path", "a\0b", "--data", "npz"], ""),
 ])
 def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
@@ -570,7 +570,7 @@ def test_annotators_image_size_and_augmentation_reach_the_loop(tmp_path, monkeyp
     with pytest.raises(StopIteration):
         train.main([*TINY, "--out", str(tmp_path), "--annotators", "1,2", "--image-size", "24",
                     "--no-augment"])
-    assert given["annotators"] == (1, 2) and given["size"] == 24 and given["augmentation"] is None
+    assert given["annotators"] == [1, 2] and given["size"] == 24 and given["augmentation"] is None
 
 
 def test_bf16_trains_and_changes_the_loss(finished, tmp_path):

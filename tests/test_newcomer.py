@@ -1,0 +1,251 @@
+"""What a newcomer meets with a folder of PNGs of their own, by annotators called anna and bob."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from analysis import pictures
+from analysis.compare import compare
+from common import UserError
+from data_files import refused, save_picture
+from metrics import Moments
+
+BINARY = ["--data-args", "masks=binary"]
+
+
+def write(root, foreground, count=10):
+    """Scans of 16 x 16; anna draws the upper half, bob the left one, but not of scan 0."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        save_picture(root / f"images/scan{i}.png", rng.integers(0, 256, (16, 16)).astype(np.uint8))
+        maps = np.zeros((2, 16, 16), np.uint8)
+        maps[0, :8] = maps[1, :, :8] = foreground
+        for name, label in zip(("anna", "bob")[: 2 if i else 1], maps):
+            save_picture(root / f"labels/{name}/scan{i}.png", label)
+    return root
+
+
+@pytest.fixture
+def own(tmp_path):
+    return write(tmp_path / "own", 1)
+
+
+@pytest.fixture
+def black_and_white(tmp_path):
+    return write(tmp_path / "white", 255)
+
+
+def one_line(capsys, main, *arguments):
+    assert main([*map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# ----------------------------------------------------------------------------------------- names
+
+
+def test_annotators_keep_their_names(own, tmp_path, capsys):
+    """In the table of show, and through every layout of export that has a place for them."""
+    whole = data.load("folder", "all", own)
+    assert whole.annotators == ["anna", "bob"] == data.load("folder", "val", own).annotators
+    text = data.show("folder", own, out=tmp_path / "a.png")
+    assert "annotator anna" in text and "annotator bob" in text and "numbered" not in text
+    for out, name in (("copy", "folder"), ("copy.npz", "npz")):
+        assert data.main(["export", str(tmp_path / out), "--data", "folder", "--path", str(own)]
+                         ) == 0
+        again = data.load(name, "all", tmp_path / out)
+        assert again.annotators == ["anna", "bob"] and torch.equal(again.labels, whole.labels)
+    assert (tmp_path / "copy/labels/anna/scan0.png").exists()
+    assert not (tmp_path / "copy/labels/bob/scan0.png").exists()
+
+
+def test_a_table_and_templates_name_annotators(own):
+    (own / "cases.csv").write_text("image,label_bob,label_anna\n" + "".join(
+        f"images/scan{i}.png,labels/bob/scan{i}.png,labels/anna/scan{i}.png\n"
+        for i in range(1, 10)))
+    assert data.load("folder", "all", own, csv="cases.csv").annotators == ["anna", "bob"]
+    files = dict(image="images/{name}.png", label="labels/anna/{name}.png")
+    assert data.load("folder", "all", own, **files).annotators == ["0"]  # without {annotator}
+
+
+def test_annotators_without_names_are_numbered_from_0(own, tmp_path):
+    out = tmp_path / "copy.pickle"
+    data.export(data.load("folder", "all", own), out)
+    assert data.load("lidc", "all", out).annotators == ["0", "1"]
+    text = data.show("lidc", out, out=tmp_path / "a.png")
+    assert "annotator 0" in text and "annotator (numbered from 0): pixels" in text
+
+
+def test_other_label_maps_have_no_names(own):
+    whole = data.load("folder", "all", own)
+    hidden = data.load("folder", "all", own, hide=50)
+    assert whole.to("cpu").subset([1]).annotators == whole.annotators
+    assert len(hidden.annotators) == hidden.labels.shape[1] == 1
+    assert data.load("shapes", "val", n=10).annotators == [str(i) for i in range(12)]
+    assert len(data.load("modes", "val", n=10).annotators) == 32
+
+
+def test_a_split_is_a_short_line(own):
+    assert repr(data.load("folder", "all", own)) == (
+        "Split(10 cases of 1 x 16 x 16, 2 classes, annotators anna, bob)")
+    assert repr(data.load("toy1d", "all")) == "Split(1 cases of 1 x 21, 2 classes, 2 label maps)"
+
+
+def test_pictures_name_annotators_and_leave_room_for_a_missing_one(own, monkeypatch):
+    """Scan 0, whose maps are swapped, has none of anna's, and bob's stands in his own column."""
+    whole = data.load("folder", "all", own).subset([0, 1])
+    whole.labels[0], whole.weights[0] = whole.labels[0].flip(0), whole.weights[0].flip(0)
+    probs = torch.rand(2, 2, 2, 16, 16).softmax(2)
+    cases = pictures.cases_to_show(whole, {"scan0": "scan0", "scan1": "scan1"}, probs[0].argmax(1),
+                                   probs.argmax(2), Moments(probs))
+    assert [list(case.drawn_by.values()) for case in cases] == [
+        ["annotator\nbob"], ["annotator\nanna", "annotator\nbob"]]
+    drawn = {}
+    monkeypatch.setattr(pictures, "save_grid",
+                        lambda path, rows, columns, *_, **__: drawn.update(rows, columns=columns))
+    pictures.plot_overview("", cases)
+    assert drawn["columns"][:3] == ["image", "annotator\nanna", "annotator\nbob"]
+    assert drawn["scan0"][1] is None and drawn["scan0"][2] is not None
+    assert all(picture is not None for picture in drawn["scan1"])
+
+
+def test_annotators_are_chosen_by_name_or_number(own, capsys):
+    split = data.load("folder", "all", own)
+    assert train.annotators("all", split) is None
+    assert train.annotators("bob", split) == train.annotators("1", split) == [1]
+    assert train.annotators("bob, anna", split) == [1, 0]
+    split.annotators = ["1", "2"]  # of folders with these names
+    assert train.annotators("1", split) == [0]
+    refused("'ana'", "did you mean anna? choose from all, 0, 1, anna, bob",
+            call=lambda: train.annotators("ana", data.load("folder", "all", own)))
+    refused("annotators bob", "'scan0'", "split_file",
+            call=lambda: data.batches(data.load("folder", "all", own), 2, 0, annotators=[1]))
+
+
+# -------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_in_the_command_are_told_before_an_old_run(own, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").touch()
+    command = ["--data", "folder", "--path", own, "--quick", "--device", "cpu", "--out", run]
+    for more, fragment in ((["--path", own / "nowhere"], "there is no"),
+                           (["--path", own / "images"], "no images/NAME.png"),
+                           (["--data-args", "mask=binary"], "did you mean masks?"),
+                           (["--model-args", "ranks=1"], "did you mean rank?"),
+                           (["--model", "sssn"], "did you mean ssn?"),
+                           (["--data", "foldr"], "did you mean folder?"),
+                           (["--annotators", "carl"], "choose from all, 0, 1, anna, bob"),
+                           ([], "holds a run already")):
+        assert fragment in one_line(capsys, train.main, *command, *more)
+
+
+def test_black_and_white_masks_are_told_how_to_be_read(black_and_white, capsys):
+    where = ["--data", "folder", "--path", black_and_white]
+    assert "add --data-args masks=binary" in one_line(capsys, data.main, "show", *where)
+    where += ["--quick", "--out", black_and_white / "run"]
+    assert "add --data-args masks=binary" in one_line(capsys, train.main, *where)
+    assert data.load("folder", "all", black_and_white, masks="binary").num_classes == 2
+
+
+def test_black_and_white_masks_that_do_not_look_like_it(black_and_white, own, capsys):
+    """Of one annotator alone; with grey borders; saved as colours."""
+    shutil.rmtree(own / "labels/bob")
+    shutil.copytree(black_and_white / "labels/bob", own / "labels/bob")
+    data.load("folder", "all", own)
+    assert "all labels of annotator bob are 0" in capsys.readouterr().err
+    for file in sorted(own.glob("labels/bob/*")):
+        with Image.open(file) as picture:
+            soft = picture.resize((24, 24), Image.Resampling.BILINEAR).resize((16, 16))
+            picture.convert("RGBA").save(file)
+    colours = data.load("folder", "all", own, masks="binary")
+    white = data.load("folder", "all", black_and_white, masks="binary")
+    assert torch.equal(colours.labels, white.labels)
+    soft.save(file)
+    refused("classes; if that is right", "num_classes=", "masks=binary",
+            call=lambda: data.load("folder", "all", own))
+
+
+def test_groups_are_listed_with_or_without_endings(own):
+    for ending in ("", ".png"):
+        lines = [f"scan{i}{ending},patient{i // 2}\n" for i in range(10)]
+        (own / "groups.csv").write_text("".join(lines))
+        assert data.load("folder", "all", own).groups[:3] == ["patient0", "patient0", "patient1"]
+
+
+def test_a_single_annotator_needs_no_folder(own):
+    for i in range(10):
+        (own / f"labels/anna/scan{i}.png").rename(own / f"labels/scan{i}.png")
+    shutil.rmtree(own / "labels/anna")
+    shutil.rmtree(own / "labels/bob")
+    whole = data.load("folder", "all", own)
+    assert whole.annotators == ["0"] and whole.labels.shape == (10, 1, 16, 16)
+
+
+def test_a_wrong_path_says_what_is_there_and_what_to_give(own):
+    refused("there is no", own / "imgs/x", f"{own} holds images, labels", "give as --path",
+            "datasets/folder", "images/NAME.png",
+            call=lambda: data.load("folder", "all", own / "imgs/x"))
+    refused("nothing to read at", "images holds scan0.png", "--path",
+            call=lambda: data.load("lidc", "all", own / "images"))
+    refused("no images/NAME.png", "images holds scan0.png", "give another --path",
+            call=lambda: data.load("folder", "all", own / "images"))
+
+
+def test_masks_that_do_not_fit_are_named(own):
+    save_picture(own / "labels/bob/scan3.png", np.ones((16, 15), np.uint8))
+    refused("labels/bob/scan3.png is 16 x 15", "images/scan3.png 16 x 16", "of one size",
+            call=lambda: data.load("folder", "all", own))
+    (own / "labels/bob/scan3.png").unlink()
+    (own / "labels/anna/scan3.png").unlink()
+    refused("images/scan3.png", "no mask of any annotator",
+            call=lambda: data.load("folder", "all", own))
+    save_picture(own / "labels/anna/scan3.png", np.full((16, 16), 300, np.uint16))
+    refused("'scan3': mask of anna has the value 300", call=lambda: data.load("folder", "all", own))
+
+
+def test_what_a_folder_was_taken_for_is_said_once(own, capsys):
+    for split in ("train", "test"):
+        data.load("folder", split, own)
+    assert capsys.readouterr().out.count("read as folders") == 1
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+def test_export_takes_its_options_in_any_order(black_and_white, tmp_path, capsys):
+    where = ["--data", "folder", "--path", black_and_white]
+    for number, order in enumerate(([*where, *BINARY, "OUT"], [*where, "OUT", *BINARY],
+                                    ["OUT", *where, *BINARY])):
+        out = tmp_path / f"copy{number}"
+        assert data.main(["export", *(str(out if a == "OUT" else a) for a in order)]) == 0
+        assert len(list(out.glob("labels/bob/*.png"))) == 9
+    for command in ([*where, *BINARY], where):
+        assert "OUT is missing" in one_line(capsys, data.main, "export", *command)
+
+
+def test_show_replaces_no_picture_of_the_users(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").write_text("mine")
+    assert data.main(["show", "--data", "folder", "--path", str(own)]) == 0
+    assert "wrote show-folder.png" in capsys.readouterr().out
+    assert (tmp_path / "folder.png").read_text() == "mine"
+    Image.open(tmp_path / "show-folder.png").load()
+
+
+def test_runs_on_other_cases_are_told_the_cure(tmp_path):
+    for run, case in (("a", "x"), ("b", "y")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.json").write_text(json.dumps({"settings": {"data": "folder"}}))
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"ged_16": dict(mean=0, stderr=0)}))
+        (tmp_path / run / "per_case.csv").write_text(f"name,ged_16\n{case},0.5\n")
+    with pytest.raises(UserError, match="different cases.*split_file=.*/a/split.json"):
+        compare([tmp_path / "a", tmp_path / "b"])
