@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
@@ -183,6 +184,10 @@ def make_optimizer(model, training: dict):
     given = {name: training[name] for name in ("lr", *options) if name in training}
     fused = {} if kind is torch.optim.RMSprop else dict(fused=True)  # RMSprop has no fused form
     return kind(model.parameters(), **given, **fused)
+
+
+# Deprecated, but what torch recommends in its place is private.
+warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional", FutureWarning)
 
 
 class GlooBatchNorm(nn.modules.batchnorm._BatchNorm):
