@@ -12,7 +12,8 @@ outputs, each a logit map, and CE_m = -sum_i log softmax(eta_m)[i, y_i] for thei
 Samples that vary with the weights show epistemic uncertainty, which more data would reduce, and not
 how annotators differ. A deterministic U-Net has aleatoric uncertainty in its probabilities, but for
 each pixel separately. M-Heads learn how annotators differ, because the loss mainly trains the best
-head, so that heads specialise. They cannot learn how often, because all heads are equally likely.
+head, so that heads specialise. They cannot learn how often each annotation occurs, because every
+head counts as equally likely.
 The Image2Image VAE, the paper's other baseline, is a configuration of prob_unet.py.
 
 The SSN paper's baselines (Monteiro et al. 2020) are the backbones of SSN without the method:
@@ -34,8 +35,9 @@ Differences from the paper
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
-    python train.py --model unet --data lidc --lr 1e-3 --batch-size 12 --model-args norm=batch \
-        "channels=(32,64,128,192,192,192,192)"                 # SSN's Table 1
+    python train.py --model unet --data lidc --lr 1e-3 --lr-drops 0:1 --steps 500000 --batch-size 12 \
+        --model-args norm=batch "channels=(32,64,128,192,192,192,192)"     # SSN's Table 1, which
+                                                                # has no weight decay; here 1e-5
     python train.py --model unet --data brats --device cuda    # SSN's Table 2
 """
 
@@ -267,7 +269,8 @@ class DropoutUNet(DeterministicUNet):
 
     def with_dropout(self, features: list[Tensor], size,
                      generator: torch.Generator | None = None) -> Tensor:
-        """The rest: features of `before_dropout` -> logits (B, K, *size) under a new mask."""
+        """Run the other levels of the encoder, the decoder and the head under a new dropout mask:
+        features of `before_dropout` -> logits (B, K, *size)."""
         c = self.config
         features = list(features)
         for block in self.unet.encoder[-c.dropout_blocks :]:

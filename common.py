@@ -92,6 +92,18 @@ def draw_noise(draw, shape, like: Tensor, generator: torch.Generator | None) -> 
     return noise[rank * shape[0] : (rank + 1) * shape[0]]
 
 
+def process_mean(x: Tensor) -> Tensor:
+    """The mean of x over the processes of a training under DistributedDataParallel; otherwise x.
+
+    The gradient is that of this process's x, because DistributedDataParallel averages gradients.
+    """
+    if not (dist.is_initialized() and torch.is_grad_enabled()):
+        return x
+    mean = x.detach().clone()
+    dist.all_reduce(mean)
+    return x + (mean / dist.get_world_size() - x).detach()
+
+
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Dropout on x (B, ...): each value is zero with probability p, else scaled by 1/(1 - p).
 

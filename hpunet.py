@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from backbones.res_blocks import UpBlock, res_blocks
 from common import (CONV, IGNORE, center_crop, check_choice, cross_entropy, hierarchy_noise,
                     importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
-                    predict_normal, run_encoder, valid_label)
+                    predict_normal, process_mean, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class HPUNet(nn.Module):
     Config = HPUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((48_000 * k, 0.05 ** (k / 4)) for k in range(1, 5)))
-    # 2 % of a small image would be few pixels. The target is one that a small net reaches early, so
-    # that lambda stays near 1 and has time to fall: while it is high, z carries what x could tell.
+    # 2 % of a small image would be few pixels. The target is one that a small net reaches early.
+    # Otherwise lambda keeps rising, the KL hardly counts, and z encodes what x could tell as well.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
     # of sets with instances: a position of z_0 for every 16 pixels, see analysis/instances.py
@@ -154,7 +154,9 @@ class HPUNet(nn.Module):
             constraint = self._averaged(reconstruction - c.kappa * count)
             weight = F.softplus(self.rho).square()
             loss = weight.detach() * constraint + kl
-            # this is 0, and its gradient makes lambda rise while the constraint is above 0
+            # This adds 0. Its gradient with respect to rho is that of -lambda * constraint, so
+            # descending the loss raises lambda while the constraint is above 0. (The authors scale
+            # this gradient by 0.01, which makes no difference to Adam.)
             loss = loss + (weight.detach() - weight) * constraint.detach()
             terms.update({"constraint": constraint, "lambda": weight})
         return loss, {name: term.detach() for name, term in terms.items()}
@@ -165,10 +167,7 @@ class HPUNet(nn.Module):
         """In training: the value of the constraint's moving average, the batch's own gradient."""
         if not self.training:
             return constraint
-        now = constraint.detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(now)
-            now /= dist.get_world_size()
+        now = process_mean(constraint).detach()
         average = torch.where(self.steps_seen == 0, now, now.lerp(self.constraint, 0.99))
         self.constraint.copy_(average)
         self.steps_seen += 1
@@ -287,8 +286,9 @@ class LatentUNet(nn.Module):
 def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
     """Stochastic top-k: the pixels that the loss keeps, a `share` of the batch's, (B, *S) bool.
 
-    Drawn without replacement, with probabilities in proportion to error (B, *S) >= 0: the largest
-    log error + Gumbel noise, or error / E with E ~ Exp(1). together: of all processes' batch.
+    Keeping the largest log error + Gumbel noise draws pixels without replacement, in proportion to
+    error (B, *S) >= 0. The exponential of Gumbel noise is 1 / E with E ~ Exp(1), so error / E has
+    the same order. together: of the batch of all processes.
     """
     if share == 1:
         return torch.ones_like(error, dtype=torch.bool)

@@ -23,7 +23,8 @@ Differences from the paper
   1. In the text, z_1 has the resolution of the image. In the authors' code, and so in the published
      numbers, and here it has 2^-(R-L) of it, for R resolution levels. `latent_levels=7` is the
      layout of the text.
-  2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`).
+  2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D each
+     coarser map has a quarter of the positions, so its KL counts four times as much.
   3. The code also upsamples every z to all finer levels and never uses the results; this is left
      out. Its mean of z_L comes from a 3-wide convolution; here all moments come from 1-wide ones.
   4. The nets predict log sigma, and it is bounded (common.bounded_log_std). In the code, sigma is
@@ -36,6 +37,7 @@ Differences from the paper
      sets every level to its prior mean.
   8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
      slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
+  9. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
 
     python phiseg.py                 # a small one, about a minute on two CPU cores
                                      # -> phiseg_levels.png (Fig. 1), phiseg_maps.png (Fig. 3)
@@ -133,7 +135,7 @@ class PHiSeg(nn.Module):
         label, features = valid_label(label, mask), self.encode(image)
         (noise,) = self.noise(image, 1)
         latents, q = self.posterior(self.encode(image, label), noise=noise)
-        _, p = self.prior(features, latents=latents)
+        _, p = self.prior(features, latents=latents)  # p(z_l | z_{l+1}, x) at the posterior's z_{l+1}
         kls = {l: q[l].kl(p[l]).mean() for l in latents}
         errors = {l: cross_entropy(logits, label).mean()
                   for l, logits in self.masks(latents, label.shape[1:]).items()}
@@ -240,7 +242,11 @@ class LatentNet(nn.Module):
 
 
 class Likelihood(nn.Module):
-    """Latents {l: (B, D, *S_l)} -> every level's residual logits, 2^(R-L) times as large as z_l."""
+    """Latents {l: (B, D, *S_l)} -> every level's residual logits, 2^(R-L) times as large as z_l.
+
+    `enter` and `finer` turn z_l into features of that size, `up` and `join` add those of the
+    coarser level, and `out` makes the logits.
+    """
 
     def __init__(self, c: PHiSegConfig):
         super().__init__()

@@ -22,11 +22,13 @@ last three fields of the config: what prior and posterior are given, and where z
 Differences from the paper
   1. f_comb is three 1x1 convolutions in all, as the text says; the authors' code has three and then
      the output layer (`comb_layers=4`). The first one, on concat(features, broadcast z), is
-     computed as conv(features) + linear(z), so that all samples share conv(features).
+     computed as conv(features) + linear(z), so that all samples share conv(features); the two
+     parts of its initial weights are orthogonal by themselves, not as one matrix.
   2. The nets predict log sigma, and it is bounded (common.bounded_log_std) so that the KL cannot
      overflow. The authors take exp of an unbounded number.
   3. The learning rate falls from 1e-4 to 1e-6 "in 5 steps" in the paper, which does not say
-     when. Here it is multiplied by 10^-0.4 every 40k steps.
+     when. Here it is multiplied by 10^-0.4 every 40k steps. For Cityscapes, models.RECIPES follows
+     the paper (six levels, batch 16); the authors' code has seven levels and batch 10.
   4. Up-sampling is bilinear without `align_corners`, which the authors' code sets. Down-sampling is
      average pooling, which equals the paper's bilinear down-sampling for even sizes.
   5. Initial weights are orthogonal, as the paper says; the authors' code uses He's normal ones.

@@ -27,18 +27,23 @@ Differences from the paper
      stop the toy's training before it overflows.
   3. If the covariance outgrows the mean, training ends in bad optima (Sec. 5.1). As in the paper,
      the toy trains its mean first, and `mask` removes the covariance of a known background (air
-     around a brain). In addition, the covariance here starts small. Otherwise the background flips
-     as a whole in many samples, which Eq. 7 hardly penalises, as one good sample of the M suffices,
-     and which takes long to unlearn (`shapes`, 300 steps: GED .37 instead of .23).
+     around a brain). In addition, the covariance here starts small. With a large one, the background
+     turns to foreground in whole samples. Eq. 7 barely notices, because the best of the M samples
+     dominates it, so this takes long to unlearn (`shapes`, 300 steps: GED .37 instead of .23).
   4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
      fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
      trained with the authors' recipe (models.RECIPES), and as theirs, a batch is 10 patches of 10
      volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
      here all volumes are in memory and take turns, one patch each. Augmentation mirrors and rotates
-     in the axial plane like theirs, but deforms neither the volume nor the histogram.
+     in the axial plane like theirs, but deforms neither the volume nor the histogram. Air and
+     voxels beyond the volume have no loss here, whereas theirs learns that they are background;
+     samples are arbitrary there, and `analysis/predict.py` masks them.
   5. The temperature T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
   6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
      slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
+  7. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
+  8. The toy takes 200 + 2,500 steps of Adam at 0.4, falling linearly, and its mean learns from the
+     plain cross-entropy first; the authors' takes 5,000 + 5,000 at 1e-3, both by Eq. 7.
 
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda
@@ -106,7 +111,8 @@ class SSN(nn.Module):
         self.mean = conv(features, c.num_classes, 1)
         self.log_diagonal = conv(features, c.num_classes, 1)
         self.factor = conv(features, c.rank * c.num_classes, 1) if c.rank else None
-        with torch.no_grad():  # the covariance starts small: difference 3
+        with torch.no_grad():  # start with variances of about 0.02 (difference 3) and a tenth of
+            # PyTorch's usual factor
             self.log_diagonal.bias -= 4
             if self.factor:
                 self.factor.weight *= 0.1
@@ -151,6 +157,7 @@ class SSN(nn.Module):
             image, label = self.backbone.random_patches(image, label)
             mask = label != IGNORE
         normal = self._normal(*self._maps(self.backbone(image)), mask=mask)
+        # M/2 draws and their mirror images about the mean, as in the authors' code: less variance
         samples = normal.sample(self.config.mc_samples, antithetic=True)
         log_prob = -cross_entropy(samples, label)  # (M, B)
         loss = (math.log(len(log_prob)) - log_prob.logsumexp(0)).mean()

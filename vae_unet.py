@@ -16,7 +16,8 @@ The paper's text describes another training (`latents=image`), where z is drawn 
 distribution and the mask has its own encoder:
         L = E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ).   (Eq. 15)
 This z is drawn without knowledge of y, so the CE is lowest if z has no effect on the mask, and then
-samples hardly vary. (The text writes q(z|X) for our p and p(z|Y) for our q.)
+samples hardly vary. (The text writes q(z|X) for our p and p(z|Y) for our q.) Our KL is a sum over
+levels, so Eq. 15 is `latents=image ce_weight=0.4 dice_weight=0.6 kl_weight=0.025` for four levels.
 
 What varies between samples is aleatoric uncertainty: what the image leaves open. The authors also
 leave DropPath on when they sample, which adds epistemic uncertainty, that of the weights; for this,
@@ -32,8 +33,9 @@ BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, the code is followed)
      alone, which is lowest if z says nothing about y. Here gradients flow. GED on small `shapes`
      after 400 steps at KL weight 0.1: 0.48 with gradients, 0.77 without, 0.66 with latents=image.
   3. `kl_scale=pixel` is ours, for weights 1, 0 and 1: CE and KL are both in nats per pixel, so the
-     loss is a negative ELBO except for the KL's direction. With means over positions, a nat at
-     level i costs 4^i times as much as at the finest level, whose samples are mere pixel noise.
+     loss is a negative ELBO except for the KL's direction. Level i has 4^i times fewer positions
+     than the finest one, so in a mean over positions each of its nats costs 4^i times as much, and
+     information prefers the finest level, which can only make noise of single pixels.
      `--quick` trains with `pixel`, and with Adam.
   4. Grey values of the mask: class numbers 0 .. K - 1 in the code; here k / (K - 1), and -1 where
      it is ignored. Image and mask pass the encoder in one batch, because batch norm has to know the
@@ -70,13 +72,13 @@ from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
 from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, cross_entropy,
-                    importance_log_ratio, one_hot, pad_to_multiple, predict_normal, samples_at_once,
-                    train_small, valid_label)
+                    importance_log_ratio, one_hot, pad_to_multiple, predict_normal, process_mean,
+                    samples_at_once, train_small, valid_label)
 
 
 @dataclass(frozen=True)
 class VAEUNetConfig:
-    """Latents and loss of the published code for LIDC, on the U-Net of the other methods."""
+    """The published code's settings for LIDC, but for differences 2 and 7."""
 
     in_channels: int = 1
     num_classes: int = 2
@@ -153,7 +155,7 @@ class VAEUNet(nn.Module):
             return *self.encode(image), [skip(f) for skip, f in zip(self.mask_skips, of_mask)]
         # one batch of both, so that batch norm's statistics are those of both
         both = self.backbone.encode(torch.cat([padded, self.label_image(label, padded.shape[2:])]))
-        features, of_mask = zip(*[f.chunk(2) for f in both])
+        features, of_mask = zip(*[f.chunk(2) for f in both])  # f (2B, C_i, *S_i)
         return (list(features), [skip(f) for skip, f in zip(self.skips, features)],
                 [skip(f) for skip, f in zip(self.skips, of_mask)])
 
@@ -173,7 +175,7 @@ class VAEUNet(nn.Module):
         """
         c, label = self.config, valid_label(label, mask)
         features, of_image, of_mask = self.encode_both(image, label)
-        pixels = (label != IGNORE).sum().clamp(min=1)  # of the whole batch
+        pixels = process_mean((label != IGNORE).sum().float()).clamp(min=1)  # of the whole batch
         kls = []
         for p, q in zip(of_image, of_mask):
             positions = p.mean[0, 0].numel()
@@ -295,8 +297,9 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     hot = one_hot(label, logits.shape[1], label.shape[1:])
     prob = logits.float().softmax(1) * valid
     axes = [0, *range(2, prob.dim())]
-    size = prob.square().sum(axes) + hot.sum(axes)
-    return 1 - ((2 * (prob * hot).sum(axes) + 1e-5) / (size + 1e-5)).mean()
+    both = process_mean((prob * hot).sum(axes))
+    size = process_mean(prob.square().sum(axes) + hot.sum(axes))
+    return 1 - ((2 * both + 1e-5) / (size + 1e-5)).mean()
 
 
 def build_backbone(c: VAEUNetConfig, in_channels: int, decoder: bool = True) -> nn.Module:

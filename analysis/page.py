@@ -59,7 +59,7 @@ MEASURES = {
                         "The mean of the map over its most uncertain window of 10 pixels a side.")},
     "The single prediction against annotators": {
         "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
-        "dice_present": "↑ The same over classes that the prediction or the annotation has.",
+        "dice_present": "↑ The same over classes that the annotation has.",
         "dice_foreground": "↑ Dice of the prediction, all classes but the background as one.",
         "dice_mean": "↑ Dice of the mean of the samples' probabilities.",
         "ged_predict": "↓ GED of the prediction, as if it were the only sample.",

@@ -117,6 +117,7 @@ def likelihoods(model, batch, n) -> dict:
         weights = torch.full_like(weights[:, :2], 0.5)
     rows = torch.arange(len(batch), device=weights.device)
     out = {"log_likelihood": torch.zeros_like(weights[:, 0])}
+    classes, empty = scoring(batch)
     for annotator, weight in zip(annotators.T, weights.T):
         label = batch.labels[rows, annotator]  # (B, *S)
         nats = model.log_likelihood(batch.images, label.long(), n, generator=generator)
@@ -125,7 +126,7 @@ def likelihoods(model, batch, n) -> dict:
             again = labels_of(model.reconstruct(batch.images, label.long()), 1)
             # The GED of two single maps is 2 (1 - IoU); NaN where the annotator is missing.
             iou = 1 - metrics.ged(only_scored(batch, again)[None],
-                                  only_scored(batch, label)[:, None], scoring(batch)[0]) / 2
+                                  only_scored(batch, label)[:, None], classes, empty=empty) / 2
             out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
     return out
 

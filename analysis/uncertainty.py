@@ -9,7 +9,7 @@ foreground class at every pixel that an annotator labelled:
                    Few annotators make both too high, as pixels are chosen by q too.
     brier          mean over pixels of sum_k E_y (p_k - y_k)^2, all classes (Brier 1950): 0 to 2
 CURVAS and torchmetrics' multiclass ECE bin the confidence of the likeliest class, background
-included, in 5 and 15 bins: do not compare with these. Samples too few for a smooth p raise ece, so
+included, in 50 bins (CURVAS; 5 at first) and 15: do not compare with these. Samples too few for a smooth p raise ece, so
 compare it for the same number of samples. Halve brier for the Brier score of two classes.
 
 Failure detection: does an image's score tell how wrong the mean prediction is (1 - dice_mean)?
@@ -30,9 +30,10 @@ Sets, some for the first n samples. dice_max and dice_match grow with n: compare
     dice_match     every annotator has a sample of its own: D-Persona's Dice_match (Wu et al. 2024)
     dice_soft      Dice of p and q above 0.1, 0.3, 0.5, 0.7 and 0.9, mean: D-Persona's Dice_soft
     volume_crps    CRPS of the foreground's volume in pixels, from all samples, mean over annotators
-    volume_crps_curvas  CURVAS's: the normal distribution of the annotators' volumes against the sum
-                   of p. It rewards a right mean volume, not a right spread, and is no rival of
-                   volume_crps. Its code also cuts the integral at 3 standard deviations.
+    volume_crps_curvas  CURVAS's: for each class, the normal distribution of the annotators' volumes
+                   against the sum of p, mean over classes. It rewards a right mean volume, not a
+                   right spread, and is no rival of volume_crps. CURVAS's code also cuts the
+                   integral at 3 standard deviations and the distribution at 1 and 99 %.
 Where a set weights its label maps, the means over annotators are weighted too.
 """
 
@@ -106,10 +107,13 @@ def pixel_measures(probs, labels, weights):
         a, b = p > threshold, q > threshold + 1e-6  # three of ten is not above 0.3
         dices.append((2 * (a & b).sum(2) / (a.sum(2) + b.sum(2))).nan_to_num(nan=1.0).mean(1))
     out["dice_soft"] = torch.stack(dices).mean(0) + 0 * pixels
-    volumes = (weights * ((labels > 0) & (labels != IGNORE)).flatten(2).sum(2)).double()  # (B, A)
-    mean = volumes.sum(1)
-    square = (weights * (volumes / weights.clamp(min=1e-12) - mean[:, None]).square()).sum(1)
-    out["volume_crps_curvas"] = _crps_of_normal(mean, square.sqrt(), p.double().sum((1, 2)))
+    crps = []
+    for k, volume in enumerate(p.double().sum(2).unbind(1), 1):
+        annotated = (labels == k).flatten(2).sum(2).double()  # (B, A)
+        mean = (weights * annotated).sum(1)
+        std = (weights * (annotated - mean[:, None]).square()).sum(1).sqrt()
+        crps.append(_crps_of_normal(mean, std, volume))
+    out["volume_crps_curvas"] = torch.stack(crps).mean(0)
 
     unsure = [(x > SURE) & (x < 1 - SURE) for x in (p, q)]
     region = ((p > SURE) | (q > SURE)).long() + (unsure[0] | unsure[1])
@@ -201,7 +205,8 @@ def risk_coverage(scores, risks):
 
 def areas(scores, risks) -> tuple[float, float, float]:
     """AURC, its excess over that of the ideal order, and AUGRC, by trapezoids as in Traub et al.'s
-    code: at coverage 0 the first risk is that of the first image, the second one 0."""
+    code where no scores tie: at coverage 0, the risk is that of the first image, and 0 for AUGRC.
+    """
     risk, general = risk_coverage(scores, risks)
     ideal, _ = risk_coverage(risks, risks)
     aurc, least, augrc = ((curve.sum() + (start - curve[-1]) / 2) / len(risks) for start, curve in

@@ -124,6 +124,21 @@ def test_expectation_over_annotators_skips_missing_ones():
     assert out["iou_rec"].tolist() == [0.5] and out["log_likelihood"].tolist() == [-2.0]
 
 
+def test_absent_classes_do_not_count_as_reconstructed():
+    """Of 15 colours, the object has one and its reconstruction another: nothing is right."""
+    labels = torch.ones(1, 1, 2, 2, dtype=torch.uint8)
+    part = Split(torch.zeros(1, 1, 2, 2), labels, None, ["g"], 16, ["n"], instances=labels[:, 0])
+
+    class Model:
+        def reconstruct(self, image, label):
+            return torch.nn.functional.one_hot(label + 1, 16).movedim(-1, 1).float()
+
+        def log_likelihood(self, image, label, n, generator):
+            return torch.zeros(1)
+
+    assert scores.likelihoods(Model(), part, 5)["iou_rec"].tolist() == [0.0]
+
+
 def test_only_the_scored_classes_count():
     """Classes 0 and 3 of five are scored: what else the maps say is background to the measures."""
     labels = torch.tensor([[[[0, 0, 3, 3, 4, 255]]]], dtype=torch.uint8)

@@ -134,6 +134,10 @@ def test_volume_crps_as_in_curvas():
     close(pixel_measures(p, labels, half)["volume_crps_curvas"], [want], 1e-4)
     labels[0, 1] = labels[0, 0]  # they agree: |5 - 2|
     close(pixel_measures(p, labels, half)["volume_crps_curvas"], [3])
+    # Two classes, 2 and 6 pixels: with one predicted as the other, the sum of both is right.
+    labels[0, :, 2:8], p = 2, torch.zeros(1, 3, 8)
+    p[0, 1, :6] = p[0, 2, 6:] = 1
+    close(pixel_measures(p, labels, half)["volume_crps_curvas"], [4])
 
 
 def test_a_case_without_annotators_has_no_value_and_harms_none():

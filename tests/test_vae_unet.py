@@ -11,7 +11,9 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 import analysis.paper_figures
+import models
 import vae_unet
+from helpers import run_two
 from vae_unet import LatentSkip, VAEUNet, VAEUNetConfig, dice_loss
 
 BOUND = 4  # of common.bounded_log_std
@@ -100,6 +102,39 @@ def decoded(model, features, z):
 
 @KINDS
 @BOTH
+def one_of_two(rank, folder):
+    model = small().train()
+    image, label = uneven_batch()
+    run = models.distribute(model, image.device)
+    torch.save(outcome(run, model, image.chunk(2)[rank], label.chunk(2)[rank]),
+               folder / f"{rank}.pt")
+
+
+def uneven_batch():
+    """Four cases, in which classes and ignored pixels are spread unevenly."""
+    label = torch.arange(4 * 64).view(4, 8, 8) // 90
+    label[3, :5] = 255
+    return seeded(4, 2, 8, 8), label
+
+
+def outcome(run, model, image, label):
+    torch.manual_seed(1)
+    loss, _ = run(image, label)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """Dice and the number of valid pixels are those of the whole batch."""
+    run_two(one_of_two, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model = small().train()
+    expected = outcome(model, model, *uneven_batch())
+    torch.testing.assert_close((first[0] + second[0]) / 2, expected[0], rtol=1e-5, atol=1e-5)
+    for rank in (first, second):
+        torch.testing.assert_close(rank[1:], expected[1:], rtol=1e-3, atol=1e-4)
+
+
 def test_loss_is_the_papers(backbone, latents):
     """CE and Dice at z of the mask (code) or the image (text); KL(image's || mask's), summed."""
     model, (image, label) = small(backbone, latents=latents, **WEIGHTS), batch()
