@@ -35,9 +35,9 @@ Differences from the paper
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
-    python train.py --model unet --data lidc --lr 1e-3 --lr-drops 0:1 --steps 500000 --batch-size 12 \
-        --model-args norm=batch "channels=(32,64,128,192,192,192,192)"     # SSN's Table 1, which
-                                                                # has no weight decay; here 1e-5
+    python train.py --model unet --data lidc --lr 1e-3 --lr-drops 0:1 --steps 500000 \
+        --batch-size 12 --model-args norm=batch "channels=(32,64,128,192,192,192,192)"
+                                     # SSN's Table 1, but for the weight decay, 1e-5 instead of 0
     python train.py --model unet --data brats --device cuda    # SSN's Table 2
 """
 

@@ -135,7 +135,7 @@ class PHiSeg(nn.Module):
         label, features = valid_label(label, mask), self.encode(image)
         (noise,) = self.noise(image, 1)
         latents, q = self.posterior(self.encode(image, label), noise=noise)
-        _, p = self.prior(features, latents=latents)  # p(z_l | z_{l+1}, x) at the posterior's z_{l+1}
+        _, p = self.prior(features, latents=latents)  # at the posterior's z, as Eq. 2 asks
         kls = {l: q[l].kl(p[l]).mean() for l in latents}
         errors = {l: cross_entropy(logits, label).mean()
                   for l, logits in self.masks(latents, label.shape[1:]).items()}

@@ -27,9 +27,10 @@ Differences from the paper
      stop the toy's training before it overflows.
   3. If the covariance outgrows the mean, training ends in bad optima (Sec. 5.1). As in the paper,
      the toy trains its mean first, and `mask` removes the covariance of a known background (air
-     around a brain). In addition, the covariance here starts small. With a large one, the background
-     turns to foreground in whole samples. Eq. 7 barely notices, because the best of the M samples
-     dominates it, so this takes long to unlearn (`shapes`, 300 steps: GED .37 instead of .23).
+     around a brain). In addition, the covariance here starts small. With a large one, the
+     background turns to foreground in whole samples. Eq. 7 barely notices, because the best of the
+     M samples dominates it, so this takes long to unlearn (`shapes`, 300 steps: GED .37 instead of
+     .23).
   4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
      fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
      trained with the authors' recipe (models.RECIPES), and as theirs, a batch is 10 patches of 10

@@ -71,8 +71,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
     p.add_argument("--lr-drops", nargs="+", metavar="STEP:FACTOR",
-                   help="from STEP on, FACTOR times --lr (default: the paper's schedule; or that of "
-                   "--quick, which more --steps stretch)")
+                   help="from STEP on, FACTOR times --lr (default: the paper's schedule, or "
+                   "that of --quick, which more --steps stretch)")
     p.add_argument("--seed", type=int)
     p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
                    help="fp32: PyTorch's defaults; tf32: matrix products and convolutions of a GPU "

@@ -9,8 +9,9 @@ foreground class at every pixel that an annotator labelled:
                    Few annotators make both too high, as pixels are chosen by q too.
     brier          mean over pixels of sum_k E_y (p_k - y_k)^2, all classes (Brier 1950): 0 to 2
 CURVAS and torchmetrics' multiclass ECE bin the confidence of the likeliest class, background
-included, in 50 bins (CURVAS; 5 at first) and 15: do not compare with these. Samples too few for a smooth p raise ece, so
-compare it for the same number of samples. Halve brier for the Brier score of two classes.
+included, in 50 bins (CURVAS; 5 at first) and 15: do not compare with these. Samples too few for a
+smooth p raise ece, so compare it for the same number of samples. Halve brier for the Brier score of
+two classes.
 
 Failure detection: does an image's score tell how wrong the mean prediction is (1 - dice_mean)?
     aurc           mean risk of the images that are kept, as more and more of higher score are;
