@@ -72,7 +72,7 @@ RECIPES = {
      for model in ("prob_unet", "unet", "dropout_unet", "ensemble", "m_heads")}
 
 
-def build(name: str, fields: dict, device="cpu") -> nn.Module:
+def build(name: str, fields: dict) -> nn.Module:
     """Build the model `name` with these fields of its config and defaults for the others.
 
     Raises a UserError if a field is unknown, its value is not allowed, or the model would be
@@ -97,7 +97,7 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
     except Exception as error:  # constructors raise all kinds of errors on bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name} cannot be built: {reason}") from error
-    return model if device == "meta" else Model(config)
+    return Model(config)
 
 
 def load(path, device="cpu") -> nn.Module:
