@@ -82,7 +82,7 @@ def check_fields(name: str, fields) -> None:
         check_known(f"{name} option", field, known)
 
 
-def build(name: str, fields: dict, device="cpu") -> nn.Module:
+def build(name: str, fields: dict) -> nn.Module:
     """Build the model `name` with these fields of its config and defaults for the others.
 
     Raises a UserError if a field is unknown, its value is not allowed, or the model would be
@@ -103,7 +103,7 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
     except Exception as error:  # constructors raise all kinds of errors on bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name} cannot be built: {reason}") from error
-    return model if device == "meta" else Model(config)
+    return Model(config)
 
 
 def load(path, device="cpu") -> nn.Module:

@@ -129,21 +129,17 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
     temperature: T scales the covariance of the logits. class_scales {k: factor}: each class's part
     of (sample - mean) is multiplied by its factor.
     """
-    classes = model.config.num_classes
-    if temperature == 1 and not class_scales:
-        yield from sample_chunks(model, batch, n, classes, generator)
-        return
-    if not hasattr(model, "distribution"):
+    classes, class_scales = model.config.num_classes, class_scales or {}
+    changed = {} if temperature == 1 else dict(temperature=temperature)
+    if (changed or class_scales) and not hasattr(model, "distribution"):
         raise UserError("--temperature and --scale-class change the normal over logits that only "
                         "ssn predicts; leave them out for this model")
-    class_scales = class_scales or {}
     if max(class_scales, default=0) >= classes:
         raise UserError(f"--scale-class {max(class_scales)}: this model's classes are 0 to "
                         f"{classes - 1}")
     factors = torch.tensor([float(class_scales.get(k, 1)) for k in range(classes)])
-    normal = model.distribution(batch)
-    for logits in sample_chunks(model, batch, n, classes, generator, temperature=temperature):
-        yield normal.scale_classes(logits, factors)
+    for logits in sample_chunks(model, batch, n, classes, generator, **changed):
+        yield model.distribution(batch).scale_classes(logits, factors) if class_scales else logits
 
 
 def plot_prediction(path, image, arrays: dict) -> None:

@@ -164,19 +164,17 @@ class Measured(NamedTuple):
 def measure(runs: list[Run], column: str) -> Measured | None:
     """A measure of a row's runs; None where a run lacks it. best:NAME is that of best.pt."""
     judge, name = TABLES[runs[0].table].judge, column.removeprefix("best:")
-    summaries, tables = [], []
-    for run in runs:
-        last = "--weights last" in judge and name == column
-        folder = run.folder / "test-all-last" if last else run.folder
-        summary, rows = read_scores(folder)
-        if "--ood" in judge:
-            summary = json.loads((folder / "ood.json").read_text())
-        summaries.append(summary.get(name))
-        tables.append({case: float(row.get(name, "nan")) for case, row in rows.items()})
-    if None in summaries:
+    last = "--weights last" in judge and name == column
+    folders = [run.folder / "test-all-last" if last else run.folder for run in runs]
+    summaries, tables = zip(*map(read_scores, folders))
+    if "--ood" in judge:
+        summaries = [json.loads((folder / "ood.json").read_text()) for folder in folders]
+    if not all(name in summary for summary in summaries):
         return None
+    summaries = [summary[name] for summary in summaries]
     means = tuple(summary["mean"] for summary in summaries)
-    cases = {case: np.mean([table[case] for table in tables]) for case in tables[0]}
+    cases = {case: np.mean([float(table[case].get(name, "nan")) for table in tables])
+             for case in tables[0]}
     error = metrics.bootstrap(list(cases.values()))["stderr"]
     if np.isnan(error):
         error = np.mean([summary["stderr"] for summary in summaries])

@@ -129,22 +129,12 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
                 masks: Literal["auto", "classes", "binary"] = "auto",
                 empty: Literal["auto", "stored", "nothing", "missing"] = "auto",
                 slices: Literal["none", "axial"] = "none") -> Listing:
-    """Lists the cases in a folder of any layout.
+    """Lists the cases in a folder of any layout. sources/README.md explains the options, which are
+    a layout of `PRESETS`, or two path templates, or a table, and what masks and empty masks mean.
 
-    layout       one of `PRESETS`; without it, the first that the folder looks like
-    image label  two path templates, as this file's docstring describes them, for any other tree
-    csv          a table in the folder instead: columns image, label or label_<annotator>, and
-                 optionally name, group and split; files are relative to the folder
-    masks        classes: values are classes, 255 ignored; binary: whatever is not 0 is class 1
-    empty        what an empty mask of one annotator means, and no file at all. stored: who has an
-                 empty mask drew nothing, who has no file is missing (255); nothing: both drew
-                 nothing; missing: both are missing
-    slices       axial: every slice of a volume is a case, and the volume its group
-
-    What is "auto" is as the layout has it, else classes and stored. Annotators are numbered in the
-    order of their names, 2 before 10. Where no path and no table tells the group, groups.csv may:
-    lines NAME,GROUP. Channels of NIfTI volumes are brought to mean 0 and standard deviation 1; one
-    of a single slice is 2D. Raises DataError in one line that names the path that was tried.
+    Without any, the layout is the first that the folder looks like. What is "auto" is as the layout
+    has it, else classes and stored. Annotators are numbered in the order of their names, 2 before
+    10. Raises DataError in one line that names the path that was tried.
     """
     if csv and (layout or image or label):
         raise DataError(f"{path}: give csv= alone, without layout=, image= and label=")
