@@ -17,7 +17,6 @@ All pairs of maps are compared in one matrix product per class, in chunks of BUD
 counts are exact: products of zeros and ones are, in float32 and TF32, and are added as integers.
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -47,17 +46,23 @@ def _overlaps(maps, num_classes):
 
     inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
     """
-    marked = maps.mT[:, maps.amax((0, 1)) > 0]  # (B, P', N); other pixels count for no class
+    highest = maps.amax((0, 1))  # (P,); where it is 0, a pixel counts for no class
+    clear = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
+    mixed = maps.mT[:, highest == IGNORE]  # (B, P'', N), ignored by some map
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
     inters, sizes = [], []
     for k in range(1, num_classes):
-        inter, size = maps.new_zeros(2, len(maps), *[maps.shape[1]] * 2, dtype=torch.long)
+        inter = maps.new_zeros(len(maps), maps.shape[1], maps.shape[1], dtype=torch.long)
         # Autocast would round the products, which are counts, to 8 or 11 bits.
         with torch.autocast(maps.device.type, enabled=False):
-            for pixels in marked.split(step, 1):
-                is_k, valid = pixels.float().eq_(k), pixels.float().ne_(IGNORE)
+            for pixels in clear.split(step, 1):
+                is_k = pixels.float().eq_(k)
                 inter += (is_k.mT @ is_k).long()
-                size += (is_k.mT @ valid).long()
+            size = inter.diagonal(dim1=1, dim2=2)[:, :, None].expand_as(inter)  # valid in every j
+            for pixels in mixed.split(step, 1):
+                is_k, valid = pixels.float().eq_(k), pixels.float().ne_(IGNORE)
+                inter = inter + (is_k.mT @ is_k).long()
+                size = size + (is_k.mT @ valid).long()
         inters.append(inter)
         sizes.append(size)
     return torch.stack(inters), torch.stack(sizes)
@@ -159,59 +164,57 @@ def transport(value, weights):
     """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
 
     T[a, i] is what sample i sends to annotator a: a sample sends 1/n, and annotators get weights
-    (B, A).
-    """
-    best = np.full(len(value), math.nan)
-    for b in np.flatnonzero(~np.isnan(weights).any(1)):
-        best[b] = _transport(value[b], weights[b] / weights[b].sum())
-    return best
-
-
-def _transport(value, share):
-    """`transport` of one case, value (A, n) and share (A,).
-
-    Every sample starts where value - price is highest. Any prices lead to the same T, as
+    (B, A). Every sample starts where value - price is highest. Any prices lead to the same T, as
     sum(T * price) is the same for all T; those of Sinkhorn's iterations send nearly everything to
     the right place. The rest follows by successive shortest paths: from an annotator who has too
     much to one who has too little, over others, on the way on which least is lost.
     """
-    A, n = value.shape
-    price = np.zeros((A, 1))
+    B, A, n = value.shape
+    weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)
+    share = np.nan_to_num(weights / weights.sum(1, keepdims=True), nan=1 / A)
+    price = np.zeros((B, A, 1))
     for heat in np.geomspace(0.3, 0.01, 12):
-        soft = np.exp((value - price - (value - price).max(0)) / heat)
-        load = (soft / soft.sum(0)).mean(1)
-        price += heat * np.log(load / share.clip(1e-9) + 1e-9)[:, None]
+        soft = np.exp((value - price - (value - price).max(1, keepdims=True)) / heat)
+        load = (soft / soft.sum(1, keepdims=True)).mean(2, keepdims=True)
+        price += heat * np.log(load / share[:, :, None].clip(1e-9) + 1e-9)
     net = value - price
-    sent = (net.argmax(0) == np.arange(A)[:, None]).astype(float)  # in samples
-    room = n * share - sent.sum(1)  # negative: too much
+    sent = (net.argmax(1)[:, None] == np.arange(A)[:, None]).astype(float)  # in samples
+    room = n * share - sent.sum(2)  # negative: too much
     eps = 1e-9  # of a sample; what rounding leaves
-    while (room < -eps).any() and (room > eps).any():
-        moves = np.where(sent > eps, net, np.inf)[:, None] - net  # (from, to, n): the loss by it
-        loss, previous = _shortest_paths(room < -eps, moves.min(2))
-        way = [np.where(room > eps, loss, np.inf).argmin()]
-        while previous[way[0]] >= 0:
-            way.insert(0, previous[way[0]])
-        steps = [(a, b, moves[a, b].argmin()) for a, b in itertools.pairwise(way)]
-        amount = min(-room[way[0]], room[way[-1]], *(sent[a, sample] for a, _, sample in steps))
-        for a, b, sample in steps:
-            sent[a, sample] -= amount
-            sent[b, sample] += amount
-        room[way[0]] += amount
-        room[way[-1]] -= amount
-    return (sent * value).sum() / n
+    while len(b := np.flatnonzero((room < -eps).any(1) & (room > eps).any(1))):
+        case = np.arange(len(b))
+        held = np.where(sent[b] > eps, net[b], np.inf)
+        moves = held[:, :, None] - net[b, None]  # (b, from, to, n): what a sample loses by it
+        mover = moves.argmin(3)
+        step = np.take_along_axis(moves, mover[..., None], 3)[..., 0]
+        loss, previous = _shortest_paths(room[b] < -eps, step)
+        at = end = np.where(room[b] > eps, loss, np.inf).argmin(1)
+        amount, way = room[b, end], []  # the way is found from its end
+        while (on := (before := previous[case, at]) >= 0).any():
+            sample = mover[case, before, at]
+            amount = np.where(on, np.minimum(amount, sent[b, before, sample]), amount)
+            way.append((on, before, at, sample))
+            at = np.where(on, before, at)
+        amount = np.minimum(amount, -room[b, at])
+        for on, before, after, sample in way:
+            sent[b, before, sample] -= amount * on
+            sent[b, after, sample] += amount * on
+        room[b, end] -= amount
+        room[b, at] += amount
+    return (sent * value).sum((1, 2)) / n + 0 * weights.sum(1)
 
 
 def _shortest_paths(sources, step):
-    """Bellman-Ford from the sources (A,) bool, where going from j to k costs step[j, k]: the least
-    loss (A,) of reaching each annotator, and the one before on that way, or -1."""
-    loss, previous = np.where(sources, 0, np.inf), np.full(len(sources), -1)
+    """Bellman-Ford from the sources (B, A) bool, where going from j to k costs step[:, j, k]: the
+    least loss (B, A) of reaching each annotator, and the one before on that way, or -1."""
+    loss, previous = np.where(sources, 0, np.inf), np.full(sources.shape, -1)
     while True:
-        through = loss[:, None] + step
-        better = through.min(0) < loss - 1e-12  # the margin keeps rounding from cycling
+        through = loss[:, :, None] + step
+        better = through.min(1) < loss - 1e-12  # the margin keeps rounding from cycling
         if not better.any():
             return loss, previous
-        previous = np.where(better, through.argmin(0), previous)
-        loss = np.where(better, through.min(0), loss)
+        previous = np.where(better, through.argmin(1), previous)
+        loss = np.where(better, through.min(1), loss)
 
 
 def mode_frequencies(samples, modes, num_classes=2):
