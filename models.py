@@ -20,7 +20,7 @@ from hpunet import HPUNet
 from phiseg import PHiSeg
 from prob_unet import Image2ImageVAE, ProbUNet
 from sources.base import check_known
-from sources.runs import load_checkpoint, load_state
+from sources.runs import check_state, load_checkpoint
 from ssn import SSN
 from vae_unet import VAEUNet
 
@@ -110,8 +110,9 @@ def load(path, device="cpu") -> nn.Module:
     """Load a trained model in eval mode from a run's folder (its best.pt) or a checkpoint."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
+    check_state(path, build(content["model"], content["config"], "meta"), content["state"])
     model = build(content["model"], content["config"])
-    load_state(path, model, content["state"])
+    model.load_state_dict(content["state"])
     return place(model, device).eval()
 
 

@@ -131,7 +131,9 @@ def read_log(folder) -> list[dict]:
 # -------------------------------------------------------------------------------- checkpoints
 
 DIGEST = b"sha256:"  # and 64 hexadecimal digits: a checkpoint's zip comment
-CONTENT = ("model", "config", "state", "optimizer", "step", "best")
+MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+           torch.optim.SGD: ("momentum_buffer",),
+           torch.optim.RMSprop: ("step", "square_avg", "momentum_buffer")}
 
 
 def save(path, name, model, optimizer, step, best) -> None:
@@ -158,7 +160,12 @@ def load_checkpoint(path) -> dict:
                         "checkpoint, or train again")
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        return {key: content[key] for key in CONTENT}
+        for key, kind in dict(model=str, config=dict, state=dict, optimizer=dict, step=int,
+                              best=float).items():
+            if not isinstance(content[key], kind):
+                raise TypeError(f"{key} is a {type(content[key]).__name__}")
+        json.dumps(content["config"])  # nothing but numbers, texts and tuples of them
+        return content
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise UserError(f"{path}: not a checkpoint of train.py ({reason})") from error
@@ -171,16 +178,42 @@ def restore(path, settings, model, optimizer) -> tuple[int, float]:
             settings["model"], plain(dataclasses.asdict(model.config))):
         raise UserError(f"{path}: holds a {content['model']} of another config than the run's "
                         "config.json; begin another run with --out")
-    load_state(path, model, content["state"])
-    load_state(path, optimizer, content["optimizer"])
+    check_state(path, model, content["state"])
+    model.load_state_dict(content["state"])
+    restore_optimizer(path, optimizer, content["optimizer"])
     return content["step"], content["best"]
 
 
-def load_state(path, target, state: dict) -> None:
-    """Loads the state of a model or an optimiser; UserError where it is that of another one, such
-    as one of an older version of this code."""
+def check_state(path, model, state: dict) -> None:
+    """Raises UserError unless `state` has the model's names, with their shapes and dtypes."""
+    expected = model.state_dict()
+    for name in [*expected, *state]:
+        if not same_kind(state.get(name), expected.get(name)):
+            raise UserError(f"{path}: its weights do not fit the model of its config; the first "
+                            f"that differs is {str(name)[:80]}")
+
+
+def same_kind(found, expected: torch.Tensor | None) -> bool:
+    """Tells whether `found` is an ordinary tensor of the shape and dtype of `expected`."""
+    return (isinstance(found, torch.Tensor) and found.layout == torch.strided
+            and expected is not None
+            and (found.shape, found.dtype) == (expected.shape, expected.dtype))
+
+
+def restore_optimizer(path, optimizer, saved: dict) -> None:
+    """Loads the moments of `saved`; UserError unless they fit the optimiser's parameters. Options
+    such as the learning rate come from the run's settings, not from the file."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for name in MOMENTS[type(optimizer)]
+             if name != "momentum_buffer" or optimizer.defaults["momentum"]]
     try:
-        target.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path}: its state does not fit the {type(target).__name__} of its "
-                        "config; train again, or begin another run with --out") from error
+        for index, values in saved["state"].items():
+            for name in names:
+                expected = torch.tensor(0.0) if name == "step" else parameters[index]
+                if not same_kind(values[name], expected):
+                    raise ValueError(f"{name} has another shape or dtype than its parameter")
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: its optimiser state does not fit the model ({error}); begin "
+                        "another run with --out") from error

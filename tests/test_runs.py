@@ -126,14 +126,17 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.pop("state"), "not a checkpoint"),
-    (lambda c: c.update(state=3), "does not fit the SSN"),
+    (lambda c: c.update(state=3), "state is a int"),
+    (lambda c: c.update(config={"rank": torch.ones(2)}), "not a checkpoint"),
     (lambda c: c.update(model="nothing"), "choose from"),
-    (lambda c: c["config"].update(rank=3), "does not fit the SSN"),
+    (lambda c: c["config"].update(rank=3), "do not fit"),
     (lambda c: c["config"].update(channels=()), "cannot be built"),
     (lambda c: c["config"].update(ranks=3), "unknown ssn option"),
-    (lambda c: c["state"].pop("mean.weight"), "does not fit the SSN"),
-    (lambda c: c["state"].update(more=torch.ones(1)), "does not fit the SSN"),
-    (lambda c: c["state"].update({"mean.weight": 3}), "does not fit the SSN")])
+    (lambda c: c["state"].pop("mean.weight"), "do not fit"),
+    (lambda c: c["state"].update(more=torch.ones(1)), "do not fit"),
+    (lambda c: c["state"].update({"mean.weight": torch.ones(1)}), "do not fit"),
+    (lambda c: c["state"].update({"mean.weight": c["state"]["mean.weight"].double()}), "do not fit"),
+    (lambda c: c["state"].update({"mean.weight": 3}), "do not fit")])
 def test_a_checkpoint_that_does_not_fit_is_one_line(saved, tmp_path, change, message):
     path = resave(saved[0], tmp_path / "x.pt", change)
     with pytest.raises(UserError, match=message) as caught:
@@ -143,13 +146,28 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(saved, tmp_path, change, mes
 
 @pytest.mark.parametrize("change", [
     lambda c: c["optimizer"].pop("state"),
-    lambda c: c.update(optimizer=3),
-    lambda c: c["optimizer"]["param_groups"][0]["params"].pop()])
+    lambda c: c["optimizer"].update(state=[]),
+    lambda c: c["optimizer"]["state"].update({0: {}}),
+    lambda c: c["optimizer"]["state"].update({999: c["optimizer"]["state"][0]}),
+    lambda c: c["optimizer"]["state"][0].pop("exp_avg_sq"),
+    lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(1)),  # was a SIGSEGV
+    lambda c: c["optimizer"]["state"][0].update(exp_avg_sq=None),
+    lambda c: c["optimizer"]["state"][0].update(step=torch.ones(3)),
+    lambda c: c["optimizer"]["state"][1].update(exp_avg=c["optimizer"]["state"][1]["exp_avg"].half())])
 def test_moments_that_do_not_fit_are_one_line(saved, tmp_path, change):
     path = resave(saved[0], tmp_path / "x.pt", change)
     model, optimizer = trained()
-    with pytest.raises(UserError, match="does not fit the Adam"):
+    with pytest.raises(UserError, match="optimiser state does not fit") as caught:
         runs.restore(path, dict(model="ssn"), model, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_optimiser_s_options_come_from_the_settings(saved, tmp_path):
+    path = resave(saved[0], tmp_path / "x.pt",
+                  lambda c: c["optimizer"].update(param_groups=[{"lr": 7.0, "fused": "x"}]))
+    model, optimizer = trained()
+    runs.restore(path, dict(model="ssn"), model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.01
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(saved, tmp_path, monkeypatch):
