@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads
 from common import UserError
@@ -25,7 +26,7 @@ from ssn import SSN
 from vae_unet import VAEUNet
 
 CHUNK = 2**28  # logits that `sample_chunks` computes at once (1 GiB)
-LARGEST, MOST_PARAMETERS = 10_000, 10**9  # of a number in a config, and of a model
+LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
 
 MODELS = {
     "ssn": SSN,
@@ -82,28 +83,36 @@ def check_fields(name: str, fields) -> None:
         check_known(f"{name} option", field, known)
 
 
-def build(name: str, fields: dict) -> nn.Module:
+def build(name: str, fields: dict, device="cpu") -> nn.Module:
     """Build the model `name` with these fields of its config and defaults for the others.
 
     Raises a UserError if a field is unknown, its value is not allowed, or the model would be
-    absurdly large. To check this, the model is built on the device "meta" first.
+    absurdly large. To check this, the model is built on the device "meta" first, without memory,
+    and given up as soon as its parameters are too many.
     """
     check_fields(name, fields)
-    Model = MODELS[name]
+    Model, sizes = MODELS[name], []
+
+    def limit(module, parameter_name, parameter):
+        sizes.append(0 if parameter is None else parameter.numel())
+        if sum(sizes) > LARGEST or len(sizes) > MOST_TENSORS:
+            raise ValueError(f"it has more than {LARGEST:,} parameters or {MOST_TENSORS:,} tensors")
+
+    hook = register_module_parameter_registration_hook(limit)
     try:
         for value in fields.values():
             numbers = value if isinstance(value, (list, tuple)) else [value]
-            if any(isinstance(number, int) and number > LARGEST for number in numbers):
-                raise ValueError(f"a number above {LARGEST:,}")  # its layers might take hours
+            if any(isinstance(number, int) and number > 10**6 for number in numbers):
+                raise ValueError("a number above 1,000,000")  # a constructor might loop forever
         config = Model.Config(**fields)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):
             model = Model(config)
-        if sum(p.numel() for p in model.parameters()) > MOST_PARAMETERS:
-            raise ValueError(f"it has more than {MOST_PARAMETERS:,} parameters")
     except Exception as error:  # constructors raise all kinds of errors on bad values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{name} cannot be built: {reason}") from error
-    return Model(config)
+    finally:
+        hook.remove()
+    return model if device == "meta" else Model(config)
 
 
 def load(path, device="cpu") -> nn.Module:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import bench
 import data
@@ -217,8 +216,7 @@ def test_every_row_is_a_command(name, row):
     assert settings["annotators"] in ("all", "0")  # as every set has
     fields = models.MODELS[settings["model"]].QUICK_CONFIG if settings["quick"] else {}
     dims = dict(dims=3 if settings["data"] == "lesions3d" else 2)
-    with torch.device("meta"):
-        models.build(settings["model"], dims | fields | settings["model_args"])
+    models.build(settings["model"], dims | fields | settings["model_args"], "meta")
     if table.judge:
         evaluate.check(evaluate.parse(["RUN", *shlex.split(table.judge)]))
 
