@@ -49,8 +49,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
-from backbones.det_unet import DetUNet
-from common import (CONV, UNet, center_crop, check_choice, cross_entropy, double, dropout, halve,
+from backbones.unet import DetUNet, UNet
+from common import (CONV, center_crop, check_choice, cross_entropy, double, dropout, halve,
                     init_orthogonal, pad_to_multiple, run_encoder, valid_label)
 
 

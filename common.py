@@ -1,11 +1,12 @@
-"""What two or more methods share: Gaussians, losses, U-Net blocks, padding, devices.
+"""What two or more methods share: Gaussians, losses, convolutions, padding, devices.
 
 All files write shapes with the same letters:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
 A "3-wide" convolution has a kernel of 3 pixels along every spatial axis.
 
-Sections: noise and Gaussians / losses / U-Net / padding / initialisation / device / progress.
+Sections: noise and Gaussians / losses / convolutions / padding / initialisation / device /
+progress.
 """
 
 import ast
@@ -54,6 +55,20 @@ def samples_at_once(values: int, device: torch.device) -> int:
     """The number of samples in a chunk if one sample needs `values` feature values at its widest
     layer. Because of the chunks, sampling more masks does not take more memory for features."""
     return max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // values)
+
+
+def concatenate(chunks, n: int) -> Tensor:
+    """Join chunks of samples (m, ...), n samples in total, to one tensor (n, ...). Unlike torch.cat
+    of a list, this does not hold every sample twice in memory."""
+    samples, start = None, 0
+    for chunk in chunks:
+        if len(chunk) == n:
+            return chunk
+        if samples is None:
+            samples = chunk.new_empty(n, *chunk.shape[1:])
+        samples[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return samples
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
@@ -207,8 +222,10 @@ class LowRankNormal:
         """
         batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
         shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
+        deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
         std = self.diagonal.sqrt().unsqueeze(1)
-        deviation = standard_normal(shape, mean, generator) * std  # (B, n, K, *S)
+        # Operations in place save memory, but the backward pass needs this noise unchanged.
+        deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
         if self.factor is not None:
             noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
             # under autocast, the product in bfloat16 would round every sample
@@ -259,7 +276,7 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return pixels.flatten(1).sum(1).view(label.shape[: lead + 1])
 
 
-# -------------------------------------------------------------------------------------- U-Net
+# ------------------------------------------------------------------------------- convolutions
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -307,55 +324,6 @@ def halve(x: Tensor) -> Tensor:
 def double(x: Tensor) -> Tensor:
     """Double the size of x (B, C, *S) by linear interpolation."""
     return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=False)
-
-
-class UNet(nn.Module):
-    """U-Net without an output layer: image (B, in_channels, *S) of any size -> features
-    (B, out_channels, *S).
-
-    channels: widths of the resolution levels, fine to coarse. Every level has `convs` 3-wide
-        convolutions and half the size of the level before.
-    dims: number of spatial axes, 1 to 3.
-    norm: "batch" (SSN, VAE U-Net) or "none" (Probabilistic U-Net).
-    wide: decoder levels have the width of the next coarser level (SSN) instead of their own.
-    joined: channels that the caller concatenates to every skip connection before `decode`.
-    decoder: False leaves the decoder out.
-    """
-
-    def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
-                 convs: int = 3, norm: str = "batch", wide: bool = False, joined: int = 0,
-                 decoder: bool = True):
-        super().__init__()
-        check_choice("norm", norm, ("batch", "none"))
-        if not channels:
-            raise ValueError("channels is empty: give one number for each resolution level")
-        self.channels, self.multiple = channels, 2 ** (len(channels) - 1)
-        self.encoder = nn.ModuleList(
-            conv_block(dims, before, after, convs=convs, norm=norm)
-            for before, after in zip((in_channels, *channels), channels))
-        self.decoder = nn.ModuleList()  # coarse to fine
-        width = channels[-1]
-        for coarser, skip in zip(channels[:0:-1], channels[-2::-1]):
-            before, after = width + skip + joined, coarser if wide else skip
-            if decoder:
-                self.decoder.append(conv_block(dims, before, after, convs=convs, norm=norm))
-            width = after
-        self.out_channels = width
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Features of every level, fine to coarse. Image sides are multiples of `multiple`."""
-        return run_encoder(self.encoder, x)
-
-    def decode(self, features: list[Tensor]) -> Tensor:
-        """Upsample from the coarsest level, concatenating the features of each finer one."""
-        *skips, x = features
-        for block, skip in zip(self.decoder, reversed(skips)):
-            x = block(torch.cat([skip, double(x)], 1))
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2:]
-        return center_crop(self.decode(self.encode(pad_to_multiple(x, self.multiple))), size)
 
 
 # ------------------------------------------------------------------------------------ padding

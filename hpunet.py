@@ -49,9 +49,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.res_blocks import UpBlock, res_blocks
-from common import (CONV, IGNORE, center_crop, check_choice, cross_entropy, hierarchy_noise,
-                    importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple,
-                    predict_normal, process_mean, run_encoder, valid_label)
+from common import (CONV, IGNORE, center_crop, check_choice, concatenate, cross_entropy,
+                    hierarchy_noise, importance_log_ratio, init_orthogonal, one_hot,
+                    pad_to_multiple, predict_normal, process_mean, run_encoder, valid_label)
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,13 @@ class HPUNet(nn.Module):
         scales = levels if scales is None else scales
         for i in scales:
             check_choice("scales", i, levels)
-        shared, logits = self.encode(image), []
-        for noise in self.noise(image, n, generator):
+        shared = self.encode(image)
+
+        def chunk(noise):
             drawn = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
-            logits.append(self._logits(self.unet(shared, noise=drawn)[2], image))
-        return torch.cat(logits)
+            return self._logits(self.unet(shared, noise=drawn)[2], image)
+
+        return concatenate(map(chunk, self.noise(image, n, generator)), n)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:

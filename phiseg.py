@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, center_crop, check_choice, conv_block, cross_entropy, double,
+from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
                     hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
                     run_encoder, valid_label)
 
@@ -156,8 +156,9 @@ class PHiSeg(nn.Module):
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S). The prior's encoder runs once for all of them."""
         features = self.encode(image)
-        return torch.cat([self._finest(self.prior(features, noise=noise)[0], image)
-                          for noise in self.noise(image, n, generator)])
+        chunks = (self._finest(self.prior(features, noise=noise)[0], image)
+                  for noise in self.noise(image, n, generator))
+        return concatenate(chunks, n)
 
     def _finest(self, latents, image):
         """Logits (m, B, K, *S) of the finest masks for latents of m samples."""

@@ -49,7 +49,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common import (CONV, DiagonalNormal, UNet, check_choice, conv_block, cross_entropy,
+from backbones.unet import UNet
+from common import (CONV, DiagonalNormal, check_choice, concatenate, conv_block, cross_entropy,
                     importance_log_ratio, init_orthogonal, one_hot, pad_to_multiple, predict_normal,
                     run_encoder, samples_at_once, standard_normal, valid_label)
 
@@ -169,7 +170,7 @@ class ProbUNet(nn.Module):
     @torch.no_grad()
     def decode(self, image: Tensor, z: Tensor) -> Tensor:
         """Eq. 2: logit maps (n, B, K, *S) for latents z (n, B, N) of your choice."""
-        return torch.cat([*self._chunks(self._shared(image), z)])
+        return concatenate(self._chunks(self._shared(image), z), len(z))
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:

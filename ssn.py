@@ -60,7 +60,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
-from backbones.det_unet import DetUNet
+from backbones.unet import DetUNet
 from common import (CONV, IGNORE, LowRankNormal, bounded_log_std, check_choice, cross_entropy,
                     samples_at_once, valid_label)
 

@@ -71,9 +71,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.swin_unet import SwinUNet, dropping_paths
-from common import (CONV, IGNORE, DiagonalNormal, UNet, center_crop, check_choice, cross_entropy,
-                    importance_log_ratio, one_hot, pad_to_multiple, predict_normal, process_mean,
-                    samples_at_once, train_small, valid_label)
+from backbones.unet import UNet
+from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, concatenate,
+                    cross_entropy, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
+                    process_mean, samples_at_once, train_small, valid_label)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class VAEUNet(nn.Module):
     def _sample(self, image, n, generator):
         features, of_image = self.encode(image)
         draws = [[normal.sample(generator) for normal in of_image] for _ in range(n)]
-        return torch.cat([*self._decode(features, draws, image.shape[2:])])
+        return concatenate(self._decode(features, draws, image.shape[2:]), n)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import helpers
-from backbones.det_unet import DetUNet
+from backbones.unet import DetUNet
 from baselines import DeterministicUNet, DropoutUNet, EnsembleUNet, MHeads, UNetConfig
 from ssn import SSN, SSNConfig
 

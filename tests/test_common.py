@@ -9,7 +9,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.distributions import LowRankMultivariateNormal
 
 import common
-from common import DiagonalNormal, LowRankNormal, UNet
+from backbones.unet import UNet
+from common import DiagonalNormal, LowRankNormal
 from helpers import seeded
 
 
