@@ -162,5 +162,7 @@ TABLES = {
 }
 
 WORDS = {"best:": "best.pt: ", "ged": "GED", "ncc": "NCC", "hungarian iou": "matched IoU",
-         "dice": "Dice", "iou rec": "IoU_rec", "ece": "ECE", "mode gap": "worst mode",
-         "mode pooled tv": "total variation", "auroc variance ": "", "rand error": "Rand error"}
+         "dice mean": "Dice of the mean", "dice": "Dice", "iou rec": "IoU_rec", "ece": "ECE",
+         "mode gap": "worst mode", "mode pooled tv": "total variation", "auroc variance ": "",
+         "rand error": "Rand error", "volume crps": "volume CRPS", "brier": "Brier score",
+         "log likelihood": "log-likelihood", "e aurc disagreement": "E-AURC"}
