@@ -266,6 +266,22 @@ class Terms:
         return dict(zip(self.names, mean.tolist())) | pace
 
 
+def on_kappa(log: list[dict], config) -> str | None:
+    """What the log of an HPU-Net says of its target `kappa`, if it was too low or too high."""
+    entries = [entry for entry in log if "constraint" in entry]
+    if not entries:
+        return None
+    if min(entry["constraint"] for entry in entries) >= 0:
+        return (f"the reconstruction never reached its target kappa={config.kappa}: raise it with "
+                "--model-args kappa=...")
+    last = entries[-1]
+    if last["reconstruction_per_pixel"] < config.kappa / 2 and last["lambda"] < 0.5:
+        return (f"the target kappa={config.kappa} was easily met, by a reconstruction of "
+                f"{last['reconstruction_per_pixel']:.2g}: with a lower --model-args kappa=..., the "
+                "latents say more, and samples vary more")
+    return None
+
+
 def refuse_non_finite(terms, model, step, folder) -> None:
     """Raise UserError where the loss, the gradient or a weight is not finite, so that it is never
     saved."""
@@ -387,14 +403,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"stopped and saved at step {step}; resume with: "
                      f"python train.py --resume {folder}")
     else:
-        logged = [entry for entry in read_log(folder) if "constraint" in entry]
-        if logged and min(entry["constraint"] for entry in logged) >= 0:
-            progress.say("the reconstruction never reached its target "
-                         f"kappa={model.config.kappa}: raise it with --model-args kappa=...")
-        elif logged and logged[-1]["reconstruction_per_pixel"] < model.config.kappa / 2:
-            progress.say(f"kappa={model.config.kappa} was easily met: the reconstruction is "
-                         f"{logged[-1]['reconstruction_per_pixel']:.2g}. With a lower --model-args "
-                         "kappa=... the latents say more, and samples vary more")
+        if advice := on_kappa(read_log(folder), model.config):
+            progress.say(advice)
         if world > 1:
             dist.barrier()  # until best.pt is there
         evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
