@@ -6,7 +6,9 @@ only where a single position names that colour. Hence latents of 8 channels with
 for each object, and of 4 channels with four positions; Eq. 5 on all pixels, with a beta of a tenth
 to a quarter of an object's pixels, so that naming an object's colour pays and naming it twice does
 not; five colours (`--data-args colours=5`), which are learned sooner than 15; 32 samples, and the
-distance that is best on the validation split (`evaluate.py RUN --split val --cluster 32 28`).
+distance that is best on the validation split (`evaluate.py RUN --split val --cluster 32 28`). Where
+objects are of very different sizes, as in `em`, large ones still break along the grid of the
+coarsest latents.
 """
 
 import itertools
