@@ -361,7 +361,7 @@ def test_pictures(tmp_path, monkeypatch):
     flat = torch.zeros(16, 16)
     figures.plot_maps(tmp_path / "maps.png", [SimpleNamespace(
         name="case", image=image[0], labels=label, samples=label.expand(4, -1, -1), weights=None,
-        error=flat + 2, gamma=flat + 1, ncc=0.25)])
+        drawn_by={0: "anna"}, error=flat + 2, gamma=flat + 1, ncc=0.25)])
     rows, columns, notes = grids[1]
     assert columns[2:4] == ["E[CE(y, s)]", "gamma map"]
     assert notes == {("case", 3): "NCC 0.25"}

@@ -100,8 +100,6 @@ def decoded(model, features, z):
     return model.head(model.backbone.decode([*joined, features[-1]]))
 
 
-@KINDS
-@BOTH
 def one_of_two(rank, folder):
     model = small().train()
     image, label = uneven_batch()
@@ -135,6 +133,8 @@ def test_two_processes_do_what_one_does(tmp_path):
         torch.testing.assert_close(rank[1:], expected[1:], rtol=1e-3, atol=1e-4)
 
 
+@KINDS
+@BOTH
 def test_loss_is_the_papers(backbone, latents):
     """CE and Dice at z of the mask (code) or the image (text); KL(image's || mask's), summed."""
     model, (image, label) = small(backbone, latents=latents, **WEIGHTS), batch()
