@@ -8,7 +8,7 @@ to a quarter of an object's pixels, so that naming an object's colour pays and n
 not; five colours (`--data-args colours=5`), which are learned sooner than 15; 32 samples, and the
 distance that is best on the validation split (`evaluate.py RUN --split val --cluster 32 28`). Where
 objects are of very different sizes, as in `em`, large ones still break along the grid of the
-coarsest latents.
+coarsest latents, and naming those of fewer than beta pixels does not pay.
 """
 
 import itertools
