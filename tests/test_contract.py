@@ -238,12 +238,12 @@ def test_signatures(name):
     """Every model is called alike."""
     Model = models.MODELS[name]
     arguments = {method: list(inspect.signature(getattr(Model, method)).parameters)
-                 for method in ("loss", "sample", "predict", "log_likelihood")}
-    assert arguments["loss"] == ["self", "image", "label", "mask"]
+                 for method in ("forward", "sample", "predict", "log_likelihood")}
+    assert arguments["forward"] == ["self", "image", "label", "mask"]
     assert arguments["sample"][:4] == ["self", "image", "n", "generator"]
     assert arguments["predict"] == ["self", "image"]
     assert arguments["log_likelihood"] == ["self", "image", "label", "n", "mask",
                                            "generator"]
-    assert {"optimizer", "lr", "weight_decay", "batch_size", "steps"} <= Model.TRAINING.keys()
+    assert {"optimizer", "lr", "batch_size", "steps"} <= Model.TRAINING.keys()
     for dims in (2, 3) if name == "ssn" else (2,):  # 3: on another network
         models.build(name, Model.QUICK_CONFIG | dict(dims=dims))

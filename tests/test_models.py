@@ -1,5 +1,6 @@
 """Building models, drawing samples for a split, and what several processes share."""
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ from torch import nn
 
 import data
 import models
-from common import UserError
+import train
+from backbones.unet import UNet
+from common import UserError, cross_entropy, standard_normal, valid_label
+from helpers import undraw
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -25,6 +29,54 @@ def test_weights_depend_on_the_seed_alone():
     Model = models.MODELS["unet"]
     direct = Model(Model.Config(channels=(4, 6), convs=1)).state_dict()
     assert all(torch.equal(built[key], direct[key]) for key in direct)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftConfig:
+    in_channels: int = 1
+    num_classes: int = 2
+    dims: int = 2
+    channels: tuple = (8, 16)
+
+
+class Shift(nn.Module):
+    """A U-Net's logits, and one standard normal number for each class added to all its pixels."""
+
+    Config = ShiftConfig
+    TRAINING = dict(optimizer="adam", lr=2e-3, batch_size=8, steps=20_000)
+    QUICK_CONFIG, QUICK_TRAINING = {}, dict(steps=2)
+
+    def __init__(self, config=ShiftConfig()):
+        super().__init__()
+        self.config = c = config
+        self.unet = UNet(c.in_channels, c.channels, convs=1)
+        self.head = nn.Conv2d(self.unet.out_channels, c.num_classes, 1)
+
+    def sample(self, image, n, generator=None):
+        logits = self.head(self.unet(image))
+        shift = standard_normal((n, *logits.shape[:2], 1, 1), logits, generator)
+        return logits + shift
+
+    def forward(self, image, label, mask=None):
+        loss = cross_entropy(self.sample(image, 1)[0], valid_label(label, mask)).mean()
+        return loss, {"cross_entropy": loss.detach()}
+
+    def predict(self, image):
+        return self.head(self.unet(image)).softmax(1)
+
+    def log_likelihood(self, image, label, n, mask=None, generator=None):
+        samples = self.sample(image, n, generator)
+        return (-cross_entropy(samples, valid_label(label, mask))).logsumexp(0) - math.log(n)
+
+
+def test_a_method_of_your_own(tmp_path, monkeypatch):
+    """A class that keeps the contract is trained and judged like the others."""
+    monkeypatch.setitem(models.MODELS, "shift", Shift)
+    undraw(monkeypatch)
+    run = tmp_path / "run"
+    assert train.main(["--model", "shift", "--data", "shapes", "--data-args", "n=20", "--quick",
+                       "--device", "cpu", "--out", str(run)]) == 0
+    assert isinstance(models.load(run), Shift) and (run / "report.html").exists()
 
 
 @pytest.mark.parametrize("name, value", [*((name, value) for name in models.MODELS
