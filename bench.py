@@ -23,8 +23,9 @@ Columns of the table `models`:
     1 sample     one sample of one image; 16 samples: as a multiple of one sample's time
     memory       on a GPU: the most that a step allocates, beyond model and optimiser
 
-The table `gpu` compares a step in bfloat16, also compiled or as CUDA graphs, with one in float32,
-and says which share of the card's own rate the last one reaches: that of one large matrix product.
+The table `gpu` compares a step in bfloat16, also as CUDA graphs or (`--compile`, a minute a model)
+compiled, with one in float32, and says which share of the card's own rate the graphs reach: that of
+one large matrix product.
 Below a tenth, the time goes into starting kernels and moving memory: try a larger --batch-size.
 """
 
@@ -57,11 +58,12 @@ CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
 def seconds(function) -> float:
-    """How long a call of the function takes."""
+    """How long a call of the function takes, and a GPU with what it starts."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()  # for what was started before
     start = time.perf_counter()
     function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -87,11 +89,15 @@ def ratio(a: list, b: list) -> tuple[float, float]:
     return statistics.median(each), (each[-1 - quarter] - each[quarter]) / 2
 
 
-def peak_memory(function, device) -> int:
-    """Bytes on the GPU that `function` needs at its worst, beyond what stood before."""
+def memory_of_step(bench) -> int:
+    """Bytes on the GPU that a training step needs at its worst, beyond model and optimiser. Not of
+    recorded graphs, whose memory is allocated before."""
+    device = bench.image.device
+    bench.model.train()
+    bench.optimizer.zero_grad()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    function()
+    bench.step()
     return torch.cuda.max_memory_allocated(device) - before
 
 
@@ -154,7 +160,7 @@ class Bench:
         self.label = torch.randint(num_classes, (options.batch_size, side, side), device=device)
         self.bf16 = options.precision == "bf16" and not plain
         self.graphs = options.cuda_graphs and not plain
-        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=not plain)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=None if plain else True)
         self.loss = train.compiled(self.model) if options.compile and not plain else self.model
         if self.graphs:
             self.loss = train.graphed(self.model, self.image, self.label, self.autocast())
@@ -193,9 +199,8 @@ def table_of_models(options) -> list[dict]:
                "predict ms": milliseconds(drawn["predict"]),
                "1 sample ms": milliseconds(drawn["one"]),
                f"{options.samples} samples": ratio(drawn["n"], drawn["one"])}
-        if options.device.type == "cuda":
-            b.model.train()
-            row["memory MB"] = peak_memory(b.step, options.device) / 1e6
+        if options.device.type == "cuda" and not b.graphs:
+            row["memory MB"] = memory_of_step(b) / 1e6
         rows.append(row)
         show(rows)
     return rows
@@ -242,7 +247,7 @@ def table_of_costs(options) -> list[dict]:
 
 
 def table_of_gpu(options) -> list[dict]:
-    """A step in bfloat16, compiled or as CUDA graphs, against one in float32; the card's rate."""
+    """A step in bfloat16, as CUDA graphs or compiled, against one in float32; the card's rate."""
     if options.device.type != "cuda":
         raise UserError("--tables gpu: give --device cuda")
     a, b = torch.randn(2, 8192, 8192, device=options.device, dtype=torch.bfloat16)
@@ -250,22 +255,25 @@ def table_of_gpu(options) -> list[dict]:
     rows, rate = [], 2 * 8192**3 / statistics.median(times)  # operations a second
     print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
     for name in options.models:
-        kinds = {"fp32": dict(precision="fp32"), "bf16": dict(),
-                 "compiled": dict(compile=True), "graphs": dict(cuda_graphs=True)}
+        kinds = {"fp32": dict(precision="fp32"), "bf16": dict(), "graphs": dict(cuda_graphs=True)}
+        if options.compile:
+            kinds["compiled"] = dict(compile=True)
         common = vars(options) | dict(precision="bf16", compile=False, cuda_graphs=False)
         benches = {kind: Bench(name, argparse.Namespace(**common | given))
                    for kind, given in kinds.items()}
         times = in_turn({kind: b.step for kind, b in benches.items()}, options.rounds)
         plain = benches["fp32"]
         share = operations(plain.step) / statistics.median(times["graphs"]) / rate
+        others = {"bf16": "bf16", "graphs": "bf16 graphs", "compiled": "bf16 compiled"}
         rows.append({"model": name, "fp32 ms": milliseconds(times["fp32"]),
-                     "bf16 / fp32": ratio(times["bf16"], times["fp32"]),
-                     "bf16 compiled / fp32": ratio(times["compiled"], times["fp32"]),
-                     "bf16 graphs / fp32": ratio(times["graphs"], times["fp32"]),
+                     **{f"{others[kind]} / fp32": ratio(times[kind], times["fp32"])
+                        for kind in others if kind in kinds},
                      "of the matrix rate": share,
-                     "memory MB": peak_memory(benches["graphs"].step, options.device) / 1e6,
-                     "fp32 memory MB": peak_memory(plain.step, options.device) / 1e6})
+                     **{f"{kind} memory MB": memory_of_step(benches[kind]) / 1e6
+                        for kind in ("fp32", "bf16")}})
         show(rows)
+        for bench in benches.values():
+            vars(bench.model).pop("forward", None)  # recorded graphs, and the memory they hold
     return rows
 
 
@@ -284,6 +292,9 @@ def table_of_evaluation(options) -> list[dict]:
         for method in times:
             setattr(bench.model, method, timed(getattr(bench.model, method), times[method]))
         few = dataclasses.replace(test, labels=test.labels[:, :4], weights=None, exact=False)
+        if options.device.type == "cuda":  # a first evaluation loads kernels and takes memory
+            evaluate.score(bench.model, few.subset(range(min(len(few), 40))).to(options.device),
+                           evaluate.SAMPLES)
         for split in (few, test):
             for method in times:
                 times[method].clear()
@@ -358,9 +369,10 @@ def main(argv=None) -> int:
         for name in ("batch_size", "image_size", "samples", "cases", "rounds"):
             if getattr(options, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: give 1 or more")
-        compiles = options.compile or "gpu" in options.tables
-        if compiles and (missing := train.lacks_compiler(options.device)):
+        if options.compile and (missing := train.lacks_compiler(options.device)):
             raise UserError(f"--compile: {missing}")
+        if options.compile and options.cuda_graphs:
+            raise UserError("--compile and --cuda-graphs: give one of them")
         train.keep_freed_memory()
         machine = f"{torch.get_num_threads()} threads"
         if options.device.type == "cuda":

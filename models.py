@@ -140,12 +140,14 @@ def sample_batches(model, split, n, rank=0, world=1):
     """Yield (batch of `split` as a Split, its `sample_chunks`, to be used up before the next batch)
     for the whole split or, under torchrun, for every world-th batch.
 
-    A batch has at most 32 cases (128 on a GPU), fewer if their logits would need more than 128 MiB
-    (1 GiB on a GPU). The samples depend on the batch only.
+    A batch has at most 32 cases, fewer if their logits would need more than 128 MiB; on a GPU at
+    most 128 of 128 x 128 pixels, and 1 GiB. The samples depend on the batch only.
     """
-    on_cpu = split.images.device.type == "cpu"
-    most, values = (32, 2**25) if on_cpu else (128, 2**28)  # a GPU starts few, large kernels faster
-    batch = max(1, min(most, values // (n * split.num_classes * split.labels[0, 0].numel())))
+    pixels = split.labels[0, 0].numel()
+    most, values = 32, 2**25
+    if split.images.device.type != "cpu":  # a GPU starts few, large kernels faster
+        most, values = min(128, 2**21 // pixels), 2**28
+    batch = max(1, min(most, values // (n * split.num_classes * pixels)))
     for start in range(rank * batch, len(split), world * batch):
         part = split.subset(range(start, min(start + batch, len(split)))).all_maps()
         generator = torch.Generator(part.images.device).manual_seed(start)

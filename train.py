@@ -28,6 +28,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -299,8 +300,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
     check_fields(settings["model"], settings["model_args"])
     device, rank, world = start_processes(device_name)
-    if graphs and (device.type != "cuda" or world > 1 or compile):
-        raise UserError("--cuda-graphs: for one CUDA device, without --compile")
+    if graphs and (device.type != "cuda" or dist.is_initialized() or compile):
+        raise UserError("--cuda-graphs: for one CUDA device, without torchrun and --compile")
     stop = Stop()
     keep_freed_memory()
     torch.set_float32_matmul_precision("high" if settings["precision"] == "tf32" else "highest")
@@ -397,6 +398,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                 progress.update(step, f"loss {means['loss']:.4g}", line=True)
 
     stop.restore()
+    vars(model).pop("forward", None)  # recorded graphs, and the memory that they hold
     del loss_of  # freed after its group is gone, DistributedDataParallel can hang
     gc.collect()
     if stopping:
@@ -426,7 +428,8 @@ def compiled(loss_of):
 
 def graphed(model, image, label, autocast):
     """Return the model with its loss and gradients recorded as CUDA graphs, for batches of this
-    shape: the same kernels are started together instead of one after the other by Python."""
+    shape: the same kernels are started together instead of one after the other by Python. With
+    bf16, the gradients of what the loss computes in float32 are computed in bfloat16, too."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([image.device]), autocast:
         torch.cuda.make_graphed_callables(model, (image.clone(), label.clone()))
@@ -439,6 +442,8 @@ def lacks_compiler(device) -> str | None:
     """Say what torch.compile needs that this machine lacks; None if it lacks nothing."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if device.type == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's header files (python3-dev) are not installed"
     name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
     return None if shutil.which(name) else f"no compiler ({name}) was found"
 

@@ -49,7 +49,9 @@ def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
     likeliest = batch.probabilities.argmax(1)
     label = batch.labels[torch.arange(len(batch), device=likeliest.device), likeliest]  # (B, *S)
     maps = torch.cat([prediction[None], samples[:most]])
-    distance = torch.stack([metrics.hausdorff95(m, label, batch.num_classes) for m in maps], 1)
+    place = "cpu" if label.dim() == 3 else label.device  # a GPU would wait for each short surface
+    distance = torch.stack([metrics.hausdorff95(m.to(place), label.to(place), batch.num_classes)
+                            for m in maps], 1).to(label.device)
     dice = torch.full_like(distance, np.nan)
     for k in range(1, batch.num_classes):
         reference = torch.where(label == IGNORE, IGNORE, label == k).byte()

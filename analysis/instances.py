@@ -5,8 +5,8 @@ of one latent map are independent given the coarser maps, so a sample paints an 
 only where a single position names that colour. Hence latents of 8 channels with about one position
 for each object, and of 4 channels with four positions; Eq. 5 on all pixels, with a beta of a tenth
 to a quarter of an object's pixels, so that naming an object's colour pays and naming it twice does
-not; five colours (`--data-args colours=5`), which are learned sooner than 15; 32 samples, and the
-distance that is best on the validation split (`evaluate.py RUN --split val --cluster 32 28`). Where
+not; five colours (`--data-args colours=5`), which are learned sooner than 15; and 128 samples
+(`evaluate.py RUN --cluster 128`), which separate objects better than the paper's 16 or 32. Where
 objects are of very different sizes, as in `em`, large ones still break along the grid of the
 coarsest latents, and naming those of fewer than beta pixels does not pay.
 """

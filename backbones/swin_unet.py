@@ -21,7 +21,7 @@ class SwinUNet(nn.Module):
     window: side, in tokens, of an attention window; a smaller map is a single window.
     joined: channels that the caller concatenates to every skip connection before `decode`.
     drop_path: rate of DropPath in the encoder's last block; it grows linearly from 0 in the first.
-    decoder: False leaves the decoder out.
+    decoder: False leaves out the decoder and all that only the decoder uses.
     """
 
     def __init__(self, in_channels: int, *, width: int = 96, depths: tuple[int, ...] = (2, 2, 2, 1),
@@ -60,16 +60,19 @@ class SwinUNet(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if not decoder:  # of the next coarser level, a skip connection is what enters the blocks
+            del self.enter[-1], self.encoder[-2:]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Image (B, C, H, W) -> skip connections (B, C_i, H_i, W_i), fine to coarse, then the
         coarsest features. As in the published code, a skip connection holds the features before
         its level's blocks."""
         features, x = [], x.movedim(1, -1)  # (B, H, W, C)
-        for enter, blocks in zip(self.enter, self.encoder):
+        for level, enter in enumerate(self.enter):
             x = enter(x)  # (B, H_i, W_i, C_i)
             features.append(x)
-            x = blocks(x)
+            if level < len(self.encoder):
+                x = self.encoder[level](x)
         features[-1] = x
         return [f.movedim(-1, 1) for f in features]
 

@@ -17,7 +17,7 @@ class UNet(nn.Module):
     norm: "batch" (SSN, VAE U-Net) or "none" (Probabilistic U-Net).
     wide: decoder levels have the width of the next coarser level (SSN) instead of their own.
     joined: channels that the caller concatenates to every skip connection before `decode`.
-    decoder: False leaves the decoder out.
+    decoder: False leaves out the decoder and the coarsest level, which only the decoder uses.
     """
 
     def __init__(self, in_channels: int, channels: tuple[int, ...], *, dims: int = 2,
@@ -39,6 +39,8 @@ class UNet(nn.Module):
                 self.decoder.append(conv_block(dims, before, after, convs=convs, norm=norm))
             width = after
         self.out_channels = width
+        if not decoder:
+            del self.encoder[-1]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every level, fine to coarse. Image sides are multiples of `multiple`."""

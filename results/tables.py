@@ -119,8 +119,8 @@ TABLES = {
                 "blur_1", "blur_2", "blur_4", "blur_8", "patch_5", "patch_10", "patch_20",
                 "patch_40", "noise_0.25", "noise_0.5", "noise_1", "noise_2", "foreign_shapes"))),
     "objects": Table(
-        "Objects by sampling", "Rand error of objects clustered from 32 samples (Hamming distance "
-        "28) and of the connected components of the model's own foreground; and the share of an "
+        "Objects by sampling", "Rand error of objects clustered from 128 samples (Hamming distance "
+        "128) and of the connected components of the model's own foreground; and the share of an "
         "object's pixels that have its commonest colour in a sample. In faded cells, half of the "
         "membranes' length cannot be seen. All at the last checkpoint.",
         {"faded cells: hpunet": f"--model hpunet {CELLS} faded=50 {CELL_STEPS}",
@@ -130,8 +130,8 @@ TABLES = {
          "sections: hpunet": f"--model hpunet {SECTIONS} --steps 5000 --lr 2.5e-3 --lr-drops "
                              f"3000:.3 4300:.1 --model-args {SECTION_WIDTHS} beta=150",
          "sections: unet": f"--model unet {SECTIONS} --steps 1500 --model-args {SECTION_WIDTHS}"},
-        judge=f"{QUICK} --cluster 32 28",
-        columns="rand_error_32_28 rand_error_components coherence"),
+        judge=f"{QUICK} --cluster 128",
+        columns="rand_error_128 rand_error_components coherence"),
     "extrapolation": Table(
         "What lies beyond the edge", "Half of each image is hidden, and the labels of the rest are "
         "given; `extrapolation.png` of the run shows samples.",

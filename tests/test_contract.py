@@ -20,6 +20,8 @@ CASES = {f"{name}-{dims}d": (name, dict(dims=dims)) for name in models.MODELS fo
 CASES["ssn-3d"][1].update(DEEPMEDIC)
 CASES["ssn-unet-3d"] = "ssn", dict(dims=3, backbone="unet")
 CASES["vae_unet-swin"] = "vae_unet", SWIN | dict(dims=2)
+CASES["vae_unet-image"] = "vae_unet", dict(dims=2, latents="image")
+CASES["vae_unet-swin-image"] = "vae_unet", SWIN | dict(dims=2, latents="image")
 
 every_case = pytest.mark.parametrize("name, fields", CASES.values(), ids=CASES)
 every_model = pytest.mark.parametrize("name", models.MODELS)

@@ -127,6 +127,7 @@ def test_labels_of_is_argmax():
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), scores.argmax(1))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional")
 def test_batch_norm_of_processes_is_batch_norm(tmp_path):
     """Of one process here; that two see the batches of both is a test of training."""
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)

@@ -65,9 +65,9 @@ def count(module):
 
 
 def normals(skips, features):
-    """The latents' distributions by torch.distributions; the coarsest level has none."""
+    """The latents' distributions by torch.distributions, of all levels but the coarsest."""
     result = []
-    for skip, f in zip(copy.deepcopy(skips).double(), features[:-1], strict=True):
+    for skip, f in zip(copy.deepcopy(skips).double(), features):
         mean, log_std = skip.conv(f).chunk(2, 1)
         result.append(Normal(mean, (BOUND * torch.tanh(log_std / BOUND)).exp()))
     return result
