@@ -295,18 +295,25 @@ def plot_dice(path, values) -> None:
     save_figure(figure, path)
 
 
+def line_styles():
+    """Yield a style for each line of a plot: seven colours, then the same dashed, then dotted."""
+    for dashes in itertools.cycle(("-", "--", ":")):
+        for color in LINES:
+            yield dict(color=color, linestyle=dashes)
+
+
 def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
     """Draw GED against the number of samples, a line a run; runs: (name, what metrics.json has)."""
-    figure, ax = new_plot(size=(5, 3.2))
-    for (name, summary), color in zip(runs, itertools.cycle(LINES)):
+    figure, ax = new_plot(size=(6, 3.2 + 0.08 * len(runs)))
+    for (name, summary), style in zip(runs, line_styles()):
         counts = sorted(int(k[4:]) for k in summary if k.startswith("ged_") and k[4:].isdigit())
         geds = [summary[f"ged_{n}"] for n in counts]
         ax.errorbar(counts, [g["mean"] for g in geds], [g["stderr"] for g in geds], label=name,
-                    color=color, marker="o", markersize=3, capsize=2)
+                    **style, marker="o", markersize=3, capsize=2)
     ax.set_xscale("log", base=2)
     ax.set(xlabel="samples", ylabel="squared GED", xticks=counts, xticklabels=counts)
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
 
@@ -316,11 +323,11 @@ def plot_validation(path, runs: list[tuple]) -> None:
     runs: (name, name of the score, steps, minutes, scores); runs of one name share a colour.
     """
     figure, axes = new_plot(1, 2, size=(8, 3.4))
-    colors = dict(zip(dict.fromkeys(run[0] for run in runs), itertools.cycle(LINES)))
+    styles = dict(zip(dict.fromkeys(run[0] for run in runs), line_styles()))
     lines = {}
     for name, _, steps, minutes, scores in runs:
         for ax, x in zip(axes, (steps, minutes)):
-            (lines[name],) = ax.plot(x, scores, color=colors[name], marker="o", markersize=3)
+            (lines[name],) = ax.plot(x, scores, **styles[name], marker="o", markersize=3)
     score = max(run[1] for run in runs).removeprefix("val_").replace("_", " ")
     axes[0].set(xlabel="training steps", ylabel=f"validation {score}", xlim=(0, None))
     axes[1].set(xlabel="training time in minutes", xlim=(0, None))
