@@ -10,7 +10,7 @@ outputs, each a logit map, and CE_m = -sum_i log softmax(eta_m)[i, y_i] for thei
     MHeads              (1 - eps) CE_best + eps/(M - 1) sum of others   one head      the head
 
 Samples that vary with the weights show epistemic uncertainty, which more data would reduce, and not
-how annotators differ. A deterministic U-Net has aleatoric uncertainty in its probabilities, but for
+how annotators differ. The probabilities of a deterministic U-Net show aleatoric uncertainty, but of
 each pixel separately. M-Heads learn how annotators differ, because the loss mainly trains the best
 head, so that heads specialise. They cannot learn how often each annotation occurs, because every
 head counts as equally likely.
@@ -37,7 +37,7 @@ Differences from the paper
     python train.py --model ensemble --data lidc --model-args members=4
     python train.py --model unet --data lidc --lr 1e-3 --lr-drops 0:1 --steps 500000 \
         --batch-size 12 --model-args norm=batch "channels=(32,64,128,192,192,192,192)"
-                                     # SSN's Table 1, but for the weight decay, 1e-5 instead of 0
+                                     # SSN's Table 1, except for the weight decay: 1e-5, not 0
     python train.py --model unet --data brats --device cuda    # SSN's Table 2
 """
 

@@ -394,7 +394,7 @@ def _summary(split: Split, distances: Tensor) -> dict[str, str]:
     if shares[IGNORE]:
         rows["ignored"] = f"{shares[IGNORE]:.2%}"
     if split.exact or split.instances is not None or count == 1:
-        return rows  # these label maps are nobody's
+        return rows  # no annotator drew these label maps
     both = present[:, :, None] & present[:, None] & ~torch.eye(count, dtype=torch.bool)
     one_sided = split.marked[:, :, None] != split.marked[:, None]
     for a in both.any(2).any(0).nonzero().flatten().tolist():

@@ -81,7 +81,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
 
     Under torchrun the processes share the cases; all but the first write and return nothing. The
     parameters are the command line's options; cluster: (samples,) or (samples, alpha).
-    Raises UserError or DataError for what the user can mend.
+    Raises UserError or DataError for anything the user can correct.
     """
     folder = Path(folder)
     settings, model, (whole,) = open_run(folder, (split,), path, device, weights)

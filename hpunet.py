@@ -182,7 +182,7 @@ class HPUNet(nn.Module):
                scales: list[int] | None = None) -> Tensor:
         """n logit maps, (n, B, K, *S); the encoder runs once whatever n is.
 
-        scales: numbers of the latent maps that are drawn, 0 the most global; the others stand at
+        scales: numbers of the latent maps that are drawn, 0 the most global; the others are kept at
             their mean given the coarser ones (Fig. 3). By default all are drawn.
         """
         levels = [i for i, width in enumerate(self.config.latents) if width]

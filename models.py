@@ -28,10 +28,10 @@ from vae_unet import VAEUNet
 CHUNK = 2**28  # logits that `sample_chunks` computes at once (1 GiB)
 LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
 
-# To add a method: write a class with forward, sample, predict and log_likelihood, whose `Config` has
-# the fields in_channels, num_classes and dims, and which has TRAINING, QUICK_CONFIG and
-# QUICK_TRAINING; list it here; and give tests/helpers.py a small config of it, for
-# tests/test_contract.py. tests/test_models.py has one of 30 lines.
+# To add a method: write a class with forward, sample, predict and log_likelihood, with TRAINING,
+# QUICK_CONFIG and QUICK_TRAINING, and with a `Config` that has the fields in_channels, num_classes
+# and dims; list it here; and give tests/helpers.py a small config of it, for
+# tests/test_contract.py. tests/test_models.py has an example of 30 lines.
 MODELS = {
     "ssn": SSN,
     "prob_unet": ProbUNet,
@@ -45,7 +45,7 @@ MODELS = {
     "m_heads": MHeads,
 }
 
-# {name in TRAINING: (class, which settings of TRAINING it takes beside lr)}
+# {name in TRAINING: (class, the settings of TRAINING that it uses besides lr)}
 OPTIMIZERS = {"adam": (torch.optim.Adam, ("weight_decay",)),
               "sgd": (torch.optim.SGD, ("weight_decay", "momentum")),
               "rmsprop": (torch.optim.RMSprop, ("weight_decay", "momentum", "alpha"))}

@@ -84,7 +84,7 @@ def parse(argv=None) -> argparse.Namespace:
                    "where a GPU waits for Python, as it does for small models and batches")
     p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
     p.add_argument("--annotators", metavar="WHO",
-                   help="whom to learn from: all, names like anna,bob, or numbers from 0 like 0,1")
+                   help="learn from these: all, names like anna,bob, or numbers from 0 like 0,1")
     p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
                    help="train without the data set's augmentation")
     p.add_argument("--model-args", nargs="+", metavar="K=V", help="fields of the model's config")
@@ -128,7 +128,7 @@ def settle(args) -> tuple[dict, Path]:
 
 
 def annotators(text: str, split) -> list[int] | None:
-    """The numbers of those whom `text` names: None for "all", else as in "anna,bob" or "0,1"."""
+    """The numbers of the annotators in `text`, like "anna,bob" or "0,1"; None for "all"."""
     if text == "all":
         return None
     numbers = {str(number): number for number in range(len(split.annotators))}
@@ -222,7 +222,7 @@ class Stop:
             signal.signal(number, handler)
 
     def agreed(self, device) -> bool:
-        """True on every process once one was asked, so that none waits for another for ever."""
+        """True on every process once one was asked, so that none waits forever for another."""
         if dist.is_initialized():
             asked = torch.tensor(self.signal, device=device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)

@@ -79,7 +79,7 @@ from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, con
 
 @dataclass(frozen=True)
 class VAEUNetConfig:
-    """The published code's settings for LIDC, but for differences 2 and 7."""
+    """The published code's settings for LIDC, except for differences 2 and 7."""
 
     in_channels: int = 1
     num_classes: int = 2

@@ -194,7 +194,7 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
         order = order[probabilities[order] > 0][:ANNOTATORS]  # an annotator may be missing
         weights = probabilities[order] if batch.exact else None
         drawn_by = {a: f"annotator\n{people[a]}" for a in order.tolist()}
-        if batch.exact or batch.instances is not None:  # drawn by nobody
+        if batch.exact or batch.instances is not None:  # no annotator drew them
             drawn_by = dict(enumerate(numbered("mode" if batch.exact else "map", len(order))))
         cases.append(Case(shown[batch.names[i]], labels=labels[order], drawn_by=drawn_by,
                           weights=weights, annotated=annotated, ncc=ncc[i].item(), **flat))

@@ -19,10 +19,10 @@ Failure detection: does an image's score tell how wrong the mean prediction is (
     augrc          the same with the risk divided by all images, not by those kept (Traub et al.
                    2024): 0 to 0.5
 The scores are variance, entropy and mutual_information, each the highest mean of its map over a
-window of 10 pixels (in per_case.csv: ..._patch), as ValUES (Kahl et al. 2024) does lest the score
-grow with the object; and disagreement, 1 - Dice of samples and mean prediction, like the pairwise
-Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare e_aurc,
-and all of them on the same images only.
+window of 10 pixels (in per_case.csv: ..._patch), as in ValUES (Kahl et al. 2024), so that the score
+does not grow with the object; and disagreement, 1 - Dice of samples and mean prediction, like the
+pairwise Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare
+e_aurc, and all of them on the same images only.
 
 Sets, some for the first n samples. dice_max and dice_match grow with n: compare them for one n.
     dice_max       mean over annotators of the best sample's Dice: D_max (maximum Dice matching) of
@@ -33,7 +33,7 @@ Sets, some for the first n samples. dice_max and dice_match grow with n: compare
     volume_crps    CRPS of the foreground's volume in pixels, from all samples, mean over annotators
     volume_crps_curvas  CURVAS's: for each class, the normal distribution of the annotators' volumes
                    against the sum of p, mean over classes. It rewards a right mean volume, not a
-                   right spread, and is no rival of volume_crps. CURVAS's code also cuts the
+                   right spread, so it cannot replace volume_crps. CURVAS's code also cuts the
                    integral at 3 standard deviations and the distribution at 1 and 99 %.
 Where a set weights its label maps, the means over annotators are weighted too.
 """

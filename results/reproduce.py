@@ -183,8 +183,8 @@ def measure(runs: list[Run], column: str) -> Measured | None:
 
 def against_best(row: str, measured: dict[str, Measured], highest: bool) -> str:
     """What the table says of a row in column p: "best", or p of the paired test over cases against
-    the best row of its kind, whose names are alike up to a colon. Nothing where there is no rival
-    or single cases have no value."""
+    the best row of its kind, whose names are alike up to a colon. Nothing if there is no other
+    row, or if single cases have no value."""
     rivals = [r for r in measured if r.rpartition(":")[0] == row.rpartition(":")[0]]
     best = (max if highest else min)(rivals, key=lambda r: measured[r].mean)
     if row == best:

@@ -49,7 +49,7 @@ def shortened(names: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def readable(file, what: str):
     """Turns any error inside into one DataError: damaged bytes can raise nearly anything. Only
-    regular files are read: a pipe would wait for ever, and a device may have no end."""
+    regular files are read: a pipe would wait forever, and a device may have no end."""
     if not Path(file).is_file():
         raise DataError(f"{file}: not a readable {what}: no such file, or not a regular one")
     try:

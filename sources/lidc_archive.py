@@ -324,7 +324,7 @@ def build_lidc(src, dst, *, size: int = 180, window: tuple[float, float] = LIDC_
 
 
 def run(function: Callable, items: list, workers: int, what: str, refused: list[str]) -> list:
-    """Returns (item, function(item)) of every item, but for those where it fails: these go to
+    """Returns (item, function(item)) of every item for which it does not fail; the others go to
     `refused`, with the reason. Shows the progress. Threads are enough: one core cuts the whole
     archive in about seven minutes."""
     def attempt(item):

@@ -16,7 +16,7 @@ def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
       labels   (N, A, H, W) or (N, A, D, H, W), always with the annotator axis: 0..K-1, 255 = ignore
     and optionally: weights (N, A), normalised row by row; groups (N,), such as the patient of each
     case; names (N,); annotators (A,), their names; num_classes, else the largest label + 1. An
-    annotator's map of nothing but 255 is missing.
+    annotator's map that is 255 everywhere is missing.
     """
     arrays = read_npz_arrays(path, ("images", "labels"),
                              ("weights", "groups", "names", "annotators", "num_classes"))

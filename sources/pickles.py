@@ -77,7 +77,7 @@ class ArrayUnpickler(pickle._Unpickler):  # the one in Python, whose operations 
         _expect(type(self.stack[-1]) is dict and len(items) % 2 == 0,
                 "it sets items of what is no dict")
         for key, value in zip(items[::2], items[1::2]):
-            # Only flat keys: hashing nested tuples that share their parts can take for ever.
+            # Only flat keys: hashing nested tuples that share their parts can take forever.
             _expect(isinstance(key, (str, bytes, int, float)), "a key is no text and no number")
             _expect(all(type(item) is not int or abs(item) < 2**64 for item in (key, value)),
                     "a number of more than 64 bits")

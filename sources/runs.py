@@ -117,7 +117,7 @@ def append(path, entry: dict) -> None:
 
 
 def read_log(folder) -> list[dict]:
-    """Returns the log's entries, but for lines that a kill or a full disk cut short."""
+    """Returns the log's entries, except for lines that a kill or a full disk cut short."""
     entries, log = [], folder / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -164,7 +164,7 @@ def load_checkpoint(path) -> dict:
                               best=float).items():
             if not isinstance(content[key], kind):
                 raise TypeError(f"{key} is a {type(content[key]).__name__}")
-        json.dumps(content["config"])  # nothing but numbers, texts and tuples of them
+        json.dumps(content["config"])  # only numbers, texts and tuples of them
         return content
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         reason = " ".join(str(error).split())[:80] or type(error).__name__
