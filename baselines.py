@@ -165,7 +165,7 @@ class DeterministicUNet(Mixture):
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Cross-entropy in nats, summed over pixels and averaged over the batch: (loss, terms).
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
+        image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         With DeepMedic, the loss is that of one random patch of every volume.
         """
         label = valid_label(label, mask)
@@ -278,11 +278,13 @@ class DropoutUNet(DeterministicUNet):
         *skips, x = features
         for depth, (block, skip) in enumerate(zip(self.unet.decoder, reversed(skips))):
             x = torch.cat([skip, double(x)], 1)
-            x = block(dropout(x, c.p, generator) if depth < c.dropout_blocks else x)
+            if depth < c.dropout_blocks:
+                x = dropout(x, c.p, generator)
+            x = block(x)
         return self.head(center_crop(x, size))
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """Cross-entropy, each case under a random mask; arguments as DeterministicUNet.loss."""
+        """Cross-entropy, a dropout mask for each case; arguments as DeterministicUNet.loss."""
         logits = self.with_dropout(self.before_dropout(image), image.shape[2:])
         loss = cross_entropy(logits, valid_label(label, mask)).mean()
         return loss, {"cross_entropy": loss.detach()}
@@ -296,7 +298,7 @@ class DropoutUNet(DeterministicUNet):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
-        """log of the mean of p(y | x) over n masks, in nats, (B,): a lower bound on average."""
+        """log of the mean p(y | x) over n dropout masks, nats, (B,): a lower bound on average."""
         features, label = self.before_dropout(image), valid_label(label, mask)
         log_prob = [-cross_entropy(self.with_dropout(features, label.shape[1:], generator), label)
                     for _ in range(n)]

@@ -54,7 +54,8 @@ CHUNK_CPU, CHUNK_GPU = 2**22, 2**26
 def samples_at_once(values: int, device: torch.device) -> int:
     """The number of samples in a chunk if one sample needs `values` feature values at its widest
     layer. Because of the chunks, sampling more masks does not take more memory for features."""
-    return max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // values)
+    chunk = CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
+    return max(1, chunk // values)
 
 
 def concatenate(chunks, n: int) -> Tensor:
@@ -75,8 +76,8 @@ def bounded_log_std(x: Tensor) -> Tensor:
     """Squash x smoothly into (-4, 4), so that the std is between 0.018 and 55. float32.
 
     An unbounded log std is the most frequent cause of NaN in the KL of a conditional VAE. The bound
-    is 4 because images that were not standardised (x 255) then start training at a KL of 3e6 nats
-    and reach 6 after 300 steps; with a bound of 10 they start at 1e11 and reach only 6e3.
+    is 4 so that training copes with images that were not standardised: on images times 255, the KL
+    falls from 3e6 to 6 nats in 300 steps; with a bound of 10, from 1e11 only to 6e3.
     """
     return 4 * torch.tanh(x.float() / 4)
 
@@ -136,10 +137,11 @@ def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: i
     multiple: side, in pixels, of one position of the coarsest map; it halves at every finer level.
     width: feature values that a sample needs for each pixel of the image; they determine m.
     """
-    size, noise = [-(-s // multiple) for s in image.shape[2:]], {}  # rounded up
-    for i, depth in channels.items():
-        if depth:
-            shape = (len(image), n, depth, *size)
+    size = [(s + multiple - 1) // multiple for s in image.shape[2:]]  # rounded up
+    noise = {}
+    for i, count in channels.items():
+        if count:
+            shape = (len(image), n, count, *size)
             noise[i] = standard_normal(shape, image, generator).transpose(0, 1)
         size = [2 * s for s in size]
     m = samples_at_once(image[:, 0].numel() * width, image.device)
@@ -196,15 +198,16 @@ def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Te
 
     log_q, log_p: log densities of the z_i in nats, of one shape, which is also the result's.
     """
-    log_share_q, log_share_p = (math.log(k / (n_q + n_p)) if k else -math.inf for k in (n_q, n_p))
+    log_share_q = math.log(n_q / (n_q + n_p)) if n_q else -math.inf
+    log_share_p = math.log(n_p / (n_q + n_p)) if n_p else -math.inf
     return log_p - torch.logaddexp(log_q + log_share_q, log_p + log_share_p)
 
 
 class LowRankNormal:
-    """N(mean, F F^T + diag(D)), a joint distribution of all logits of a map (SSN Eq. 5).
+    """N(mean, P P^T + diag(D)), a joint distribution of all logits of a map (SSN Eq. 5).
 
-    mean (B, K, *S). factor F (B, R, K, *S), or None for independent logits. diagonal D
-    (B, K, *S), variances > 0. With standard normal e1, e2, a sample is mean + F e1 + sqrt(D) e2.
+    mean (B, K, *S). factor P (B, R, K, *S), or None for independent logits. diagonal D
+    (B, K, *S), variances > 0. With standard normal e1, e2, a sample is mean + P e1 + sqrt(D) e2.
     No matrix is factorised or inverted, so ill-conditioned covariances do no harm.
     """
 
@@ -220,15 +223,16 @@ class LowRankNormal:
             them, such as a loss, vary less; but the samples are no longer independent.
         temperature: T scales the covariance, N(mean, T Sigma); at 0 every sample is the mean.
         """
-        batch, drawn = len(self.mean), (n + 1) // 2 if antithetic else n
-        shape, mean = (batch, drawn, *self.mean.shape[1:]), self.mean.unsqueeze(1)
+        drawn = (n + 1) // 2 if antithetic else n
+        batch, mean = len(self.mean), self.mean.unsqueeze(1)
+        shape = (batch, drawn, *self.mean.shape[1:])
         deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
         std = self.diagonal.sqrt().unsqueeze(1)
         # Operations in place save memory, but the backward pass needs this noise unchanged.
         deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
         if self.factor is not None:
             noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
-            # under autocast, the product in bfloat16 would round every sample
+            # adds P e1; under autocast, this product in bfloat16 would round every sample
             with torch.autocast(mean.device.type, enabled=False):
                 deviation.view(batch, drawn, -1).baddbmm_(noise, self.factor.flatten(2))
         if temperature != 1:

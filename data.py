@@ -65,7 +65,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
     wanted = [split] if isinstance(split, str) else list(split)
     for one in wanted:
         check_known("split", one, (*SPLITS, "all"))
-    path = options.pop("path", path)  # positional-only, so that no option can take its place
+    path = options.pop("path", path)  # or by keyword, which wins
     _check_options(name, source, options)
     percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
     if not source.layout:
@@ -272,7 +272,7 @@ _MILD = Augmentation(rotation=10, shear=0.05, scale=0.1, translation=4, elastic=
 @dataclass(frozen=True)
 class Source:
     """A data set: how it is read and described. Its options are the keyword arguments of `read`,
-    which gives, of synthetic sets, (the whole Split, {split: indices}), of others a `Listing`."""
+    which returns (whole Split, {split: indices}) for synthetic sets, a `Listing` for others."""
 
     read: Callable
     doc: str
@@ -408,8 +408,8 @@ def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps
     """Draws a row a case, the most diverse first (of a volume, its fullest slice): the image, and
     its likeliest label maps over it, each with its annotator's name and probability."""
     pictures, notes = {}, {}
-    diversity = _diversity(split, distances).sort(descending=True, stable=True)
-    for score, i in zip(*(values[:cases].tolist() for values in diversity)):
+    scores, order = _diversity(split, distances).sort(descending=True, stable=True)
+    for score, i in zip(scores[:cases].tolist(), order[:cases].tolist()):
         case, name = split.subset([i]).all_maps(), f"{split.names[i][-36:]}\n{score:.2f}"
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:

@@ -92,8 +92,9 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
                             "marked by every annotator; use --cases all")
     if cluster and whole.instances is None:
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
-    cluster = (*(cluster or (CLUSTERED,)), None)[:2]
-    classes = classes or whole.images.dim() == 4 and 3 <= whole.num_classes <= 20
+    count, *alpha = cluster or (CLUSTERED,)
+    cluster = (count, alpha[0] if alpha else None)
+    classes = classes or (whole.images.dim() == 4 and 3 <= whole.num_classes <= 20)
     pictured = whole.subset(spread(len(whole), PAGED))
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
@@ -185,7 +186,7 @@ def score(model, split, samples=(16,), n=0, likelihood_samples=LIKELIHOOD_SAMPLE
 
 @torch.no_grad()
 def validation_score(model, split) -> tuple[str, float]:
-    """(name, value) of what a training chooses its best checkpoint by; lower is better.
+    """(name, value) of the measure by which training keeps its best checkpoint; lower is better.
 
     The mean GED of 16 samples; of sets with instances the mean Rand error of the objects found in
     them, because GED hardly tells perfect objects in random classes from noise. Processes share
@@ -200,7 +201,7 @@ def validation_score(model, split) -> tuple[str, float]:
             rows[-1]["rand_error"] = rand_errors(batch, find_instances(hard, None, batch.fixed))
     model.train(was_training)
     values = {name: v for name, v in gather(rows).items() if not np.isnan(v).all()}
-    name = "rand_error" if "rand_error" in values else "ged"  # without objects, too
+    name = "rand_error" if "rand_error" in values else "ged"  # also where no case has an object
     return f"{name}_{CLUSTERED}", float(np.nanmean(values[name]))
 
 

@@ -1,19 +1,19 @@
 """Hierarchical Probabilistic U-Net, HPU-Net (Kohl et al. 2019, arXiv:1905.13077).
 
 One image, many plausible masks, made from coarse to fine. The coarsest levels i = 0 .. L of a
-U-Net's decoder each have a latent map z_i. It is sampled given the image X and the coarser latent
-maps z_<i, and concatenated to the features that predicted it:
+U-Net's decoder each have a latent map z_i, one number per position. It is sampled given the image X
+and the coarser latent maps z_<i, and concatenated to the features that predicted it:
         z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X).                      (Eq. 1)
-A sample S(X, z) therefore costs a pass of the decoder. Coarse latents come to decide about whole
-objects, fine ones about outlines. Nobody knows which z belongs to an annotator's mask Y. In
+A sample S(X, z) therefore costs a pass of the decoder. Coarse latents learn to decide about whole
+objects, fine ones about outlines. Which z belongs to an annotator's mask Y is unknown. In
 training, a posterior net q of the same form therefore reads Y as well (Eq. 3); its samples of z are
 given to the U-Net, and the loss, called GECO, is
         lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
             + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ].                    (Eq. 6)
 lambda is learned: it rises until the cross-entropy has fallen to its target kappa, and falls after
 that, so that the KL gets more weight. The cross-entropy is summed over 2 % of the batch's pixels,
-sampled in proportion to their loss; kappa is in nats per sampled pixel. What varies between samples
-is aleatoric uncertainty: what the image leaves open.
+sampled in proportion to their loss, and its target is kappa nats times their number. What varies
+between samples is aleatoric uncertainty: what the image leaves open.
 
 If the masks of training give every object a random class number, the model segments instances:
 pixels of one object change together from sample to sample (analysis/instances.py, with a recipe).
@@ -61,32 +61,33 @@ class HPUNetConfig:
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    channels: tuple[int, ...] = (24, 48, 96, 192, 192, 192, 192, 192)  # a resolution level each
-    blocks: int = 3  # residual blocks a level, in encoder and decoder
-    convs: int = 3  # 3-wide convolutions a block, at half its width
+    channels: tuple[int, ...] = (24, 48, 96, 192, 192, 192, 192, 192)  # width of each level
+    blocks: int = 3  # residual blocks per level, in encoder and decoder
+    convs: int = 3  # 3-wide convolutions per block, at half its width
     latents: tuple[int, ...] = (1, 1, 1, 1)  # channels of z_0, z_1 .., coarse to fine; 0: no z_i
     objective: str = "geco"  # Eq. 6; or "elbo", Eq. 5, with top_k=1: reconstruction + beta KL
-    kappa: float = 0.05  # GECO's target, nats a kept pixel; belongs to the data (here LIDC)
-    beta: float = 1.0  # for "elbo"
+    kappa: float = 0.05  # GECO's target, nats per kept pixel; depends on the data (here LIDC)
+    beta: float = 1.0  # weight of the KL in Eq. 5 ("elbo")
     top_k: float = 0.02  # share of the batch's pixels that the loss keeps; 1: all
 
 
 class HPUNet(nn.Module):
     """Hierarchical Probabilistic U-Net. Default: 20.58 M parameters, 11.18 M of them for sampling.
 
-    Calling it gives the loss of a batch; `sample` draws masks with latents from the prior, and
-    `predict` takes the prior's means instead. Keys of dicts {i: ...} number the latent maps as in
-    the paper, 0 is the coarsest.
+    `loss`, which is also `forward`, draws latents from the posterior and returns Eq. 6 or 5.
+    `sample` draws latents from the prior and returns logit maps; `predict` uses the prior's means,
+    `reconstruct` the posterior's for a given mask. Keys of dicts {i: ...} number the latent maps
+    as in the paper: 0 is the coarsest.
     """
 
     Config = HPUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((48_000 * k, 0.05 ** (k / 4)) for k in range(1, 5)))
-    # 2 % of a small image would be few pixels. The target is one that a small net reaches early.
-    # Otherwise lambda keeps rising, the KL hardly counts, and z encodes what x could tell as well.
+    # 2 % of a small image are too few pixels. A small net reaches this kappa early. Otherwise
+    # lambda keeps rising, the KL hardly counts, and z encodes what X alone could predict.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
-    # of sets with instances: a position of z_0 for every 16 pixels, see analysis/instances.py
+    # for sets with instances: z_0 has a position for every 16 x 16 pixels, see analysis/instances
     QUICK_INSTANCES = dict(channels=(16, 32, 48, 48, 48), latents=(8, 4), objective="elbo", top_k=1,
                            beta=30.0)
     QUICK_TRAINING = dict(lr=1.5e-3, lr_drops=((900, 0.3),), batch_size=8, steps=1200)
@@ -96,7 +97,7 @@ class HPUNet(nn.Module):
         self.config = c = config
         check_choice("dims", c.dims, (1, 2, 3))
         check_choice("objective", c.objective, ("geco", "elbo"))
-        if not (0 < len(c.latents) < len(c.channels) and min(c.latents) >= 0 < c.latents[-1]):
+        if not (0 < len(c.latents) < len(c.channels) and min(c.latents) >= 0 and c.latents[-1] > 0):
             raise ValueError(f"latents={c.latents}: 1 to {len(c.channels) - 1} numbers (fewer than "
                              "channels) from 0 up, the last one at least 1")
         if not 0 < c.top_k <= 1 or (c.objective == "elbo" and c.top_k != 1):
@@ -130,9 +131,9 @@ class HPUNet(nn.Module):
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 6 or 5: (loss in nats, summed over pixels and averaged over the batch; its terms).
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). Terms:
-        `reconstruction`, the kept pixels' cross-entropy, and reconstruction_per_pixel, its mean
-        over them; kl_<i>, the KL of z_i, and kl, their sum; for GECO `lambda` and
+        image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
+        Terms: `reconstruction`, the kept pixels' cross-entropy, and `reconstruction_per_pixel`, its
+        mean over them; `kl_<i>`, the KL of z_i, and `kl`, their sum; for GECO `lambda` and
         `constraint`, reconstruction - kappa * kept pixels (in training, its moving average).
         """
         c, label = self.config, valid_label(label, mask)
@@ -145,7 +146,8 @@ class HPUNet(nn.Module):
         error = F.cross_entropy(self._logits(x, image)[0], label, ignore_index=IGNORE,
                                 reduction="none")  # (B, *S)
         kept = hard_pixels(error.detach(), c.top_k, together=self.training) & (label != IGNORE)
-        reconstruction, count = (error * kept).sum() / len(label), kept.sum() / len(label)
+        reconstruction = (error * kept).sum() / len(label)  # nats per case
+        count = kept.sum() / len(label)  # kept pixels per case
         terms = dict(reconstruction=reconstruction, kl=kl, **kls,
                      reconstruction_per_pixel=reconstruction / count.clamp(min=1e-6))
         if c.objective == "elbo":
@@ -164,10 +166,11 @@ class HPUNet(nn.Module):
     forward = loss
 
     def _averaged(self, constraint):
-        """In training: the value of the constraint's moving average, the batch's own gradient."""
+        """In training, the moving average of the constraint, with the gradient of this batch's."""
         if not self.training:
             return constraint
         now = process_mean(constraint).detach()
+        # 0.99 of the old average and 0.01 of this batch's constraint
         average = torch.where(self.steps_seen == 0, now, now.lerp(self.constraint, 0.99))
         self.constraint.copy_(average)
         self.steps_seen += 1
@@ -191,11 +194,14 @@ class HPUNet(nn.Module):
             check_choice("scales", i, levels)
         shared = self.encode(image)
 
-        def chunk(noise):
-            drawn = {i: e if i in scales else torch.zeros_like(e) for i, e in noise.items()}
-            return self._logits(self.unet(shared, noise=drawn)[2], image)
+        def decode(noise):
+            for i in levels:
+                if i not in scales:
+                    noise[i] = torch.zeros_like(noise[i])  # so that z_i is the mean
+            _, _, x = self.unet(shared, noise=noise)
+            return self._logits(x, image)
 
-        return concatenate(map(chunk, self.noise(image, n, generator)), n)
+        return concatenate(map(decode, self.noise(image, n, generator)), n)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -205,7 +211,7 @@ class HPUNet(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, label: Tensor) -> Tensor:
-        """Logits (B, K, *S) at the posterior means: how well z can say `label` (IoU_rec)."""
+        """Logits (B, K, *S) at the posterior means: how well z describes `label` (IoU_rec)."""
         latents, _, _ = self.posterior(self.encode(image, label))
         _, _, x = self.unet(self.encode(image), latents=latents)
         return self._logits(x, image)[0]
@@ -255,8 +261,9 @@ class LatentUNet(nn.Module):
                 coarser += c.latents[i]
 
     def encode(self, x: Tensor) -> list:
-        """Image (B, C, *S), whose sides are multiples of 2^(levels - 1) -> what all samples share:
-        the coarsest features, then what each finer level makes of its skip connection alone."""
+        """Image (B, C, *S), sides multiples of 2^(encoder levels - 1) -> what all samples share:
+        the coarsest features, then `UpBlock.encode` of each finer decoder level's skip connection.
+        """
         *skips, x = run_encoder(self.encoder, x)
         return [x, *(join.encode(skip) for join, skip in zip(self.joins, reversed(skips)))]
 
@@ -269,7 +276,8 @@ class LatentUNet(nn.Module):
         """
         chosen, normals, x, given = {}, {}, shared[0], latents or noise
         if given:
-            x = torch.cat([x] * (len(next(iter(given.values()))) // len(x)))
+            coarsest = next(iter(given.values()))  # (m * B, ...)
+            x = torch.cat([x] * (len(coarsest) // len(x)))  # (m * B, ...)
         for i in range(len(shared)):
             if i > 0:
                 x = self.decoder[i - 1](self.joins[i - 1](x, shared[i]))
@@ -286,11 +294,11 @@ class LatentUNet(nn.Module):
 
 
 def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
-    """Stochastic top-k: the pixels that the loss keeps, a `share` of the batch's, (B, *S) bool.
+    """Stochastic top-k: which pixels of the batch the loss keeps, a `share` of them, (B, *S) bool.
 
     Keeping the largest log error + Gumbel noise draws pixels without replacement, in proportion to
     error (B, *S) >= 0. The exponential of Gumbel noise is 1 / E with E ~ Exp(1), so error / E has
-    the same order. together: of the batch of all processes.
+    the same order. together: the batch is that of all processes.
     """
     if share == 1:
         return torch.ones_like(error, dtype=torch.bool)

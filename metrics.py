@@ -126,7 +126,7 @@ class Pairs:
         diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4).
         hungarian_iou is the mean IoU of the best 1:1 matching of samples and annotators (Kohl et
         al. 2019, App. B.1). In the paper both sets are repeated to their least common multiple.
-        Transport of masses 1/n of the samples to the annotators' weights has the same optimum.
+        The optimal transport of the samples, 1/n each, to the annotators' weights gives the same.
         """
         scores, weights = {}, self.weights.double().cpu().numpy()
         iou = self.iou[:, self.n :, : max(counts)].double().cpu().numpy()  # (B, A, n)
@@ -163,11 +163,11 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
 def transport(value, weights):
     """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
 
-    T[a, i] is what sample i sends to annotator a: a sample sends 1/n, and annotators get weights
-    (B, A). Every sample starts where value - price is highest. Any prices lead to the same T, as
-    sum(T * price) is the same for all T; those of Sinkhorn's iterations send nearly everything to
-    the right place. The rest follows by successive shortest paths: from an annotator who has too
-    much to one who has too little, over others, on the way on which least is lost.
+    T[a, i] is the mass that sample i sends to annotator a: each sample sends 1/n, and annotator a
+    receives weights[:, a]. First, every sample goes where value - price is highest. Prices do not
+    change the optimum, because sum(T * price) is the same for every such T, and those of Sinkhorn's
+    iterations put nearly all mass in the right place. The rest moves along successive shortest
+    paths: from an annotator with too much to one with too little, through others if that is best.
     """
     B, A, n = value.shape
     weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)
@@ -189,14 +189,16 @@ def transport(value, weights):
         step = np.take_along_axis(moves, mover[..., None], 3)[..., 0]
         loss, previous = _shortest_paths(room[b] < -eps, step)
         at = end = np.where(room[b] > eps, loss, np.inf).argmin(1)
-        amount, way = room[b, end], []  # the way is found from its end
-        while (on := (before := previous[case, at]) >= 0).any():
-            sample = mover[case, before, at]
+        amount, path = room[b, end], []  # the path is followed back from its end
+        before = previous[case, at]
+        while (before >= 0).any():
+            on, sample = before >= 0, mover[case, before, at]  # on: not at the path's start yet
             amount = np.where(on, np.minimum(amount, sent[b, before, sample]), amount)
-            way.append((on, before, at, sample))
+            path.append((on, before, at, sample))
             at = np.where(on, before, at)
+            before = previous[case, at]
         amount = np.minimum(amount, -room[b, at])
-        for on, before, after, sample in way:
+        for on, before, after, sample in path:
             sent[b, before, sample] -= amount * on
             sent[b, after, sample] += amount * on
         room[b, end] -= amount
@@ -206,7 +208,7 @@ def transport(value, weights):
 
 def _shortest_paths(sources, step):
     """Bellman-Ford from the sources (B, A) bool, where going from j to k costs step[:, j, k]: the
-    least loss (B, A) of reaching each annotator, and the one before on that way, or -1."""
+    least loss (B, A) of reaching each annotator, and the one before it on that path, or -1."""
     loss, previous = np.where(sources, 0, np.inf), np.full(sources.shape, -1)
     while True:
         through = loss[:, :, None] + step
@@ -218,9 +220,9 @@ def _shortest_paths(sources, step):
 
 
 def mode_frequencies(samples, modes, num_classes=2):
-    """Share of samples whose nearest mode is each of modes (B, M, *S), as (B, M); ties are split.
+    """For each of modes (B, M, *S), the share of samples nearest to it, (B, M); ties are split.
 
-    Nearest is of highest mean foreground IoU (Kohl et al. 2018, App. C). Missing modes get none.
+    Nearest means highest mean foreground IoU (Kohl et al. 2018, App. C). Missing modes get 0.
     """
     iou = _iou(*_overlaps(_joint(samples, modes), num_classes), empty=1.0)
     missing = modes.flatten(2).amin(2) == IGNORE
@@ -312,7 +314,8 @@ def _annotator_errors(moments, labels):
     """CE of each annotator's one-hot map with the samples, (B, A, P), and where it is valid."""
     labels = labels.flatten(2)  # (B, A, P)
     valid = (labels != IGNORE).to(moments.mean)  # as 0 and 1: products with bool are slow
-    return -moments.mean_log.flatten(2).gather(1, (labels.byte() % IGNORE).long()), valid
+    classes = labels.masked_fill(labels == IGNORE, 0).long()  # any class will do there
+    return -moments.mean_log.flatten(2).gather(1, classes), valid
 
 
 def _standardised(x, valid):
@@ -338,8 +341,8 @@ def uncertainty_map(probs):
 def entropy_map(probs):
     """Entropy of the samples' mean, -sum_k E[s_k] log E[s_k], (B, *S) nats: SSN's Fig. 4e.
 
-    This is the whole predictive uncertainty: `Moments.mean_entropy`, which each sample leaves open
-    by itself, and `mutual_information_map`, how much the samples disagree, add up to it.
+    This is the total predictive uncertainty. It is the sum of `Moments.mean_entropy`, the
+    uncertainty within a sample, and `mutual_information_map`, the disagreement of the samples.
     """
     return torch.special.entr(Moments.of(probs).mean).sum(1)
 
@@ -428,12 +431,13 @@ def resampled(cases, times=200, seed=0):
 def paired_test(a, b, resamples=10000, seed=0):
     """Two-sided p-value of the paired permutation test: is the mean of a - b over cases chance?
 
-    If it were, the sign of each case's difference would be a coin. Up to 16 cases, all 2^N patterns
-    of signs are tried; beyond, `resamples` random ones and the observed one.
+    If so, each case's difference could as well have the other sign. Up to 16 cases, all 2^N
+    patterns of signs are tried; for more, `resamples` random ones and the observed one.
     """
     diff = _given(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
     observed = abs(diff.sum()) - 1e-12 * abs(diff).sum()  # equal up to rounding is equal
     if len(diff) <= 16:
+        # (2^N, N): the bits of the numbers 0 .. 2^N - 1, 1 where a sign is flipped
         flips = np.arange(2**len(diff))[:, None] >> np.arange(len(diff)) & 1
         return float(np.mean(abs(diff.sum() - 2 * flips @ diff) >= observed))
     rng = np.random.default_rng(seed)
@@ -448,7 +452,8 @@ def auroc(positive, negative):
     if not len(positive) or not len(negative):
         return math.nan
     negative = np.sort(negative)
-    below, up_to = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    below = np.searchsorted(negative, positive, "left")  # negatives with a lower score
+    up_to = np.searchsorted(negative, positive, "right")  # with a lower or an equal one
     return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
 
 

@@ -55,7 +55,8 @@ NINE_SCALES = (32, 64, 128, 256, 256, 256, 256, 256, 256)
 CITYSCAPES = dict(batch_size=16, lr_drops=tuple((60_000 * i, 10 ** (-i / 3)) for i in (1, 2, 3)))
 BRATS = dict(optimizer="rmsprop", lr=1e-3, momentum=0.6, alpha=0.9, weight_decay=1e-4,
              batch_size=10, steps=120_000,
-             lr_drops=tuple((1000 * k, 0.5**i) for i, k in enumerate((44, 64, 80, 90, 98, 105), 1)))
+             lr_drops=((44_000, 1 / 2), (64_000, 1 / 4), (80_000, 1 / 8), (90_000, 1 / 16),
+                       (98_000, 1 / 32), (105_000, 1 / 64)))
 # A model's Config and TRAINING are those of its paper on one data set, most often LIDC. This is
 # what the paper did otherwise on another: {(model, data set): (fields of Config, settings of
 # TRAINING)}. Options of train.py override both.

@@ -1,10 +1,10 @@
 """PHiSeg, hierarchical probabilistic segmentation (Baumgartner et al., MICCAI 2019,
 arXiv:1906.04045).
 
-One image, many plausible masks: a conditional variational autoencoder whose latents are maps at L
-resolutions, so that large and small structures of a mask can vary separately. Levels are numbered
-from the finest, 1, to the coarsest, L. The latent map z_l of a level is drawn given the image x and
-the coarser map z_{l+1}:
+One image, many plausible masks: a conditional variational autoencoder whose latents are maps, of 2
+channels each, at L resolutions, so that large and small structures of a mask can vary separately.
+Levels are numbered from the finest, 1, to the coarsest, L. The latent map z_l of a level is drawn
+given the image x and the coarser map z_{l+1}:
         p(s | x) = int p(s | z_1 .. z_L) p(z_1 | z_2, x) ... p(z_L | x) dz_1 .. dz_L        (Eq. 1)
 The mask s is built like a Laplacian pyramid: every level adds a residual to the logits of the
 coarser levels. The image influences the mask through the latents alone.
@@ -109,12 +109,12 @@ class PHiSeg(nn.Module):
     def noise(self, image: Tensor, n: int, generator: torch.Generator | None = None):
         """Yield noise {l: (m * B, D, *S_l)} for all latents of n samples, m of them at a time."""
         c = self.config
-        channels = dict.fromkeys(range(c.latent_levels, 0, -1), c.latent_channels)
+        channels = {l: c.latent_channels for l in range(c.latent_levels, 0, -1)}
         width = 6 * c.channels[-c.latent_levels]  # about six maps at once in the likelihood net
         return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
     def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
-        """Logits {l: (B, K, *size)} of the mask of every level: its residual plus all coarser."""
+        """Logits {l: (B, K, *size)} of every level's mask, the sum of the residuals of L .. l."""
         total, masks = 0.0, {}
         residuals = self.likelihood(latents)
         full = residuals[1].shape[2:]
@@ -128,9 +128,9 @@ class PHiSeg(nn.Module):
         """Eq. 2 plus deep supervision, in nats, summed over pixels and averaged over the batch:
         (loss, terms).
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). Terms:
-        `reconstruction`, the cross-entropy of the finest mask; `supervision`, the sum of those of
-        the coarser masks; kl_<l>, the KL of z_l without its weight alpha_l; `kl`, their sum.
+        image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
+        Terms: `reconstruction`, the cross-entropy of the finest level; `supervision`, the sum of
+        the coarser levels'; `kl_<l>`, the KL of z_l without its weight alpha_l; `kl`, their sum.
         """
         label, features = valid_label(label, mask), self.encode(image)
         (noise,) = self.noise(image, 1)
@@ -217,7 +217,8 @@ class LatentNet(nn.Module):
 
     def encode(self, x: Tensor) -> dict[int, Tensor]:
         """Image (B, C, *S), sides multiples of 2^(R-1) -> features {l: (B, C_l, *S_l)}."""
-        return dict(zip(range(self.latent_levels, 0, -1), reversed(run_encoder(self.encoder, x))))
+        levels = range(self.latent_levels, 0, -1)  # zip leaves out the levels finer than these
+        return dict(zip(levels, reversed(run_encoder(self.encoder, x))))
 
     def forward(self, features: dict[int, Tensor], *, noise=None, latents=None):
         """From coarse to fine: the normal of z_L, then z_L, the normal of z_{L-1} given z_L, ...
@@ -229,7 +230,7 @@ class LatentNet(nn.Module):
         chosen, normals, given = {}, {}, latents or noise
         for l, x in features.items():
             if given:
-                x = torch.cat([x] * (len(given[l]) // len(x)))
+                x = torch.cat([x] * (len(given[l]) // len(x)))  # (n * B, C_l, *S_l)
             if chosen:
                 x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1))
             normals[l] = predict_normal(self.heads[str(l)], x)

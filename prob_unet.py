@@ -8,8 +8,8 @@ how likely each z is, and f_comb, three 1x1 convolutions, turns U-Net features a
         S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
 U-Net and prior net run once for an image; a further sample i only costs a pass of f_comb.
 
-Nobody knows which z belongs to which mask. In training, a posterior net therefore reads the image
-and an annotator's mask Y, and predicts which z stand for this mask, Q(z | Y, X) (Eq. 3). The loss
+Which z belongs to which mask is unknown. In training, a posterior net therefore reads the image and
+an annotator's mask Y, and predicts a normal Q(z | Y, X) of the z for this mask (Eq. 3). The loss
         L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) )     (Eq. 4)
 asks that such a z reproduces Y (P_c is the softmax of S in every pixel), and that prior and
 posterior agree, so the prior learns to cover the z of all masks that annotators draw on an image.
@@ -66,10 +66,10 @@ class ProbUNetConfig:
     convs: int = 3  # 3-wide convolutions per level
     latent_dim: int = 6  # N, the length of z
     comb_layers: int = 3  # 1-wide convolutions in f_comb; the last one gives the logits
-    beta: float = 1.0  # weight of the KL; for 1 the loss is a bound on -log p(y | x)
+    beta: float = 1.0  # weight of the KL; for 1 the loss is an upper bound of -log p(y | x)
     prior: str = "conditional"  # or "fixed": N(0, 1) for every image
     posterior: str = "image_and_mask"  # what the posterior net is given; or "mask"
-    z_enters: str = "after"  # the U-Net; or "input": beside the image (each sample costs a U-Net)
+    z_enters: str = "after"  # after the U-Net; or "input": beside the image, a U-Net per sample
 
 
 class ProbUNet(nn.Module):
@@ -96,11 +96,11 @@ class ProbUNet(nn.Module):
         check_choice("prior", c.prior, ("conditional", "fixed"))
         check_choice("posterior", c.posterior, ("image_and_mask", "mask"))
         check_choice("z_enters", c.z_enters, ("after", "input"))
-        if min(c.latent_dim, c.comb_layers - 1) < 1:
+        if c.latent_dim < 1 or c.comb_layers < 2:
             raise ValueError(f"latent_dim={c.latent_dim}, comb_layers={c.comb_layers}: latent_dim "
                              "is at least 1, comb_layers at least 2")
         at_input = c.z_enters == "input"
-        self.unet = UNet(c.in_channels + at_input * c.latent_dim, c.channels, dims=c.dims,
+        self.unet = UNet(c.in_channels + (c.latent_dim if at_input else 0), c.channels, dims=c.dims,
                          convs=c.convs, norm="none")
         width = self.unet.out_channels
         self.prior_net = GaussianNet(c, c.in_channels) if c.prior == "conditional" else None
@@ -133,7 +133,7 @@ class ProbUNet(nn.Module):
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 4 in nats, summed over pixels and averaged over the batch: (loss, terms).
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
+        image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         """
         label = valid_label(label, mask)
         prior, posterior = self.prior(image), self.posterior(image, label)
@@ -152,8 +152,9 @@ class ProbUNet(nn.Module):
     def _logits(self, shared, z):
         """Output of `_shared` (B, ., *S) and latents z (n, B, N) -> logits (n, B, K, *S)."""
         if self.from_z:
-            bias = self.from_z(z)  # (n, B, width)
-            x = (shared.flatten(2) + bias[..., None]).unflatten(3, shared.shape[2:]).flatten(0, 1)
+            bias = self.from_z(z).unsqueeze(3)  # (n, B, width, 1)
+            x = shared.flatten(2) + bias  # (n, B, width, pixels)
+            x = x.unflatten(3, shared.shape[2:]).flatten(0, 1)  # (n * B, width, *S)
         else:
             size = shared.shape[2:]
             z_map = z[..., None].expand(*z.shape, size.numel()).unflatten(3, size)
@@ -196,8 +197,8 @@ class ProbUNet(nn.Module):
         prior, posterior = self.prior(image), self.posterior(image, label)
         n_q, n_p = n - n // 2, n // 2
         z = torch.cat([draw(posterior, n_q, generator), draw(prior, n_p, generator)])
-        log_q, log_p = (torch.stack([normal.log_prob(sample) for sample in z])  # (n, B)
-                        for normal in (posterior, prior))
+        log_q = torch.stack([posterior.log_prob(sample) for sample in z])  # (n, B)
+        log_p = torch.stack([prior.log_prob(sample) for sample in z])
         log_prob = torch.cat([-cross_entropy(logits, label) for logits in self._chunks(shared, z)])
         log_weights = log_prob + importance_log_ratio(log_q, log_p, n_q, n_p)
         return log_weights.logsumexp(0) - math.log(n)

@@ -5,11 +5,11 @@ the pixels as independent, so labels drawn from it are grainy noise. An SSN pred
 distribution over the whole logit map eta:
         eta | x ~ N(mu(x), P(x) P(x)^T + D(x)).                                        (Eq. 5)
 Mean mu, factor P and diagonal D are the outputs of three 1-wide convolutions (1x1 in 2D) on the
-features of any network. Each of the R columns of P is a map along which all logits vary together,
-so samples are spatially coherent. The network runs once for an image; a further sample only costs a
-matrix-vector product. Training minimises the negative log-likelihood of an annotator's mask y,
-estimated from M samples eta^m of the distribution, with pixels i:
-        -log p(y | x) ~ -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.      (Eq. 7)
+features of any network. Each of the R = 10 columns of P is a logit map along which all logits vary
+together, so samples are spatially coherent. The network runs once for an image; a further sample
+costs only a matrix-vector product. Training minimises the negative log-likelihood of an annotator's
+mask y, estimated from M = 20 samples eta^m of the distribution, with pixels i:
+        -log p(y | x) ~= -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.     (Eq. 7)
 What varies between samples is aleatoric uncertainty: what the image leaves open.
 
 The paper's three experiments:
@@ -112,8 +112,8 @@ class SSN(nn.Module):
         self.mean = conv(features, c.num_classes, 1)
         self.log_diagonal = conv(features, c.num_classes, 1)
         self.factor = conv(features, c.rank * c.num_classes, 1) if c.rank else None
-        with torch.no_grad():  # start with variances of about 0.02 (difference 3) and a tenth of
-            # PyTorch's usual factor
+        # difference 3: start with variances of about 0.02 and a tenth of PyTorch's usual factor
+        with torch.no_grad():
             self.log_diagonal.bias -= 4
             if self.factor:
                 self.factor.weight *= 0.1
@@ -122,8 +122,8 @@ class SSN(nn.Module):
     def distribution(self, image: Tensor, mask: Tensor | None = None) -> LowRankNormal:
         """The normal distribution over logit maps (B, K, *S) of Eq. 5.
 
-        mask (B, *S), True in the region of interest. Outside it the logits stay at their mean, but
-        for a variance of `diagonal_min`.
+        mask bool (B, *S), True in the region of interest. Outside it, logits are independent, with
+        a variance of only `diagonal_min`.
         """
         if isinstance(self.backbone, DeepMedic):
             maps = self.backbone.stitch(image, self._maps)
@@ -133,7 +133,9 @@ class SSN(nn.Module):
 
     def _maps(self, features):
         """features (B, F, *S) -> mean, log diagonal (B, K, *S) and, if any, factor (B, R*K, *S)."""
-        heads = [self.mean, self.log_diagonal] + ([self.factor] if self.factor else [])
+        heads = [self.mean, self.log_diagonal]
+        if self.factor is not None:
+            heads.append(self.factor)
         with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round the maps
             return [head(features.float()) for head in heads]
 
@@ -144,13 +146,14 @@ class SSN(nn.Module):
             factor = factor.unflatten(1, (self.config.rank, self.config.num_classes))
         if mask is not None:
             diagonal = diagonal * mask.unsqueeze(1)
-            factor = None if factor is None else factor * mask[:, None, None]
+            if factor is not None:
+                factor = factor * mask[:, None, None]
         return LowRankNormal(mean, factor, diagonal + self.config.diagonal_min)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 7 in nats, summed over pixels and averaged over the batch: (loss, terms).
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S).
+        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask as in `distribution`.
         With DeepMedic, the loss is that of one random patch of every volume.
         """
         label = valid_label(label, mask)

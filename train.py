@@ -1,6 +1,6 @@
 """Train any model on any data set: one loop, read top to bottom in `train`.
 
-    python train.py --model ssn --data shapes --quick          # about a minute on two CPU cores
+    python train.py --model ssn --data shapes --quick          # about two minutes on two cores
     python train.py --model ssn --data lidc --device cuda      # the paper's model and settings
     python train.py --resume runs/ssn-lidc-0                   # also with other --steps and --lr
     torchrun --nproc_per_node=4 train.py --model ssn --data lidc --device cuda
@@ -252,7 +252,8 @@ class Terms:
             return None
         names = [name for name, bad in zip(self.names, self.bad.tolist()) if bad == step]
         # of the terms that failed together, the loss and the gradient are the consequence
-        return f"step {step:.0f}: {min(names, key=['loss', 'gradient'].count)}"
+        causes = [name for name in names if name not in ("loss", "gradient")]
+        return f"step {step:.0f}: {(causes or names)[0]}"
 
     def read(self) -> dict:
         """{name: mean since the last read, over all processes}, and how many steps there were and
@@ -399,7 +400,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
     stop.restore()
     vars(model).pop("forward", None)  # recorded graphs, and the memory that they hold
-    del loss_of  # freed after its group is gone, DistributedDataParallel can hang
+    del loss_of  # DistributedDataParallel can hang if it is freed after its process group
     gc.collect()
     if stopping:
         progress.say(f"stopped and saved at step {step}; resume with: "
@@ -460,10 +461,10 @@ def keep_freed_memory() -> None:
 # ------------------------------------------------------------------------ the command line
 
 
+OUT_OF_MEMORY = "out of memory: lower --batch-size or --image-size"
 ADVICE = {"more than 1 value per channel": "batch norm cannot learn from a single value a channel: "
-          "raise --batch-size or --image-size"} | dict.fromkeys(
-    ("out of memory", "allocate memory", "not enough memory"),
-    "out of memory: lower --batch-size or --image-size")
+          "raise --batch-size or --image-size", "out of memory": OUT_OF_MEMORY,
+          "allocate memory": OUT_OF_MEMORY, "not enough memory": OUT_OF_MEMORY}
 
 
 def main(argv=None) -> int:

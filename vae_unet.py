@@ -3,18 +3,19 @@ Estimation for Medical Image Segmentation Networks", arXiv:2308.08465).
 
 One image, many plausible masks: a conditional variational autoencoder whose latents sit on the skip
 connections of a U-Net. On skip connection i, a 1-wide convolution turns the encoder's features of
-the image x into a normal at every position. A sample z_i of it is concatenated to these features
-before the decoder reads them:
-        p(z_i | x) = N(mu_i(x), diag(sigma_i(x)^2)),   y = decoder(features(x), z_0 .. z_{L-1}).
+the image x into the normal of one number at every position. A sample z_i of these numbers is
+concatenated to the features before the decoder reads them:
+    p(z_i | x) = N(mu_i(x), diag(sigma_i(x)^2)),    logits = decoder(features(x), z_0 .. z_{L-1}).
 In training, the same encoder and convolutions also read an annotator's mask y as if it were a grey
 image, which gives q(z_i | y). The decoder learns from samples of q, and a KL makes p, which does
 not know y, similar to q. The loss in the published code is
-        L = E_{z ~ q(z|y)}[ 0.6 CE(y, z) + 0.4 Dice(y, z) ] + 1e-5 sum_i KL( p(z_i|x) || q(z_i|y) ).
-At test time z comes from p. The encoder runs once; a sample costs a pass of the decoder.
+        L = E_{z ~ q(z|y)}[ 0.6 CE(y, z) + 0.4 Dice(y, z) ] + 1e-5 sum_i KL( p(z_i|x) || q(z_i|y) ),
+where Dice is `dice_loss`, 1 - the Dice score. At test time z comes from p. The encoder runs once; a
+sample costs a pass of the decoder.
 
 The paper's text describes another training (`latents=image`), where z is drawn from the image's own
 distribution and the mask has its own encoder:
-        L = E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ).   (Eq. 15)
+    L = E_{z~p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ). (Eq. 15, App. C)
 This z is drawn without knowledge of y, so the CE is lowest if z has no effect on the mask, and then
 samples hardly vary. (The text writes q(z|X) for our p and p(z|Y) for our q.) Our KL is a sum over
 levels, so Eq. 15 is `latents=image ce_weight=0.4 dice_weight=0.6 kl_weight=0.025` for four levels.
@@ -34,8 +35,8 @@ BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, the code is followed)
      after 400 steps at KL weight 0.1: 0.48 with gradients, 0.77 without, 0.66 with latents=image.
   3. `kl_scale=pixel` is ours, for weights 1, 0 and 1: CE and KL are both in nats per pixel, so the
      loss is a negative ELBO except for the KL's direction. Level i has 4^i times fewer positions
-     than the finest one, so in a mean over positions each of its nats costs 4^i times as much, and
-     information prefers the finest level, which can only make noise of single pixels.
+     than the finest one, so in a mean over positions each of its nats costs 4^i times as much: the
+     cheapest latents are those of the finest level, which can only vary single pixels.
      `--quick` trains with `pixel`, and with Adam.
   4. Grey values of the mask: class numbers 0 .. K - 1 in the code; here k / (K - 1), and -1 where
      it is ignored. Image and mask pass the encoder in one batch, because batch norm has to know the
@@ -51,8 +52,8 @@ BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, the code is followed)
      steps with weights 1, 0 and 0.3 in nats per pixel give samples of diversity .02 and a GED of
      .27; with 0.1 for 0.3, the diversity is .24 (annotators: .28), but the GED is .62.
   8. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
-  9. When volumes are judged (`evaluate.py --per-volume`), the code gives a class that annotation or
-     prediction lacks a Dice of 1 and a distance of 0. Here a class counts only where it is
+  9. Scores of volumes (`evaluate.py --per-volume`): in the code, a class without annotation or
+     without prediction has a Dice of 1 and a distance of 0. Here a class counts only where it is
      annotated; if it is missed there, its Dice is 0 and it has no distance. Distances are in
      voxels, also in the code, although the paper says mm.
 
@@ -148,7 +149,7 @@ class VAEUNet(nn.Module):
         return features, [skip(f) for skip, f in zip(self.skips, features)]
 
     def encode_both(self, image: Tensor, label: Tensor):
-        """The results of `encode`, and q(z_i | y) of every skip connection."""
+        """(features, [p(z_i | x)], [q(z_i | y)]): the results of `encode`, and the mask's."""
         padded = pad_to_multiple(image, self.backbone.multiple)
         if self.config.latents == "image":
             hot = one_hot(label, self.config.num_classes, padded.shape[2:])
@@ -156,8 +157,9 @@ class VAEUNet(nn.Module):
             return *self.encode(image), [skip(f) for skip, f in zip(self.mask_skips, of_mask)]
         # one batch of both, so that batch norm's statistics are those of both
         both = self.backbone.encode(torch.cat([padded, self.label_image(label, padded.shape[2:])]))
-        features, of_mask = zip(*[f.chunk(2) for f in both])  # f (2B, C_i, *S_i)
-        return (list(features), [skip(f) for skip, f in zip(self.skips, features)],
+        halves = [f.chunk(2) for f in both]  # of (2B, C_i, *S_i): the image's and the mask's
+        features, of_mask = [half[0] for half in halves], [half[1] for half in halves]
+        return (features, [skip(f) for skip, f in zip(self.skips, features)],
                 [skip(f) for skip, f in zip(self.skips, of_mask)])
 
     def label_image(self, label: Tensor, size) -> Tensor:
@@ -166,23 +168,25 @@ class VAEUNet(nn.Module):
         grey = (label / (self.config.num_classes - 1)).masked_fill(label == IGNORE, -1)
         padded = grey.new_full((len(label), 1, *size), -1)
         center_crop(padded, label.shape[1:]).copy_(grey.unsqueeze(1))
-        return padded.expand(-1, self.config.in_channels, *[-1] * len(size))
+        return padded.expand(-1, self.config.in_channels, *size)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Weighted sum of CE, Dice and KL: (loss, terms). CE is a mean over pixels, not a sum.
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask bool (B, *S). The term `kl` is
-        the sum of `kl_0` (finest skip connection), `kl_1`, ...
+        image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
+        The term `kl` is the sum of `kl_0` (finest skip connection), `kl_1`, ...
         """
         c, label = self.config, valid_label(label, mask)
         features, of_image, of_mask = self.encode_both(image, label)
-        pixels = process_mean((label != IGNORE).sum().float()).clamp(min=1)  # of the whole batch
+        pixels = process_mean((label != IGNORE).sum().float()).clamp(min=1)  # valid, per process
         kls = []
         for p, q in zip(of_image, of_mask):
-            positions = p.mean[0, 0].numel()
-            kls.append(p.kl(q).sum() / (len(label) * positions if c.kl_scale == "mean" else pixels))
-        z = [normal.sample() for normal in (of_mask if c.latents == "mask" else of_image)]
-        z = z if c.reparameterised else [level.detach() for level in z]
+            positions = len(label) * p.mean[0, 0].numel()
+            kls.append(p.kl(q).sum() / (positions if c.kl_scale == "mean" else pixels))
+        drawn_from = of_mask if c.latents == "mask" else of_image
+        z = [normal.sample() for normal in drawn_from]
+        if not c.reparameterised:
+            z = [level.detach() for level in z]
         logits = self._logits(features, z, image.shape[2:])
         ce = cross_entropy(logits, label).sum() / pixels
         dice, kl = dice_loss(logits, label), sum(kls)
@@ -242,7 +246,8 @@ class VAEUNet(nn.Module):
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
         half from the mask's q, half from the image's p: see common.importance_log_ratio. With
         latents="image" all are from p."""
-        label, (n_q, n_p) = valid_label(label, mask), (n - n // 2, n // 2)
+        label = valid_label(label, mask)
+        n_q, n_p = n - n // 2, n // 2
         if self.config.latents == "image":
             n_q, n_p = 0, n
         features, of_image, of_mask = self.encode_both(image, label)
