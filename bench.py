@@ -255,19 +255,19 @@ def table_of_gpu(options) -> list[dict]:
     rows, rate = [], 2 * 8192**3 / statistics.median(times)  # operations a second
     print(f"a product of bfloat16 matrices: {rate / 1e12:.0f} TFLOP/s")
     for name in options.models:
-        kinds = {"fp32": dict(precision="fp32"), "bf16": dict(), "graphs": dict(cuda_graphs=True)}
+        kinds = {"fp32": dict(precision="fp32"), "bf16": dict(),
+                 "bf16 graphs": dict(cuda_graphs=True)}
         if options.compile:
-            kinds["compiled"] = dict(compile=True)
+            kinds["bf16 compiled"] = dict(compile=True)
         common = vars(options) | dict(precision="bf16", compile=False, cuda_graphs=False)
         benches = {kind: Bench(name, argparse.Namespace(**common | given))
                    for kind, given in kinds.items()}
         times = in_turn({kind: b.step for kind, b in benches.items()}, options.rounds)
         plain = benches["fp32"]
-        share = operations(plain.step) / statistics.median(times["graphs"]) / rate
-        others = {"bf16": "bf16", "graphs": "bf16 graphs", "compiled": "bf16 compiled"}
+        share = operations(plain.step) / statistics.median(times["bf16 graphs"]) / rate
         rows.append({"model": name, "fp32 ms": milliseconds(times["fp32"]),
-                     **{f"{others[kind]} / fp32": ratio(times[kind], times["fp32"])
-                        for kind in others if kind in kinds},
+                     **{f"{kind} / fp32": ratio(times[kind], times["fp32"])
+                        for kind in kinds if kind != "fp32"},
                      "of the matrix rate": share,
                      **{f"{kind} memory MB": memory_of_step(benches[kind]) / 1e6
                         for kind in ("fp32", "bf16")}})

@@ -437,9 +437,9 @@ def pick_device(name: str = "auto") -> torch.device:
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """Returns (device, rank, world size). A process started by torchrun joins its group."""
     device = pick_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
     if "WORLD_SIZE" not in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
         return device, 0, 1
     try:
         world, rank, local = (int(os.environ[k]) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
