@@ -482,11 +482,11 @@ class Progress:
         if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
             return
         self.shown = now
-        rate = max(done - self.first, 1e-9) / max(now - self.start, 1e-9)
-        left = timedelta(seconds=int((self.total - done) / rate)) if done > self.first else "?"
-        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        self.say(f"{done}/{self.total}  {speed}  {left} left  {self.note}",
-                 end="" if self.terminal else "\n")
+        text = f"{done}/{self.total}"
+        if (rate := (done - self.first) / max(now - self.start, 1e-9)) > 0:
+            speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+            text += f"  {speed}  {timedelta(seconds=int((self.total - done) / rate))} left"
+        self.say(f"{text}  {self.note}", end="" if self.terminal else "\n")
 
     def say(self, text: str, end: str = "\n") -> None:
         """Print `text` in place of the progress line."""

@@ -137,9 +137,8 @@ def run_all(runs: list[Run], args) -> dict[Run, str]:
                                json.dumps([args.machine, *run.commands]))
                 write(run.table, runs, failed, args)
             done, tick = sum(run in failed or run.share() for run in runs), tick + 1
-            if done > progress.first:  # else there is no rate yet
-                now = ", ".join(run.folder.name for run in running)
-                progress.update(round(done, 2), f"runs; now {now}", line=tick % 60 == 0)
+            now = ", ".join(run.folder.name for run in running)
+            progress.update(round(done, 2), f"runs; now {now}", line=tick % 60 == 0)
     except KeyboardInterrupt:
         for _, process in running.values():
             process.terminate()  # it saves and stops
