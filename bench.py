@@ -163,7 +163,7 @@ class Bench:
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=None if plain else True)
         self.loss = train.compiled(self.model) if options.compile and not plain else self.model
         if self.graphs:
-            self.loss = train.graphed(self.model, self.image, self.label, self.autocast())
+            self.loss = train.Recorded(self.model, self.image, self.label, self.autocast())
 
     def autocast(self):
         """A context that computes in the precision asked for."""
@@ -272,8 +272,7 @@ def table_of_gpu(options) -> list[dict]:
                      **{f"{kind} memory MB": memory_of_step(benches[kind]) / 1e6
                         for kind in ("fp32", "bf16")}})
         show(rows)
-        for bench in benches.values():
-            vars(bench.model).pop("forward", None)  # recorded graphs, and the memory they hold
+        del plain, benches  # and the memory that recorded graphs hold
     return rows
 
 
@@ -373,7 +372,10 @@ def main(argv=None) -> int:
             raise UserError(f"--compile: {missing}")
         if options.compile and options.cuda_graphs:
             raise UserError("--compile and --cuda-graphs: give one of them")
+        if options.cuda_graphs and options.device.type != "cuda":
+            raise UserError("--cuda-graphs: for a CUDA device, give --device cuda")
         train.keep_freed_memory()
+        torch.backends.cudnn.allow_tf32 = False  # as train.py --precision fp32
         machine = f"{torch.get_num_threads()} threads"
         if options.device.type == "cuda":
             torch.cuda.set_device(options.device)

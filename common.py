@@ -436,6 +436,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """Returns (device, rank, world size). A process started by torchrun joins its group."""
+    torch.backends.cudnn.allow_tf32 = False  # by default, PyTorch's convolutions round to 10 bits
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if device.type == "cuda":
@@ -450,8 +451,8 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
         device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
     # long, because the other ranks wait while rank 0 makes the report's pictures
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            timeout=timedelta(hours=24))
+    own = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+    dist.init_process_group(timeout=timedelta(hours=24), **own)
     return device, rank, world
 
 

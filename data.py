@@ -7,7 +7,7 @@
 
     python data.py                                # lists the data sets
     python data.py show --data shapes             # a table, and a PNG with all label maps
-    python data.py export --data lidc --path lidc.pickle lidc.npz      # or a folder of PNGs
+    python data.py export --data lidc --path lidc.pickle --out lidc.npz      # or a folder of PNGs
     python data.py build-lidc SRC lidc.npz        # LIDC-IDRI from the archive's DICOM and XML
 
 sources/README.md describes every file layout. A `Split` is moved to the device whole, and batches
@@ -34,7 +34,7 @@ import metrics
 from analysis.pictures import fullest_slice, paint_image, paint_label, save_grid
 from common import IGNORE, UserError, key_values
 from sources.base import (SPLITS, Split, assign, centred, check_known, collect, locate,
-                          random_classes, relabel, seeded_generator)
+                          random_classes, relabel, seeded_generator, warn)
 from sources.brats import read_brats
 from sources.cityscapes import read_cityscapes
 from sources.em import read_em
@@ -151,14 +151,19 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
 
 def center(split: Split, size: int | Sequence[int]) -> Split:
     """Crops a split on the host to its centre, or pads it: images by reflection, labels by 255,
-    instances by -1."""
+    instances by -1. Warns where annotated foreground is cut off."""
     size = _as_size(size, split.images.shape[2:])
 
     def fit(tensor: Tensor | None, **how) -> Tensor | None:
         return None if tensor is None else torch.from_numpy(centred(tensor.numpy(), size, **how))
 
-    return replace(split, images=fit(split.images, mode="reflect"),
-                   labels=fit(split.labels, constant_values=IGNORE),
+    labels = fit(split.labels, constant_values=IGNORE)
+    before, after = (int(((maps > 0) & (maps != IGNORE)).sum()) for maps in (split.labels, labels))
+    if after < 0.99 * before:
+        warn(f"validation and test see the middle {size_text(size)} pixels, and "
+             f"{1 - after / before:.0%} of the annotated foreground lies outside; "
+             "evaluate.py --whole judges whole images")
+    return replace(split, images=fit(split.images, mode="reflect"), labels=labels,
                    instances=fit(split.instances, constant_values=-1))
 
 
@@ -442,9 +447,8 @@ def main(argv=None) -> int:
                              help="its options")
     look.add_argument("--split", default="train", choices=[*SPLITS, "all"])
     look.add_argument("--out", help="the PNG (default show-<data>.png)")
-    copy.add_argument("out", metavar="OUT", nargs="?",
-                      help="NAME.npz, NAME.pickle, or a new folder")
-    copy.add_argument("--layout", choices=LAYOUTS, help="default: what OUT's ending says")
+    copy.add_argument("--out", required=True, help="NAME.npz, NAME.pickle, or a new folder")
+    copy.add_argument("--layout", choices=LAYOUTS, help="default: what the ending of --out says")
     cut = commands.add_parser("build-lidc", help="LIDC-IDRI from the archive's DICOM and XML",
                               description=build_lidc.__doc__)
     cut.add_argument("src", metavar="SRC", help="the archive's folder, nested in any way")
@@ -463,11 +467,6 @@ def main(argv=None) -> int:
             build_lidc(**args)
         elif command:
             name, path, out = (args[key] for key in ("data", "path", "out"))
-            if command == "export" and out is None:
-                if not args["data_args"] or "=" in args["data_args"][-1]:
-                    raise UserError("export: OUT is missing, a NAME.npz, a NAME.pickle or a new "
-                                    "folder: python data.py export OUT --data ...")
-                out = args["data_args"].pop()  # it took all that followed it
             options = key_values("--data-args", args["data_args"])
             if command == "show":
                 print(show(name, path, args["split"], out, options))

@@ -4,12 +4,14 @@
     python evaluate.py runs/ssn-lidc-0 --ambiguous               # can samples find ambiguous cases?
     python evaluate.py runs/ssn-lidc-0 --ood                     # ... blurred and foreign images?
     python evaluate.py runs/ssn-lidc-0 --image my.png            # samples for one picture
+    python evaluate.py runs/ssn-lidc-0 --split all --path other.pickle    # another hospital's cases
     python evaluate.py runs/vae_unet-synapse-0 --per-volume      # slices judged as volumes
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, tests, curves
     torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # the cases shared by 4 processes
 
-In the run's folder (test split, all cases; otherwise in a folder of its own inside it):
-    metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling cases (bootstrap)
+In the run's folder, or, for other cases, weights or data than best.pt and the run's test split, in
+a folder inside it that is named after them:
+    metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling patients (groups)
     per_case.csv     every measure of every case
     report.html      every number and picture, explained, and cases to page through, in one file
     per_class.csv    Dice and 95% Hausdorff distance of every class
@@ -58,7 +60,7 @@ from analysis.uncertainty import (calibration, failure_detection, plot_reliabili
 from common import Progress, UserError, key_values, pick_device, say, start_processes
 from models import MODELS, labels_of, sample_batches
 from sources.files import write_text
-from sources.runs import read_config
+from sources.runs import read_config, read_split
 
 SAMPLES = (1, 4, 8, 16, 100)
 PAGED = 20  # cases in report.html, at most
@@ -76,7 +78,8 @@ FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_level
 
 @torch.no_grad()
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES, device=None) -> dict:
+           whole=False, classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES,
+           device=None) -> dict:
     """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
 
     Under torchrun the processes share the cases; all but the first write and return nothing. The
@@ -84,60 +87,95 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     Raises UserError or DataError for anything the user can correct.
     """
     folder = Path(folder)
-    settings, model, (whole,) = open_run(folder, (split,), path, device, weights)
+    settings, model, (judged,) = open_run(folder, (split,), path, device, weights, whole)
     if cases == "agreed":
-        whole = whole.subset((whole.marked | ~whole.present).all(1).nonzero().flatten().tolist())
-        if not len(whole):
+        agreed = (judged.marked | ~judged.present).all(1)
+        judged = judged.subset(agreed.nonzero().flatten().tolist())
+        if not len(judged):
             raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
                             "marked by every annotator; use --cases all")
-    if cluster and whole.instances is None:
+    if cluster and judged.instances is None:
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     count, *alpha = cluster or (CLUSTERED,)
     cluster = (count, alpha[0] if alpha else None)
-    classes = classes or (whole.images.dim() == 4 and 3 <= whole.num_classes <= 20)
-    pictured = whole.subset(spread(len(whole), PAGED))
+    classes = classes or (judged.images.dim() == 4 and 3 <= judged.num_classes <= 20)
+    pictured = judged.subset(spread(len(judged), PAGED))
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
-    n = max(samples) if whole.instances is None else max(*samples, cluster[0])
-    found = score(model, whole, samples, n, likelihood_samples,
+    n = max(samples) if judged.instances is None else max(*samples, cluster[0])
+    found = score(model, judged, samples, n, likelihood_samples,
                   lambda drawn: details(model, drawn, classes, cluster, shown))
     if process()[0] > 0:
         return {}
 
-    own = f"{split}-{cases}" + ("-last" if weights == "last" else "")
-    out = folder if own == "test-all" else folder / own
-    out.mkdir(exist_ok=True)
+    out = folder_of(folder, split, cases, weights, path, whole)
     values = {name: v for name, v in found.items() if isinstance(v, np.ndarray) and v.ndim == 1}
-    if whole.exact:
+    if judged.exact:
         values[f"mode_tv_{n}"] = total_variation(found)
     if "class_dice" in found:
-        for name, k in itertools.product(("dice", "hd95"), range(1, whole.num_classes)):
+        for name, k in itertools.product(("dice", "hd95"), range(1, judged.num_classes)):
             values[f"{name}_class_{k}"] = found[f"class_{name}"][:, 0, k - 1]
-    summary = {name: metrics.bootstrap(v) for name, v in values.items() if not np.isnan(v).all()}
-    summary |= calibration(found["reliability"]) | failure_detection(values)
-    if whole.exact:
-        summary |= pooled(found, n)
+    summary = {name: metrics.bootstrap(v, judged.groups) for name, v in values.items()
+               if not np.isnan(v).all()}
+    summary |= calibration(found["reliability"], judged.groups)
+    summary |= failure_detection(values, judged.groups)
+    if judged.exact:
+        summary |= pooled(found, n, judged.groups)
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
-    write_csv(out / "per_case.csv", whole, values)
+    write_csv(out / "per_case.csv", judged, values)
     plot_all(out, model, pictured, found, values, summary, "hide" in settings["data_args"])
-    write_page(out, folder, f"{split} split, {len(whole)} cases, {weights}.pt", found["shown"],
-               shown)
+    what = f"{split} split{f' of {path}' if path else ''}, {len(judged)} cases"
+    write_page(out, folder, f"{what}, {weights}.pt", found["shown"], shown)
     headlines = {name: result for name, result in summary.items()
                  if re.sub(r"(_\d+)+$", "", name) in HEADLINES}
-    say(f"{table(headlines)}\n{split} split, {len(whole)} cases: all {len(summary)} "
-        f"numbers and pictures in {out}, look at report.html")
+    say(f"{table(headlines)}\n{what}: all {len(summary)} numbers and pictures in {out}, look at "
+        "report.html")
     return summary
 
 
-def open_run(folder, splits, path=None, device=None, weights="best"):
-    """Read a run: (its settings, its model, its splits), the last two on the device."""
+def open_run(folder, splits, path=None, device=None, weights="best", whole=False):
+    """Read a run: (its settings, its model, its splits), the last two on the device; of images the
+    centre of the run's --image-size, unless they are to be `whole`."""
     settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
-    loaded = data.load(settings["data"], splits, path or settings["path"], **settings["data_args"])
-    if settings["image_size"] is not None:
+    loaded = load_data(folder, settings, splits, path)
+    if settings["image_size"] is not None and not whole:
         loaded = [data.center(split, settings["image_size"]) for split in loaded]
     return settings, model, [split.to(device) for split in loaded]
+
+
+def load_data(folder, settings, splits, path=None, **options) -> list:
+    """The splits of a run's data, at `path` if they have moved; or as "all" every case, also of
+    other data at `path`. Says how many cases of "all" were trained on.
+
+    The splits are those of split.json, because another image in the data would reshuffle all
+    patients; one that was empty then (such as test images that came later) is the data set's own.
+    """
+    options, parts = settings["data_args"] | options, read_split(folder)
+    source, moved = data.DATASETS.get(settings["data"]), path is not None and "all" not in splits
+    if "all" in splits:
+        options.pop("split_file", None)
+    elif source and source.layout and all(parts.get(split) for split in splits):
+        options["split_file"] = str(folder / "split.json")
+    try:
+        loaded = data.load(settings["data"], splits, path or settings["path"], **options)
+    except data.DataError as error:
+        hint = "; --split all judges every case of other data" if moved else ""
+        raise UserError(f"{error}{hint}") from error
+    if "all" in splits and (seen := set(parts.get("train", ())) & set(loaded[0].names)):
+        say(f"note: the run was trained on {len(seen)} of these {len(loaded[0])} cases, by their "
+            f"names, such as {min(seen)!r}")
+    return loaded
+
+
+def folder_of(folder, split, cases="all", weights="best", path=None, whole=False) -> Path:
+    """The folder, which is made, for what is found on these cases; see the module's docstring."""
+    words = [split, cases, *["last"] * (weights == "last"), *["whole"] * whole]
+    words += [Path(path).stem] if path else []
+    out = Path(folder) if words == ["test", "all"] else Path(folder, "-".join(words))
+    out.mkdir(exist_ok=True)
+    return out
 
 
 def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
@@ -265,7 +303,10 @@ def parse(argv=None) -> argparse.Namespace:
                    help="agreed: only cases that every annotator marked (later papers' subset B)")
     p.add_argument("--weights", choices=["best", "last"], default="best",
                    help="best: of lowest validation GED; last: at the end of training")
-    p.add_argument("--path", help="judge on this file of the same data set")
+    p.add_argument("--path", help="the data, if they have moved; with --split all any other file of "
+                   "the same data set")
+    p.add_argument("--whole", action="store_true",
+                   help="whole images, not the centre of the run's --image-size")
     p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N",
                    help=f"numbers of samples to score, up to {MOST_SAMPLES}")
     p.add_argument("--likelihood-samples", type=int, default=LIKELIHOOD_SAMPLES, metavar="N",
@@ -308,6 +349,10 @@ def check(args) -> None:
         raise UserError("--ood-data: a data set's name, and its path if it needs one")
     if not args.image and (args.temperature != 1 or args.scale_class):
         raise UserError("--temperature and --scale-class are for --image")
+    if (args.image or args.compare or args.ambiguous or args.ood or args.per_volume) and (
+            args.cases != "all" or args.whole or args.per_class or args.cluster):
+        raise UserError("--cases, --whole, --per-class and --cluster are for judging a split, not "
+                        "for --image, --compare, --ambiguous, --ood and --per-volume")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature:g}: a number from 0 up")
 
@@ -322,7 +367,7 @@ def predict_images(args, device) -> None:
     if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
         raise UserError("--scale-class: a class and a number, such as 1=0.5")
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
-    model = models.load(folder, device)
+    model = models.load(folder / f"{args.weights}.pt", device)
     for file in files:
         picture, arrays, sizes = predict_image(
             model, data_name, file, out, temperature=args.temperature,
@@ -338,28 +383,28 @@ def judge_volumes(args, device) -> None:
     """--per-volume: every class of whole volumes, at the size that annotators drew them in."""
     folder = Path(args.run)
     settings = read_config(folder)["settings"]
-    name, path, options = settings["data"], args.path or settings["path"], settings["data_args"]
-    split = data.load(name, args.split, path, **options)
+    split, = load_data(folder, settings, (args.split,), args.path)
     if split.images.dim() != 4 or split.instances is not None:
-        raise UserError(f"--per-volume is for slices whose groups are volumes; {name} has none")
+        raise UserError("--per-volume is for slices whose groups are volumes; "
+                        f"{settings['data']} has none")
     labels = split.all_maps().labels
-    if name == "synapse":  # its slices were resampled
-        labels = data.load(name, args.split, path, **options | dict(size=0)).labels
+    if settings["data"] == "synapse":  # its slices were resampled
+        labels = load_data(folder, settings, (args.split,), args.path, size=0)[0].labels
     model = models.load(folder / f"{args.weights}.pt", device)
     n = 10 if len(args.samples) > 1 else args.samples[0]
     rows = volume_rows(model, split.to(device), labels, n)
-    write_classes(folder / "per_volume.csv", rows)
-    say(f"{folder / 'per_volume.csv'}: {len(rows['class_dice'])} volumes, {n} samples of each")
+    file = folder_of(folder, args.split, weights=args.weights, path=args.path) / "per_volume.csv"
+    write_classes(file, rows)
+    say(f"{file}: {len(rows['class_dice'])} volumes, {n} samples of each")
 
 
 def warn_of_foreign(args, device) -> None:
     """Test whether samples can tell corrupted and foreign images, as --ood asks."""
     folder = Path(args.run)
-    settings, model, (split,) = open_run(folder, (args.split,), args.path, device)
+    settings, model, (split,) = open_run(folder, (args.split,), args.path, device, args.weights)
     name, *place = args.ood_data or ["organs" if settings["data"] == "shapes" else "shapes"]
     foreign = data.load(name, "test", *place).images
-    out = folder if args.split == "test" else folder / f"{args.split}-all"
-    out.mkdir(exist_ok=True)
+    out = folder_of(folder, args.split, weights=args.weights, path=args.path)
     summary = ood(model, split, foreign, name, out)
     print("AUROC against the same images left as they are:")
     print(table({name.removeprefix("auroc_"): values for name, values in summary.items()
@@ -381,8 +426,10 @@ def main(argv=None) -> int:
         elif args.compare:
             print(compare([args.run, *args.compare]), end="")
         elif args.ambiguous:
-            _, model, splits = open_run(Path(args.run), ("val", "test"), args.path, device)
-            result = ambiguity(model, *splits, args.run)
+            folder = Path(args.run)
+            _, model, splits = open_run(folder, ("val", "test"), args.path, device, args.weights)
+            out = folder_of(folder, "test", weights=args.weights, path=args.path)
+            result = ambiguity(model, *splits, out)
             print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
         elif args.ood:
             warn_of_foreign(args, device)
@@ -390,9 +437,9 @@ def main(argv=None) -> int:
             judge_volumes(args, device)
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
-                   samples=tuple(args.samples), path=args.path, classes=args.per_class,
-                   cluster=args.cluster, likelihood_samples=args.likelihood_samples,
-                   device=device)
+                   samples=tuple(args.samples), path=args.path, whole=args.whole,
+                   classes=args.per_class, cluster=args.cluster,
+                   likelihood_samples=args.likelihood_samples, device=device)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()

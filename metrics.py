@@ -410,31 +410,40 @@ def _nearest(points, others):
 
 # ---- statistics over cases ----------------------------------------------------------------------
 
-def bootstrap(values, resamples=1000, seed=0):
+def bootstrap(values, groups=None, resamples=1000, seed=0):
     """{"mean", "stderr", "n"} of one value per case; without any, mean and stderr are NaN.
 
-    The standard error is the standard deviation of the means of `resamples` draws of all n cases
-    with replacement; cases count as independent.
+    The standard error is the standard deviation of the means of `resamples` draws with replacement
+    of all cases or, given the patient (or scene) of each case as `groups` (N,), of all patients:
+    the images of one patient are alike, so they do not count as independent.
     """
-    values = _given(values)
-    if not (n := len(values)):
+    values, groups = _given(values, groups)
+    if not len(values):
         return {"mean": math.nan, "stderr": math.nan, "n": 0}
-    means = values[resampled(n, resamples, seed)].mean(1)
-    return {"mean": float(values.mean()), "stderr": float(np.std(means)), "n": n}
+    draws = resampled(groups, resamples, seed)
+    return {"mean": float(values.mean()), "stderr": float(np.std(draws @ values / draws.sum(1))),
+            "n": len(values)}
 
 
-def resampled(cases, times=200, seed=0):
-    """`times` draws of as many cases with replacement: their indices, (times, cases)."""
-    return np.random.default_rng(seed).integers(cases, size=(times, cases))
+def resampled(groups, times=200, seed=0):
+    """Draw as many groups as there are, with replacement, `times` times: how often each case is in
+    the draw, (times, N). groups (N,): the group of each case."""
+    number = _numbers(groups)
+    count = int(number.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=times)
+    return drawn[:, number]
 
 
-def paired_test(a, b, resamples=10000, seed=0):
+def paired_test(a, b, groups=None, resamples=10000, seed=0):
     """Two-sided p-value of the paired permutation test: is the mean of a - b over cases chance?
 
-    If so, each case's difference could as well have the other sign. Up to 16 cases, all 2^N
-    patterns of signs are tried; for more, `resamples` random ones and the observed one.
+    If so, each case's difference could as well have the other sign; given the patient (or scene) of
+    each case as `groups` (N,), those of one patient change their signs together. Up to 16 patients
+    or cases, all 2^N patterns of signs are tried; for more, `resamples` random ones and the
+    observed one.
     """
-    diff = _given(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
+    diff, groups = _given(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), groups)
+    diff = np.bincount(_numbers(groups), diff)
     observed = abs(diff.sum()) - 1e-12 * abs(diff).sum()  # equal up to rounding is equal
     if len(diff) <= 16:
         # (2^N, N): the bits of the numbers 0 .. 2^N - 1, 1 where a sign is flipped
@@ -448,7 +457,7 @@ def paired_test(a, b, resamples=10000, seed=0):
 
 def auroc(positive, negative):
     """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half."""
-    positive, negative = _given(positive), _given(negative)
+    positive, negative = _given(positive)[0], _given(negative)[0]
     if not len(positive) or not len(negative):
         return math.nan
     negative = np.sort(negative)
@@ -457,7 +466,14 @@ def auroc(positive, negative):
     return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
 
 
-def _given(values):
-    """The values that are not NaN, as one axis of float64."""
+def _given(values, groups=None):
+    """The values (N,) that are not NaN, in float64, and their groups; each its own without any."""
     values = np.asarray(values, dtype=float)
-    return values[~np.isnan(values)]
+    there = np.flatnonzero(~np.isnan(values))
+    return values[there], there if groups is None else [groups[i] for i in there]
+
+
+def _numbers(groups):
+    """The groups of the cases (N,) as numbers, in the order in which they first appear."""
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    return np.array([number[group] for group in groups], dtype=int)

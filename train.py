@@ -45,11 +45,11 @@ import data
 import evaluate
 from analysis.pictures import plot_curves
 from common import Progress, UserError, key_values, start_processes
-from models import (MODELS, build, check_fields, distribute, learning_rate, make_optimizer, place,
-                    published)
+from models import (MODELS, Recorded, build, check_fields, distribute, learning_rate,
+                    make_optimizer, place, published)
 from sources.base import check_known
-from sources.runs import (CHANGEABLE, SETTINGS, append, begin, own, plain, read_config, read_log,
-                          restore, save, writing)
+from sources.runs import (CHANGEABLE, SETTINGS, append, begin, check_free, own, plain, read_config,
+                          read_log, restore, save, writing)
 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
@@ -76,15 +76,17 @@ def parse(argv=None) -> argparse.Namespace:
                    "that of --quick, which more --steps stretch)")
     p.add_argument("--seed", type=int)
     p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
-                   help="fp32: PyTorch's defaults; tf32: matrix products and convolutions of a GPU "
-                   "round their inputs to 10 bits; bf16: autocast")
+                   help="fp32 (default); tf32: matrix products and convolutions of a GPU round "
+                   "their inputs to 10 bits; bf16: autocast")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
     p.add_argument("--cuda-graphs", action="store_true",
                    help="record a step's kernels once and start them together from then on: faster "
                    "where a GPU waits for Python, as it does for small models and batches")
-    p.add_argument("--image-size", type=int, help="crop (training: at random) or pad to this side")
+    p.add_argument("--image-size", type=int, help="crop or pad to this side: training at random "
+                   "places, validation and test about the centre")
     p.add_argument("--annotators", metavar="WHO",
-                   help="learn from these: all, names like anna,bob, or numbers from 0 like 0,1")
+                   help="learn from these: all, or names like anna,bob as `data.py show` prints "
+                   "them; where annotators have no names, 0,1 and so on")
     p.add_argument("--no-augment", dest="augment", action="store_const", const=False,
                    help="train without the data set's augmentation")
     p.add_argument("--model-args", nargs="+", metavar="K=V", help="fields of the model's config")
@@ -128,11 +130,10 @@ def settle(args) -> tuple[dict, Path]:
 
 
 def annotators(text: str, split) -> list[int] | None:
-    """The numbers of the annotators in `text`, like "anna,bob" or "0,1"; None for "all"."""
+    """The numbers of the annotators named in `text`, like "anna,bob"; None for "all"."""
     if text == "all":
         return None
-    numbers = {str(number): number for number in range(len(split.annotators))}
-    numbers |= {name: number for number, name in enumerate(split.annotators)}
+    numbers = {name: number for number, name in enumerate(split.annotators)}
     names = [name.strip() for name in text.split(",")]
     return [numbers[check_known("--annotators", name, ["all", *numbers])] for name in names]
 
@@ -190,12 +191,16 @@ def recipe(model, settings) -> dict:
 
 
 def train_step(loss_of, optimizer, image, label, lr, autocast):
-    """One update; returns the terms of the loss and the gradient's norm, on the device."""
+    """One update; returns the terms of the loss and the gradient's norm, on the device. loss_of: the
+    model, or a `Recorded` one."""
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.zero_grad()
-    with autocast:
+    if isinstance(loss_of, Recorded):
         loss, terms = loss_of(image, label)
-    loss.backward()
+    else:
+        optimizer.zero_grad()
+        with autocast:
+            loss, terms = loss_of(image, label)
+        loss.backward()
     parameters = optimizer.param_groups[0]["params"]
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     norm = torch.linalg.vector_norm(torch.stack(norms))  # torch.nn.utils has it from 2.6 on
@@ -305,18 +310,25 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         raise UserError("--cuda-graphs: for one CUDA device, without torchrun and --compile")
     stop = Stop()
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if settings["precision"] == "tf32" else "highest")
+    tf32 = settings["precision"] == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
-    train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
-                                       **settings["data_args"])
+    last = folder / "last.pt"
+    splits = "train", "val"
+    if resume and last.exists():
+        train_split, val_split = evaluate.load_data(folder, settings, splits)
+    else:
+        train_split, val_split = data.load(settings["data"], splits, settings["path"],
+                                           **settings["data_args"])
     model = place(first_model(settings, train_split), device)
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
     chosen = annotators(settings["annotators"], train_split)
-    last = folder / "last.pt"
     if last.exists() and not resume:  # told only once nothing else is wrong with the command
         raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --out DIR "
                         "begins another beside it")
+    check_free(folder)
     start, best, steps, size = 0, float("inf"), training["steps"], settings["image_size"]
     if last.exists():
         start, best = restore(last, settings, model, optimizer)
@@ -325,8 +337,9 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         val_split = data.center(val_split, size)
     every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
+    train_split = train_split.to(device)  # frees the copy on the host
     stream = data.batches(
-        train_split.to(device), training["batch_size"], settings["seed"], start=start, size=size,
+        train_split, training["batch_size"], settings["seed"], start=start, size=size,
         rank=rank, world=world, annotators=chosen,
         augmentation=data.DATASETS[settings["data"]].augmentation if settings["augment"] else None)
 
@@ -370,10 +383,11 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                     with writing(folder / "best.pt", step):
                         save(folder / "best.pt", settings["model"], model, optimizer, step, best)
 
+        if saving:
+            saved_at = time.monotonic()
         if saving and rank == 0:
             with writing(last, step):
                 save(last, settings["model"], model, optimizer, step, best)
-            saved_at = time.monotonic()
             with writing(folder / "curves.png", step):
                 plot_curves(folder / "curves.png", read_log(folder))
         terms.since += time.monotonic() - paused  # seconds_per_step is training alone
@@ -384,13 +398,13 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         torch.manual_seed(settings["seed"] * 1_000_003 + step)
         image, label = next(stream)
         if graphs and step == start:
-            loss_of = graphed(model, image, label, autocast)
+            loss_of = Recorded(model, image, label, autocast)
         lr = learning_rate(step, training)
         terms.add(step + 1, train_step(loss_of, optimizer, image, label, lr, autocast))
         step += 1
 
         progress.update(step)
-        stopping = (step % LOG_EVERY == 0 or world == 1) and stop.agreed(device)
+        stopping = (step % LOG_EVERY == 0 or not dist.is_initialized()) and stop.agreed(device)
         if step % LOG_EVERY == 0 or step in (1, steps) or stopping:
             refuse_non_finite(terms, model, step, folder)
             means = terms.read()
@@ -399,8 +413,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                 progress.update(step, f"loss {means['loss']:.4g}", line=True)
 
     stop.restore()
-    vars(model).pop("forward", None)  # recorded graphs, and the memory that they hold
-    del loss_of  # DistributedDataParallel can hang if it is freed after its process group
+    del loss_of  # a recorded graph's memory; DistributedDataParallel can hang if it is freed later
+    optimizer.zero_grad()
     gc.collect()
     if stopping:
         progress.say(f"stopped and saved at step {step}; resume with: "
@@ -425,18 +439,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 def compiled(loss_of):
     """torch.compile with eager mode's random numbers: a run with it is the same as one without."""
     return torch.compile(loss_of, options={"fallback_random": True})
-
-
-def graphed(model, image, label, autocast):
-    """Return the model with its loss and gradients recorded as CUDA graphs, for batches of this
-    shape: the same kernels are started together instead of one after the other by Python. With
-    bf16, the gradients of what the loss computes in float32 are computed in bfloat16, too."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng([image.device]), autocast:
-        torch.cuda.make_graphed_callables(model, (image.clone(), label.clone()))
-    for name, buffer in model.named_buffers():  # recording has run the loss a few times
-        buffer.copy_(before[name])
-    return model
 
 
 def lacks_compiler(device) -> str | None:

@@ -31,12 +31,12 @@ def total_variation(rows: dict) -> np.ndarray:
     return abs(rows["mode_frequency"] - rows["mode_probability"]).sum(1) / 2
 
 
-def pooled(rows: dict, n: int) -> dict:
+def pooled(rows: dict, n: int, groups) -> dict:
     """The entries mode_pooled_tv_<n> and mode_gap_<n> of metrics.json, with standard errors by
-    resampling cases."""
-    excess = rows["mode_frequency"] - rows["mode_probability"]
+    resampling the cases' groups (N,)."""
+    excess, draws = rows["mode_frequency"] - rows["mode_probability"], metrics.resampled(groups)
     cases = len(excess)
-    again = abs(excess[metrics.resampled(cases)].mean(1))  # (200, M)
+    again = abs(draws @ excess / draws.sum(1, keepdims=True))  # (200, M)
     mean = abs(excess.mean(0))
     return {f"mode_pooled_tv_{n}": {"mean": mean.sum() / 2, "n": cases,
                                     "stderr": np.std(again.sum(1) / 2)},

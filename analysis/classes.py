@@ -13,7 +13,7 @@ from models import labels_of, sample_batches
 from sources.base import Split
 from sources.files import write_text
 
-SAMPLES = 8  # of a case that are judged by themselves
+SAMPLES, ANNOTATORS = 8, 8  # of a case that are judged by themselves
 
 
 @torch.no_grad()
@@ -41,25 +41,29 @@ def volume_rows(model, split, labels, n) -> dict:
 def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
     """class_dice and class_hd95 (pixels) of every foreground class, (B, 1 + n, K - 1).
 
-    First of the label map `prediction` (B, *S), then of `most` samples (n, B, *S), each by itself.
-    The reference is each case's likeliest annotator, the first of equals. NaN where the reference
-    lacks the class; for the distance also where the prediction does. (The code of VAE U-Net's paper
-    gives a class that is missing in either a Dice of 1 and a distance of 0.)
+    First of the label map `prediction` (B, *S), then of `most` samples (n, B, *S), each by itself:
+    the mean over the annotators who marked the class, by their weights. NaN where none did; for the
+    distance also where the prediction lacks the class. Of more than 8 annotators or label maps, the
+    8 likeliest are compared. (The code of VAE U-Net's paper, of one annotator, gives a class that
+    is missing in either a Dice of 1 and a distance of 0.)
     """
-    likeliest = batch.probabilities.argmax(1)
-    label = batch.labels[torch.arange(len(batch), device=likeliest.device), likeliest]  # (B, *S)
-    maps = torch.cat([prediction[None], samples[:most]])
-    place = "cpu" if label.dim() == 3 else label.device  # a GPU would wait for each short surface
-    distance = torch.stack([metrics.hausdorff95(m.to(place), label.to(place), batch.num_classes)
-                            for m in maps], 1).to(label.device)
-    dice = torch.full_like(distance, np.nan)
-    for k in range(1, batch.num_classes):
-        reference = torch.where(label == IGNORE, IGNORE, label == k).byte()
-        absent = (label != k).flatten(1).all(1)
-        scores = metrics.sample_dice((maps == k).byte(), reference[:, None]).T  # (B, 1 + n)
-        dice[:, :, k - 1] = scores.masked_fill(absent[:, None], np.nan)
-        distance[absent, :, k - 1] = np.nan
-    return {"class_dice": dice.double(), "class_hd95": distance.double()}
+    maps, sums = torch.cat([prediction[None], samples[:most]]), {}
+    weights, likeliest = batch.probabilities.sort(dim=1, descending=True, stable=True)
+    for weight, annotator in zip(weights.T[:ANNOTATORS], likeliest.T):
+        label = batch.labels[torch.arange(len(batch), device=annotator.device), annotator]
+        # on the CPU: a GPU would wait for every surface, and is slow at distances between points
+        distance = torch.stack([metrics.hausdorff95(m.cpu(), label.cpu(), batch.num_classes)
+                                for m in maps], 1).to(label.device)  # (B, 1 + n, K - 1)
+        marked = torch.stack([(label == k).flatten(1).any(1)
+                              for k in range(1, batch.num_classes)], 1)[:, None]
+        dice = torch.stack([metrics.sample_dice((maps == k).byte(), torch.where(
+            label == IGNORE, IGNORE, label == k).byte()[:, None]).T
+            for k in range(1, batch.num_classes)], 2)
+        for name, values in (("class_dice", dice), ("class_hd95", distance)):
+            given = (weight.view(-1, 1, 1) * (marked & ~values.isnan())).double()
+            total, of = sums.get(name, (0, 0))
+            sums[name] = total + given * values.double().nan_to_num(), of + given
+    return {name: total / of for name, (total, of) in sums.items()}
 
 
 def write_classes(path, rows: dict) -> None:

@@ -25,18 +25,23 @@ def compare(folders) -> str:
     shows GED against the number of samples, and compare_curves.png the validation GED against the
     steps and the time of training. Runs that differ only in their seeds share a line, with the mean
     and the standard deviation over them; for a single run, the standard error over cases follows
-    the mean. p is that of a paired permutation test of `ged_16` over cases against the first line.
-    Raises UserError where runs were not judged on the same cases.
+    the mean. p is that of a paired permutation test of `ged_16` against the first line, in which the
+    cases of a patient (group) count as one. Raises UserError where runs were not judged on the same
+    cases.
     """
     folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder) for folder in folders]
     cases = list(runs[0][1][2])
+    patients = list(runs[0][2].values())
     groups, seen = {}, Counter()  # runs that differ in their seeds alone
-    for folder, (settings, run) in zip(folders, runs):
+    for folder, (settings, run, _) in zip(folders, runs):
         if run[2].keys() != set(cases):
             raise UserError(f"{folder} and {folders[0]} were judged on different cases: train both "
                             "on the same data with the same --data-args (of a set in files: "
                             f"split_file={folders[0] / 'split.json'})")
+        if settings["image_size"] != runs[0][0]["image_size"]:
+            raise UserError(f"{folder} and {folders[0]} were judged on crops of different sizes: "
+                            "train both with the same --image-size")
         seed = settings.pop("seed", 0)
         rest = json.dumps(settings, sort_keys=True)
         groups.setdefault((rest, seen[rest, seed]), []).append((folder, run))
@@ -47,7 +52,7 @@ def compare(folders) -> str:
     for row, (name, summary, geds) in enumerate(rows):
         cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := summary.get(n)) else ""
                  for n in names]
-        p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases])
+        p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases], patients)
         cells.append(f"{p:.2g}" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
@@ -91,8 +96,9 @@ def read_scores(folder: Path) -> tuple[dict, dict]:
         return summary, {row["name"]: row for row in csv.DictReader(file)}
 
 
-def read_judged(folder: Path) -> tuple[dict, tuple]:
-    """The settings of a judged run, and (name, {measure: {"mean", "stderr"}}, {case: ged_16})."""
+def read_judged(folder: Path) -> tuple[dict, tuple, dict]:
+    """The settings of a judged run, (name, {measure: {"mean", "stderr"}}, {case: ged_16}), and
+    {case: its patient or other group}."""
     settings = read_config(folder)["settings"]
     try:
         summary, cases = read_scores(folder)
@@ -100,10 +106,11 @@ def read_judged(folder: Path) -> tuple[dict, tuple]:
                    for name, result in summary.items()}
         summary["ged_16"]
         geds = {name: float(row["ged_16"]) for name, row in cases.items()}
+        groups = {name: row["group"] for name, row in cases.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
                         f"python evaluate.py {folder}") from None
-    return settings, (folder.name, summary, geds)
+    return settings, (folder.name, summary, geds), groups
 
 
 def pooled(runs: list[tuple]) -> tuple:

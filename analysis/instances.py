@@ -122,10 +122,10 @@ def find_instances(samples: Tensor, alpha: int | None = None, first: int = 1) ->
     objects: instance ids (B, H, W)."""
     erosion, box = (5, 11) if min(samples.shape[2:]) >= 128 else (3, 7)  # the paper's: 256 pixels
     found = []
-    for maps in objects(samples, first).unbind(1):
+    for maps in objects(samples, first).cpu().unbind(1):  # a GPU would wait for every object
         ids = cluster_instances(maps, alpha, torch.Generator().manual_seed(0))
         found.append(clean_instances(ids, erosion, box, keep=first == 1))
-    return torch.stack(found)
+    return torch.stack(found).to(samples.device)
 
 
 def rand_errors(batch, found: Tensor) -> Tensor:

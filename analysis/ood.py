@@ -106,30 +106,30 @@ def ood(model, split, foreign, foreign_name: str, folder) -> dict:
         shown[condition] = images[:3] if condition[0] == "foreign" else images[[most]]
         progress.update(len(scores), "{} {}".format(*condition))
 
-    out, summary = Path(folder), ood_summary(scores)
+    out, summary = Path(folder), ood_summary(scores, split.groups)
     write_text(out / "ood.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     plot_ood(out / "ood.png", model, shown)
     return summary
 
 
-def ood_summary(scores: dict) -> dict:
+def ood_summary(scores: dict, groups) -> dict:
     """{"<score>_<kind>_<strength>": {"mean", "stderr", "n"}}, and under "auroc_..." the AUROC.
 
     scores {(kind, strength): {score: (cases,)}} with ("clean", "") among them. Standard errors are
-    those of resampled cases, each with its clean image.
+    by resampling the cases' groups (cases,), each case with its clean image, and foreign images.
     """
     clean, summary = scores["clean", ""], {}
     for (kind, strength), both in scores.items():
         for score, values in both.items():
             name = f"{score}_{kind}_{strength}".rstrip("_")
-            summary[name] = metrics.bootstrap(values)
+            own = range(len(values)) if kind == "foreign" else groups
+            summary[name] = metrics.bootstrap(values, own)
             if kind == "clean":
                 continue
-            rng, again = np.random.default_rng(0), []
-            for _ in range(200):
-                cases = rng.integers(len(clean[score]), size=len(clean[score]))
-                mine = rng.integers(len(values), size=len(values)) if kind == "foreign" else cases
-                again.append(metrics.auroc(values[mine], clean[score][cases]))
+            draws = zip(metrics.resampled(own, seed=int(kind == "foreign")),
+                        metrics.resampled(groups))
+            again = [metrics.auroc(np.repeat(values, mine), np.repeat(clean[score], cases))
+                     for mine, cases in draws]
             summary[f"auroc_{name}"] = {"mean": metrics.auroc(values, clean[score]),
                                         "stderr": float(np.std(again)), "n": len(values)}
     return summary

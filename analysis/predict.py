@@ -13,24 +13,25 @@ from analysis.pictures import (fullest_slice, label_picture, paint_image, paint_
 from common import UserError
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
-from sources.files import (as_float_image, bounding_box, is_nifti, read_nifti, read_picture,
+from sources.files import (ENDINGS, as_float_image, bounding_box, is_nifti, read_array, read_nifti,
                            standardised, write_atomically, write_nifti, write_npz, write_text)
 
 SHOWN = 64  # samples in the picture, at most
-OF_RUNS = ("config", "split", "metrics", "ood", "ambiguity")  # .json in a run's folder
 
 
 def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1.0,
                   class_scales=None) -> tuple[Path, Path, dict]:
-    """Write samples for a picture, a NIfTI file or a BraTS patient's folder to the folder `out`.
+    """Write samples for a picture, .npy, NIfTI file or BraTS patient's folder to the folder `out`.
 
     Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
     of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
-    standardised for a model trained on `folder` or `brats`, as in its training.
-        <name>_samples.png  image, prediction, outlines, maps, samples; a volume's fullest slice
-        <name>.json         how large each class is, see `volumes`
+    standardised for a model trained on `folder` or `brats`, as in its training. A model of 2D
+    images takes a volume slice by slice; its samples of one slice do not depend on the others.
+        <name>_samples.png   image, prediction, outlines, maps, samples; a volume's fullest slice
+        <name>_volumes.json  how large each class is, see `volumes`
+    for a picture or an .npy
+        <name>_arrays.npz   the arrays of `sample_arrays`
     for a picture
-        <name>.npz          the arrays of `sample_arrays`
         <name>_mean.png     its palette indices are the classes; <name>_entropy.png and
                             <name>_probability_<k>.png have 16 bits: 65535 is log K nats, and 1
     and for a NIfTI
@@ -40,32 +41,34 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     """
     file, out, dims = Path(file), Path(out), model.config.dims
     name = file.resolve().name if file.is_dir() else stem(file)
-    if name in OF_RUNS and (out / "config.json").exists():
-        raise UserError(f"{file}: its results would replace {name}.json of the run; write them to "
-                        "another folder with --out")
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
     size, box = image.shape[1:], bounding_box(inside)
     image = torch.from_numpy(image[(slice(None), *box)]).float()
-    arrays = sample_arrays(model, image, torch.from_numpy(inside[box]), samples, temperature,
-                           class_scales)
+    inside, options = torch.from_numpy(inside[box]), (samples, temperature, class_scales)
+    if inside.dim() > dims:  # axis -3 of every array is that of the slices
+        slices = [sample_arrays(model, *each, *options) for each in zip(image.unbind(1), inside)]
+        arrays = {kind: torch.stack([each[kind] for each in slices], -3) for kind in slices[0]}
+    else:
+        arrays = sample_arrays(model, image, inside, *options)
 
     out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{name}_samples.png"
     plot_prediction(picture, image, arrays)
     sizes = volumes(arrays["samples"], len(arrays["probabilities"]), source)
-    write_text(out / f"{name}.json", json.dumps(sizes, indent=2) + "\n")
+    write_text(out / f"{name}_volumes.json", json.dumps(sizes, indent=2) + "\n")
     if source is None:
-        write_npz(out / f"{name}.npz", arrays)
-        top = np.log(len(arrays["probabilities"]))
-        pictures = {"mean": label_picture(arrays["mean"].numpy()),
-                    "entropy": grey_picture(arrays["entropy"] / top)}
-        pictures |= {f"probability_{k}": grey_picture(probability)
-                     for k, probability in enumerate(arrays["probabilities"])}
+        write_npz(out / f"{name}_arrays.npz", arrays)
+        top, pictures = np.log(len(arrays["probabilities"])), {}
+        if image.dim() == 3:
+            pictures = {"mean": label_picture(arrays["mean"].numpy()),
+                        "entropy": grey_picture(arrays["entropy"] / top)}
+            pictures |= {f"probability_{k}": grey_picture(probability)
+                         for k, probability in enumerate(arrays["probabilities"])}
         for kind, content in pictures.items():
             write_atomically(out / f"{name}_{kind}.png", lambda file: content.save(file, "PNG"))
-        return picture, out / f"{name}.npz", sizes
+        return picture, out / f"{name}_arrays.npz", sizes
     for kind, array in arrays.items():
-        whole = np.zeros((*array.shape[: array.dim() - dims], *size), array.numpy().dtype)
+        whole = np.zeros((*array.shape[: array.dim() - len(size)], *size), array.numpy().dtype)
         whole[:1] = kind == "probabilities"  # beyond the box all is background
         whole[(..., *box)] = array
         write_nifti(out / f"{name}_{kind}.nii.gz", whole, source)
@@ -166,7 +169,7 @@ def images_at(path: Path) -> list[Path]:
     """
     if not path.is_dir() or all(any(path.glob(f"*_{kind}.nii*")) for kind in BRATS):
         return [path]
-    kinds = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
+    kinds = (*ENDINGS, ".bmp")
     found = sorted(file for file in path.iterdir() if file.name.lower().endswith(kinds))
     if not found:
         raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
@@ -197,14 +200,19 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
         image, source = read_nifti(file, dims)
         air = (image == 0).all(0)
         inside = ~air if data_name == "brats" and not air.all() else np.ones_like(air)
+    elif file.suffix.lower() == ".npy":
+        image = as_float_image(read_array(file)[0], str(file))
+        if image.ndim == dims or channels == 1 and len(image) > 1 and image.ndim == 3:
+            image = image[None]  # without channels
+        inside = np.ones(image.shape[1:], bool)
     else:
-        image = as_float_image(read_picture(file), str(file))
+        image = as_float_image(read_array(file)[0], str(file))
         if channels == 3:
             image = image.repeat(3 // len(image), 0)
         elif len(image) == 3:
             image = np.tensordot(np.float32([[0.299, 0.587, 0.114]]), image, 1)  # luma, ITU-R 601
         inside = np.ones(image.shape[1:], bool)
-    if len(image) != channels or image.ndim != 1 + dims:
+    if len(image) != channels or image.ndim not in (1 + dims, 4):
         raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; this model takes "
                         f"{channels} of {dims}D")
     if source is not None and data_name in ("brats", "folder"):

@@ -164,12 +164,12 @@ def worst_window(maps, side=WINDOW):
 
 # ---- measures of a whole split ------------------------------------------------------------------
 
-def calibration(reliability) -> dict:
-    """ece and adaptive_ece of each region, with standard errors by resampling cases, from the
-    "reliability" of all cases (N, regions, FINE, 3)."""
+def calibration(reliability, groups) -> dict:
+    """ece and adaptive_ece of each region, from the "reliability" of all cases (N, regions, FINE,
+    3), with standard errors by resampling their groups (N,)."""
     cases, out = len(reliability), {}
-    again = np.random.default_rng(0).multinomial(cases, [1 / cases] * cases, size=200)
-    sums = np.concatenate([reliability.sum(0)[None], np.tensordot(again, reliability, 1)])
+    again = np.tensordot(metrics.resampled(groups), reliability, 1)  # (200, regions, FINE, 3)
+    sums = np.concatenate([reliability.sum(0)[None], again])
     for name, error in (("ece", calibration_error), ("adaptive_ece", adaptive_error)):
         for i, region in enumerate(REGIONS):
             first, *others = map(error, sums[:, i])
@@ -215,15 +215,18 @@ def areas(scores, risks) -> tuple[float, float, float]:
     return aurc, aurc - least, augrc
 
 
-def failure_detection(values) -> dict:
-    """aurc_<score>, e_aurc_<score> and augrc_<score> of the cases' values {name: (N,)}."""
+def failure_detection(values, groups) -> dict:
+    """aurc_<score>, e_aurc_<score> and augrc_<score> of the cases' values {name: (N,)}, with
+    standard errors by resampling their groups (N,)."""
     there = ~np.isnan(values["dice_mean"])
+    groups = [group for group, kept in zip(groups, there) if kept]
     risks, out = 1 - values["dice_mean"][there], {}
     if not len(risks):
         return {}
     for score in SCORES:
         scores = values[score][there]
-        again = [areas(scores[rows], risks[rows]) for rows in metrics.resampled(len(risks))]
+        again = [areas(np.repeat(scores, times), np.repeat(risks, times))
+                 for times in metrics.resampled(groups)]
         ending = score.removesuffix("_patch")
         for name, mean, error in zip(("aurc", "e_aurc", "augrc"), areas(scores, risks),
                                      np.std(again, 0)):

@@ -155,9 +155,16 @@ class Measured(NamedTuple):
     """A measure of a row."""
 
     mean: float
-    error: float  # standard error over cases
+    error: float  # standard error over patients
     seeds: tuple[float, ...]  # the mean of every run
     cases: dict[str, float]  # {case: mean over the runs}; NaN if single cases have no value
+    patients: dict[str, str]  # {case: its patient or scene}
+
+    def differs_from(self, other: "Measured") -> float:
+        """p of the paired test over patients; NaN if single cases have no value."""
+        mine = list(self.cases.values())
+        return np.nan if np.isnan(mine).all() else metrics.paired_test(
+            mine, [other.cases[case] for case in self.cases], list(self.patients.values()))
 
 
 def measure(runs: list[Run], column: str) -> Measured | None:
@@ -174,24 +181,23 @@ def measure(runs: list[Run], column: str) -> Measured | None:
     means = tuple(summary["mean"] for summary in summaries)
     cases = {case: np.mean([float(table[case].get(name, "nan")) for table in tables])
              for case in tables[0]}
-    error = metrics.bootstrap(list(cases.values()))["stderr"]
+    patients = {case: row["group"] for case, row in tables[0].items()}
+    error = metrics.bootstrap(list(cases.values()), list(patients.values()))["stderr"]
     if np.isnan(error):
         error = np.mean([summary["stderr"] for summary in summaries])
-    return Measured(np.mean(means), error, means, cases)
+    return Measured(np.mean(means), error, means, cases, patients)
 
 
 def against_best(row: str, measured: dict[str, Measured], highest: bool) -> str:
-    """What the table says of a row in column p: "best", or p of the paired test over cases against
-    the best row of its kind, whose names are alike up to a colon. Nothing if there is no other
-    row, or if single cases have no value."""
+    """What the table says of a row in column p: "best", or p of the paired test over patients
+    against the best row of its kind, whose names are alike up to a colon. Nothing if there is no
+    other row, or if single cases have no value."""
     rivals = [r for r in measured if r.rpartition(":")[0] == row.rpartition(":")[0]]
     best = (max if highest else min)(rivals, key=lambda r: measured[r].mean)
     if row == best:
         return "best" if len(rivals) > 1 else ""
-    mine, others = measured[row].cases, measured[best].cases
-    if np.isnan(list(mine.values())).all():
-        return ""
-    return f"{metrics.paired_test([mine[case] for case in others], list(others.values())):.2g}"
+    p = measured[row].differs_from(measured[best])
+    return "" if np.isnan(p) else f"{p:.2g}"
 
 
 def found_in(groups: dict[str, list[Run]], columns: str) -> dict[str, dict[str, Measured]]:
@@ -239,16 +245,16 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
 
 def told_apart(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     """The lines of the table of `table.further` measures; the last line says how many pairs of rows
-    each of them tells apart by the paired test over cases, p below 0.05."""
+    each of them tells apart by the paired test over patients, p below 0.05 divided by their number
+    (Bonferroni)."""
     found = found_in(groups, table.further)
     lines = [["", *spelled(found)], ["---"] * (len(found) + 1)]
     lines += [[f"`{row}`", *(cell(rows.get(row)) for rows in found.values())] for row in groups]
     last = ["pairs told apart"]
     for rows in found.values():
-        known = [m.cases for m in rows.values() if not np.isnan(list(m.cases.values())).all()]
-        tests = [metrics.paired_test(list(a.values()), [b[case] for case in a]) < 0.05
-                 for a, b in itertools.combinations(known, 2)]
-        last.append(f"{sum(tests)} of {len(tests)}" if tests else "")
+        tests = [a.differs_from(b) for a, b in itertools.combinations(rows.values(), 2)]
+        apart = sum(p < 0.05 / len(tests) for p in tests)
+        last.append("" if np.isnan(tests).all() else f"{apart} of {len(tests)}")
     return [f"| {' | '.join(line)} |" for line in [*lines, last]]
 
 

@@ -29,6 +29,7 @@ SPLITS = ("train", "val", "test")
 SLOW = 3.0  # seconds of reading after which a progress line appears
 MANY = 64  # classes; where there are more, their number has to be given
 LARGE = 5.0  # root mean square of an image above which a warning is printed
+SMALL = 0.03  # deviation of all images below which one is printed
 
 
 @dataclass(repr=False)
@@ -211,7 +212,8 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
     why = listing.if_empty or (f"{len(set(groups))} groups (patients, scenes) are too few to "
                                "split: give 3 or more, or load 'all'")
     if split_file:
-        place, splits, why = split_file, _read_split_file(split_file, cases), "none is listed"
+        place, splits = split_file, _read_split_file(split_file, cases)
+        why = listing.if_empty or "none is listed"
     elif any(case.split for case in cases):
         splits = {split: [i for i, case in enumerate(cases) if case.split == split]
                   for split in SPLITS}
@@ -243,7 +245,11 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
     for name in sorted(set().union(*listed.values()) - known):
         raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
                         f"{cases[0].name!r}, of group {cases[0].group!r}")
-    return {split: [i for i, case in enumerate(cases) if names & {case.name, case.group}]
+    if set().union(*listed.values()) <= {case.name for case in cases}:  # a group may be named so, too
+        keys = [{case.name} for case in cases]
+    else:
+        keys = [{case.name, case.group} for case in cases]
+    return {split: [i for i, key in enumerate(keys) if names & key]
             for split, names in listed.items()}
 
 
@@ -268,13 +274,18 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         progress.say(f"{place}: {len(cases)} cases read")
     whole = _stack(place, listing, rows, images, maps)
     largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
+    advice = "models expect about [0, 1], or mean 0 and deviation 1"
     if largest > LARGE:
-        _warn(f"{place}: pixels of about {largest:.3g}; models expect about [0, 1], or mean 0 and "
-              "deviation 1: divide the images, or store them as uint8 or uint16")
+        warn(f"{place}: pixels of about {largest:.3g}; {advice}: divide the images, or store them "
+              "as uint8 or uint16")
+    elif max(float(image.std()) for image in whole.images) < SMALL:
+        warn(f"{place}: no image's pixels vary by more than {SMALL}; {advice}: multiply the images"
+              " (12 bits stored in 16 are of 0 to 0.06)")
     return whole
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Prints a warning, once under torchrun."""
     if os.environ.get("RANK", "0") == "0":  # the only process of torchrun that writes
         print(f"warning: {text}", file=sys.stderr)
 
@@ -317,7 +328,7 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
                         "masks with grey borders, masks=binary (data set folder) or redraw them")
     for a in np.flatnonzero(highest == 0):
         if (labels[whole.present[:, a], a] == IGNORE).any():
-            _warn(f"{place}: all labels of annotator {whole.annotators[a]} are 0 (background) or "
+            warn(f"{place}: all labels of annotator {whole.annotators[a]} are 0 (background) or "
                   f"{IGNORE} (ignored), others have classes; are these black and white masks?")
     whole.num_classes = num_classes
     weights = whole.present.double()  # (N, A)

@@ -5,11 +5,11 @@ Every file is written whole or not at all, and a full disk is one line that says
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import platform
+import zipfile
 from pathlib import Path
 
 try:
@@ -26,6 +26,7 @@ from sources.files import holds, write_atomically, write_text
 
 # ------------------------------------------------------------------------- settings and lock
 
+WRITTEN = "config.json", "split.json", "log.jsonl"  # when a run begins
 CHANGEABLE = ("steps", "path", "lr", "lr_drops")  # what --resume may give anew
 # What decides a run's result, in config.json's "settings": (types, default).
 SETTINGS = dict(
@@ -50,6 +51,16 @@ def read_config(folder: Path) -> dict:
         there = holds(folder if folder.is_dir() else folder.parent)
         raise UserError(f"{folder}: no run there (config.json is missing or broken); give a folder "
                         f"that train.py wrote; {there}") from None
+
+
+def read_split(folder: Path) -> dict[str, list]:
+    """Returns the run's split.json, {split: names of its cases}, or {} without one."""
+    file = folder / "split.json"
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return {split: list(map(str, found[split])) for split in found}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{file}: broken; without it, the run's cases are not known") from None
 
 
 def plain(value):
@@ -81,10 +92,20 @@ def own(folder: Path):
                 folder.rmdir()
 
 
+def check_free(folder) -> None:
+    """Raises UserError if a run in this folder would replace files that are of no run."""
+    for name in WRITTEN:
+        if (folder / name).exists() and not (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a {name}, but no run: give another folder as --out")
+    if (folder / "config.json").exists():
+        read_config(folder)
+
+
 def begin(folder, settings, training, model, split, start) -> None:
     """Writes config.json and split.json, and cuts log.jsonl back to the step `start`."""
-    for half in folder.glob(".*.tmp"):  # of a write that a kill cut short
-        half.unlink()
+    for name in (*WRITTEN, "last.pt", "best.pt"):
+        for half in folder.glob(f".{name}.*.tmp"):  # of a write that a kill cut short
+            half.unlink()
     changes = read_config(folder)["changes"] if start else []
     changes.append({"step": start} | {key: settings[key] for key in CHANGEABLE})
     versions = {package.__name__: package.__version__ for package in (torch, np, matplotlib)}
@@ -92,9 +113,9 @@ def begin(folder, settings, training, model, split, start) -> None:
                   parameters=sum(p.numel() for p in model.parameters()), changes=changes,
                   versions=dict(python=platform.python_version(), **versions))
     log = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= start]
-    for name, text in (("config.json", json.dumps(config, indent=2) + "\n"),
-                       ("split.json", json.dumps(split.parts, indent=1) + "\n"),
-                       ("log.jsonl", "".join(log))):
+    texts = (json.dumps(config, indent=2) + "\n", json.dumps(split.parts, indent=1) + "\n",
+             "".join(log))
+    for name, text in zip(WRITTEN, texts):
         with writing(folder / name, start):
             write_text(folder / name, text)
 
@@ -130,7 +151,6 @@ def read_log(folder) -> list[dict]:
 
 # -------------------------------------------------------------------------------- checkpoints
 
-DIGEST = b"sha256:"  # and 64 hexadecimal digits: a checkpoint's zip comment
 MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
            torch.optim.SGD: ("momentum_buffer",),
            torch.optim.RMSprop: ("step", "square_avg", "momentum_buffer")}
@@ -138,28 +158,25 @@ MOMENTS = {torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
 
 def save(path, name, model, optimizer, step, best) -> None:
     """Writes a checkpoint that torch.load reads, whole or not at all; OSError where there is no
-    room. Its zip comment is the SHA-256 of all bytes before the comment."""
+    room."""
     content = dict(model=name, config=dataclasses.asdict(model.config), state=model.state_dict(),
                    optimizer=optimizer.state_dict(), step=step, best=best)
     buffer = io.BytesIO()  # torch.save to a full disk raises many kinds of errors
     torch.save(content, buffer)
-    buffer.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment and the comment
-    buffer.write((len(DIGEST) + 64).to_bytes(2, "little"))
-    buffer.write(DIGEST + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path) -> dict:
-    """Reads what `save` wrote, and checks it by its digest, if it has one. Runs nothing in it."""
+    """Reads what `save` wrote, and checks it by the checksums in it. Runs nothing in it."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with train.py")
-    raw = Path(path).read_bytes()
-    body, mark, digest = raw[:-64 - len(DIGEST)], raw[-64 - len(DIGEST):-64], raw[-64:]
-    if mark == DIGEST and hashlib.sha256(body).hexdigest().encode() != digest:
-        raise UserError(f"{path}: damaged, its bytes are not those that were saved; use another "
-                        "checkpoint, or train again")
     try:
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()):
+                raise ValueError("it is compressed")  # and could unpack to any size
+            if damaged := archive.testzip():
+                raise ValueError(f"damaged at {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
         for key, kind in dict(model=str, config=dict, state=dict, optimizer=dict, step=int,
                               best=float).items():
             if not isinstance(content[key], kind):

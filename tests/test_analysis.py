@@ -55,7 +55,7 @@ def test_an_image_of_ones_own(run, tmp_path, capsys):
     Image.fromarray(picture).save(tmp_path / "größe 1.png")
     assert evaluate.main([str(run), "--image", str(tmp_path / "größe 1.png"), "--out",
                           str(tmp_path / "out"), "--samples", "5", "--device", "cpu"]) == 0
-    arrays = np.load(tmp_path / "out" / "größe 1.npz")
+    arrays = np.load(tmp_path / "out" / "größe 1_arrays.npz")
     assert arrays["samples"].shape == (5, 21, 30) and arrays["samples"].dtype == np.uint8
     assert arrays["probabilities"].shape == (4, 21, 30)
     np.testing.assert_allclose(arrays["probabilities"].sum(0), 1, rtol=1e-5)
@@ -67,7 +67,7 @@ def test_an_image_of_ones_own(run, tmp_path, capsys):
                                    atol=1e-5)
     np.testing.assert_allclose(read("entropy") / 65535 * np.log(4), arrays["entropy"], atol=2e-5)
     assert (read("mean") == arrays["probabilities"].argmax(0)).all()
-    sizes = json.loads((tmp_path / "out" / "größe 1.json").read_text())
+    sizes = json.loads((tmp_path / "out" / "größe 1_volumes.json").read_text())
     assert (sizes["samples"], sizes["unit"]) == (5, "pixels")
     assert list(sizes["volume"]) == ["foreground", "class_1", "class_2", "class_3"]
     assert sizes["volume"]["class_2"]["mean"] == pytest.approx((arrays["samples"] == 2).sum() / 5)
@@ -162,7 +162,7 @@ def test_auroc_of_scores():
     both = lambda values: {"variance": np.array(values), "gamma": np.zeros(len(values))}
     scores = {("clean", ""): both([1.0, 2, 3]), ("blur", 2): both([2.0, 3, 4]),
               ("foreign", "organs"): both([9.0, 8])}
-    summary = analysis.ood.ood_summary(scores)
+    summary = analysis.ood.ood_summary(scores, ["a", "b", "c"])
     assert summary["variance_clean"]["mean"] == 2
     assert summary["auroc_variance_blur_2"]["mean"] == pytest.approx(7 / 9)
     assert summary["auroc_variance_foreign_organs"] == {"mean": 1.0, "stderr": 0.0, "n": 2}
@@ -332,8 +332,8 @@ def test_a_folder_of_pictures(run, tmp_path, capsys):
     assert evaluate.main(arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
     assert [Path(line.split()[0]).name for line in lines] == ["a_samples.png", "b_samples.png"]
-    assert "a.npz" in lines[0] and "b.npz" in lines[1]
-    assert np.load(tmp_path / "out" / "a.npz")["samples"].shape == (2, 33, 33)
+    assert "a_arrays.npz" in lines[0] and "b_arrays.npz" in lines[1]
+    assert np.load(tmp_path / "out" / "a_arrays.npz")["samples"].shape == (2, 33, 33)
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +369,7 @@ def test_a_volume_comes_back_on_its_own_grid(volume_run, tmp_path, capsys):
             np.testing.assert_allclose(back.affine, grid)
             samples[name, kind] = np.asarray(back.dataobj)
         assert (tmp_path / "out" / f"{name}_samples.png").exists()
-        sizes = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        sizes = json.loads((tmp_path / "out" / f"{name}_volumes.json").read_text())
         assert sizes["unit"] == "mm^3" and sizes["volume"]["foreground"]["mean"] == pytest.approx(
             6 * (samples[name, "samples"] > 0).sum() / 3)  # voxels of 1 x 2 x 3 mm
     for kind in ("samples", "probabilities", "prediction", "uncertainty"):
@@ -424,6 +424,30 @@ def test_a_slice_for_a_model_of_slices(run, tmp_path):
         np.testing.assert_array_equal(got[..., 0].T, want[0].argmax(0))
 
 
+def test_a_volume_for_a_model_of_slices(run, tmp_path):
+    """Each slice is predicted by itself, and comes back at its place."""
+    nibabel = pytest.importorskip("nibabel")
+    volume = np.random.default_rng(0).random((5, 20, 17)).astype(np.float32)  # D, H, W
+    np.save(tmp_path / "a.npy", volume)
+    np.save(tmp_path / "b.npy", volume[2])
+    nibabel.save(nibabel.Nifti1Image(volume.T, np.diag([-1.0, -1, 1, 1])), tmp_path / "c.nii")
+    model = models.load(run / "best.pt")
+    want = model.predict(torch.from_numpy(volume)[:, None]).argmax(1)
+    for name in "abc":
+        assert evaluate.main([str(run), "--image", str(next(tmp_path.glob(f"{name}.n*"))), "--out",
+                              str(tmp_path), "--samples", "3", "--device", "cpu"]) == 0
+    arrays = np.load(tmp_path / "a_arrays.npz")
+    assert arrays["samples"].shape == (3, 5, 20, 17)
+    assert arrays["probabilities"].shape == (4, 5, 20, 17)
+    np.testing.assert_array_equal(arrays["prediction"], want)
+    single = np.load(tmp_path / "b_arrays.npz")
+    for kind in single:
+        np.testing.assert_allclose(arrays[kind].take(2, -3), single[kind], atol=1e-6)
+    got = np.asarray(nibabel.load(tmp_path / "c_prediction.nii.gz").dataobj)
+    np.testing.assert_array_equal(got.T, want)
+    assert nibabel.load(tmp_path / "c_samples.nii.gz").shape == (17, 20, 5, 3)
+
+
 def test_a_volume_of_one_slice_for_a_model_of_volumes(volume_run, tmp_path):
     nibabel = pytest.importorskip("nibabel")
     array = np.random.default_rng(0).random((9, 8, 1, 4)).astype(np.float32)
@@ -453,18 +477,19 @@ def test_names_of_results(run, tmp_path, capsys):
     picture.save(folder / "a.b.png")
     arguments = [str(run), "--image", str(folder), "--samples", "2", "--device", "cpu", "--out"]
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "a.b.npz").exists()
+    assert (tmp_path / "out" / "a.b_arrays.npz").exists()
     assert evaluate.main([*arguments, str(folder)]) == 2
     assert "another folder" in capsys.readouterr().err
     picture.save(folder / "a.b.jpg")
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 2
     assert "share the name a.b" in capsys.readouterr().err
-    picture.save(tmp_path / "metrics.png")
-    assert evaluate.main([str(run), "--image", str(tmp_path / "metrics.png")]) == 2
-    assert "would replace metrics.json of the run" in capsys.readouterr().err
+    for ending in ("json", "npz"):  # as other programs name their annotations of a picture
+        (folder / f"a.b.{ending}").write_text("mine")
+    assert evaluate.main([str(run), "--image", str(folder / "a.b.png"), "--out", str(folder)]) == 0
+    assert all((folder / f"a.b.{ending}").read_text() == "mine" for ending in ("json", "npz"))
     (folder / "a.b.png").rename(folder / "scan")
     evaluate.main([str(run), "--image", str(folder / "scan"), "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "scan.npz").exists()
+    assert (tmp_path / "out" / "scan_arrays.npz").exists()
 
 
 @pytest.mark.parametrize("mode, dtype, top", [("L", np.uint8, 255), ("I;16", np.uint16, 65535)])

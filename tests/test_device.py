@@ -25,6 +25,10 @@ if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this version of torch has no backends in Python", allow_module_level=True)
 
 
+if torch.cuda.is_available():  # a registered backend would take the GPU's place in this process
+    pytest.skip("test_gpu.py does this on the GPU", allow_module_level=True)
+
+
 class Backend(registration._DummyBackendModule):
     """What autocast asks a backend."""
 

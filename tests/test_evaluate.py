@@ -83,7 +83,7 @@ def test_true_draws_are_calibrated_and_one_mode_is_not(shapes):
     rows = known_modes(Oracle(shapes), shapes, 400)
     np.testing.assert_allclose(rows["mode_frequency"].sum(1), 1, rtol=1e-5)
     assert total_variation(rows).mean() < 0.08
-    all_cases = pooled(rows, 400)
+    all_cases = pooled(rows, 400, shapes.groups)
     assert all_cases["mode_gap_400"]["mean"] < 0.02
     assert all_cases["mode_pooled_tv_400"]["mean"] < 0.05
     curve = pixel_curve(rows)
@@ -423,7 +423,7 @@ def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
                           "--device", "cpu"]) == 0
     assert "1 volumes, 2 samples of each" in capsys.readouterr().out
     rows = {(row["mode"], row["class"]): row
-            for row in csv.DictReader((folder / "per_volume.csv").open())}
+            for row in csv.DictReader((folder / "val-all/per_volume.csv").open())}
     for mode, k in ("predict", "1"), ("sample_2", "3"), ("samples", "2"):
         assert rows[mode, k]["cases"] == "1" and float(rows[mode, k]["dice"]) == 0.8
         assert float(rows[mode, k]["hd95"]) == pytest.approx(3.05)
@@ -434,7 +434,7 @@ def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
 
 
 def test_every_class_by_itself(tmp_path):
-    """Two cases, three classes: the likelier of two annotators counts; one case has class 2."""
+    """Two cases, three classes: one of two annotators marked something; one case has class 2."""
     labels = torch.zeros(2, 2, 6, 6, dtype=torch.uint8)
     labels[:, 1, 1:5, 1:3] = 1  # 8 pixels
     labels[0, 1, 0, 5] = 2

@@ -340,6 +340,9 @@ def test_a_warning_far_from_unit_scale(tmp_path, capsys):
     load_npz(tmp_path, **given | {"images": given["images"] * 255})
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "own.npz" in warning and "divide" in warning
+    twelve_bits = (4095 * given["images"].clip(0, 1)).astype(np.uint16)
+    load_npz(tmp_path, **given | {"images": twelve_bits})
+    assert "12 bits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "LPS"])

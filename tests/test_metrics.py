@@ -633,6 +633,29 @@ def test_paired_test_of_many_cases_is_near_the_normal_one():
     assert metrics.paired_test(np.ones(500), np.zeros(500), resamples=99) == 1 / 100
 
 
+def test_the_cases_of_a_patient_count_as_one():
+    """Each case three times, as three slices of one patient: the same p and the same error."""
+    values = np.random.default_rng(41).normal(0.5, 1, 12)
+    slices, patients = np.repeat(values, 3), np.repeat(np.arange(12), 3)
+    want = metrics.bootstrap(values)
+    got = metrics.bootstrap(slices, patients)
+    assert got["n"] == 36 and got["mean"] == pytest.approx(want["mean"], abs=1e-12)
+    assert got["stderr"] == pytest.approx(want["stderr"], rel=1e-9)
+    assert metrics.bootstrap(slices)["stderr"] < 0.7 * got["stderr"]
+    p = metrics.paired_test(values, np.zeros(12))
+    assert metrics.paired_test(slices, np.zeros(36), patients) == p
+    assert metrics.paired_test(slices, np.zeros(36)) < p
+    # (1, 2 | 3 | NaN): of the signs of the sums 3 and 3, two of four patterns reach 6
+    assert metrics.paired_test([1, 2, 3, NAN], [0] * 4, ["a", "a", "b", "c"]) == 2 / 4
+    assert metrics.bootstrap([1, 2, NAN], ["a", "a", "b"]) == dict(mean=1.5, stderr=0.0, n=2)
+
+
+def test_resampled_draws_whole_groups():
+    draws = metrics.resampled(["b", "a", "b", "c"], times=500)
+    assert draws.shape == (500, 4) and (draws[:, 0] == draws[:, 2]).all()
+    assert (draws[:, [0, 1, 3]].sum(1) == 3).all() and abs(draws.mean(0) - 1).max() < 0.15
+
+
 # ---- mistakes, and speed ------------------------------------------------------------------------
 
 MAPS, IDS = torch.zeros(4, 2, 8, 8, dtype=torch.long), torch.zeros(2, 8, 8, dtype=torch.long)

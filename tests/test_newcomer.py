@@ -9,25 +9,27 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import train
 from analysis import pictures
 from analysis.compare import compare
 from common import UserError
 from data_files import refused, save_picture
+from helpers import undraw
 from metrics import Moments
 
 BINARY = ["--data-args", "masks=binary"]
 
 
-def write(root, foreground, count=10):
+def write(root, foreground, count=10, name="scan"):
     """Scans of 16 x 16; anna draws the upper half, bob the left one, but not of scan 0."""
     rng = np.random.default_rng(0)
     for i in range(count):
-        save_picture(root / f"images/scan{i}.png", rng.integers(0, 256, (16, 16)).astype(np.uint8))
+        save_picture(root / f"images/{name}{i}.png", rng.integers(0, 256, (16, 16)).astype(np.uint8))
         maps = np.zeros((2, 16, 16), np.uint8)
         maps[0, :8] = maps[1, :, :8] = foreground
-        for name, label in zip(("anna", "bob")[: 2 if i else 1], maps):
-            save_picture(root / f"labels/{name}/scan{i}.png", label)
+        for who, label in zip(("anna", "bob")[: 2 if i else 1], maps):
+            save_picture(root / f"labels/{who}/{name}{i}.png", label)
     return root
 
 
@@ -58,8 +60,8 @@ def test_annotators_keep_their_names(own, tmp_path, capsys):
     text = data.show("folder", own, out=tmp_path / "a.png")
     assert "annotator anna" in text and "annotator bob" in text and "numbered" not in text
     for out, name in (("copy", "folder"), ("copy.npz", "npz")):
-        assert data.main(["export", str(tmp_path / out), "--data", "folder", "--path", str(own)]
-                         ) == 0
+        assert data.main(["export", "--data", "folder", "--path", str(own),
+                          "--out", str(tmp_path / out)]) == 0
         again = data.load(name, "all", tmp_path / out)
         assert again.annotators == ["anna", "bob"] and torch.equal(again.labels, whole.labels)
     assert (tmp_path / "copy/labels/anna/scan0.png").exists()
@@ -116,14 +118,15 @@ def test_pictures_name_annotators_and_leave_room_for_a_missing_one(own, monkeypa
     assert all(picture is not None for picture in drawn["scan1"])
 
 
-def test_annotators_are_chosen_by_name_or_number(own, capsys):
+def test_annotators_are_chosen_by_name(own, capsys):
     split = data.load("folder", "all", own)
     assert train.annotators("all", split) is None
-    assert train.annotators("bob", split) == train.annotators("1", split) == [1]
     assert train.annotators("bob, anna", split) == [1, 0]
-    split.annotators = ["1", "2"]  # of folders with these names
-    assert train.annotators("1", split) == [0]
-    refused("'ana'", "did you mean anna? choose from all, 0, 1, anna, bob",
+    split.annotators = ["1", "2", "3"]  # of folders with these names
+    assert train.annotators("1,3", split) == [0, 2]
+    refused("'0'", "choose from all, 1, 2, 3", call=lambda: train.annotators("0,1", split))
+    assert train.annotators("0,2", data.load("shapes", n=10)) == [0, 2]  # where they have no names
+    refused("'ana'", "did you mean anna? choose from all, anna, bob",
             call=lambda: train.annotators("ana", data.load("folder", "all", own)))
     refused("annotators bob", "'scan0'", "split_file",
             call=lambda: data.batches(data.load("folder", "all", own), 2, 0, annotators=[1]))
@@ -143,7 +146,7 @@ def test_mistakes_in_the_command_are_told_before_an_old_run(own, tmp_path, capsy
                            (["--model-args", "ranks=1"], "did you mean rank?"),
                            (["--model", "sssn"], "did you mean ssn?"),
                            (["--data", "foldr"], "did you mean folder?"),
-                           (["--annotators", "carl"], "choose from all, 0, 1, anna, bob"),
+                           (["--annotators", "carl"], "choose from all, anna, bob"),
                            ([], "holds a run already")):
         assert fragment in one_line(capsys, train.main, *command, *more)
 
@@ -221,17 +224,6 @@ def test_what_a_folder_was_taken_for_is_said_once(own, capsys):
 # --------------------------------------------------------------------------------------- commands
 
 
-def test_export_takes_its_options_in_any_order(black_and_white, tmp_path, capsys):
-    where = ["--data", "folder", "--path", black_and_white]
-    for number, order in enumerate(([*where, *BINARY, "OUT"], [*where, "OUT", *BINARY],
-                                    ["OUT", *where, *BINARY])):
-        out = tmp_path / f"copy{number}"
-        assert data.main(["export", *(str(out if a == "OUT" else a) for a in order)]) == 0
-        assert len(list(out.glob("labels/bob/*.png"))) == 9
-    for command in ([*where, *BINARY], where):
-        assert "OUT is missing" in one_line(capsys, data.main, "export", *command)
-
-
 def test_show_replaces_no_picture_of_the_users(own, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").write_text("mine")
@@ -246,6 +238,102 @@ def test_runs_on_other_cases_are_told_the_cure(tmp_path):
         (tmp_path / run).mkdir()
         (tmp_path / run / "config.json").write_text(json.dumps({"settings": {"data": "folder"}}))
         (tmp_path / run / "metrics.json").write_text(json.dumps({"ged_16": dict(mean=0, stderr=0)}))
-        (tmp_path / run / "per_case.csv").write_text(f"name,ged_16\n{case},0.5\n")
+        (tmp_path / run / "per_case.csv").write_text(f"name,group,ged_16\n{case},1,0.5\n")
     with pytest.raises(UserError, match="different cases.*split_file=.*/a/split.json"):
         compare([tmp_path / "a", tmp_path / "b"])
+
+
+# ----------------------------------------------------------------------- a run on data that change
+
+
+SMALL = ["--quick", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--model-args",
+         "channels=(4,4)", "convs=1", "mc_samples=2", "rank=1"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A function (more options) -> the folder of a run on 20 scans."""
+    undraw(monkeypatch)
+    write(tmp_path / "own", 1, count=20)
+
+    def train_run(*more, name="run"):
+        command = [*SMALL, "--data", "folder", "--path", tmp_path / "own", *more]
+        assert train.main([*map(str, command), "--out", str(tmp_path / name)]) == 0
+        return tmp_path / name
+
+    return train_run
+
+
+def judged(folder):
+    """The names of the cases in a folder's per_case.csv."""
+    return [line.split(",")[0] for line in (folder / "per_case.csv").read_text().splitlines()[1:]]
+
+
+def test_images_that_come_later_change_no_split(trained, tmp_path, capsys):
+    folder = trained()
+    split, before = (folder / "split.json").read_text(), judged(folder)
+    write(tmp_path / "own", 1, count=30)
+    fresh = data.load("folder", "test", tmp_path / "own")
+    assert set(fresh.names) & set(json.loads(split)["train"])  # or there would be nothing to test
+    assert evaluate.main([str(folder), "--device", "cpu"]) == 0
+    assert judged(folder) == before
+    assert train.main(["--resume", str(folder), "--steps", "4", "--device", "cpu"]) == 0
+    assert (folder / "split.json").read_text() == split and judged(folder) == before
+    assert "12 training cases" in capsys.readouterr().out.split("resumed")[0].splitlines()[-1]
+    assert evaluate.main([str(folder), "--split", "all", "--device", "cpu"]) == 0
+    assert "trained on 12 of these 30 cases" in capsys.readouterr().out
+    for file in [*tmp_path.glob("own/*/scan3.png"), *tmp_path.glob("own/labels/*/scan3.png")]:
+        file.unlink()
+    assert "split.json: no case and no group is named 'scan3'" in one_line(
+        capsys, evaluate.main, folder)
+
+
+def test_other_data_are_judged_beside_the_run(trained, tmp_path, capsys):
+    folder, other = trained(), write(tmp_path / "other", 1, name="exam")
+    before = (folder / "metrics.json").read_text()
+    assert "--split all judges every case" in one_line(
+        capsys, evaluate.main, folder, "--path", other, "--device", "cpu")
+    assert evaluate.main([str(folder), "--path", str(other), "--split", "all",
+                          "--device", "cpu"]) == 0
+    assert "note" not in capsys.readouterr().out
+    assert len(judged(folder / "all-all-other")) == 10
+    assert (folder / "metrics.json").read_text() == before
+    shutil.move(tmp_path / "own", tmp_path / "moved")
+    assert evaluate.main([str(folder), "--path", str(tmp_path / "moved"), "--device", "cpu"]) == 0
+    assert judged(folder / "test-all-moved") == judged(folder)
+
+
+def test_what_lies_outside_the_middle_is_told(trained, capsys):
+    """Of scans of 16 x 16, the middle 8 x 8 pixels have a quarter of what was drawn."""
+    folder = trained("--image-size", 8)
+    assert "75% of the annotated foreground lies outside" in capsys.readouterr().err
+    assert evaluate.main([str(folder), "--whole", "--device", "cpu"]) == 0
+    assert "outside" not in capsys.readouterr().err
+    geds = [json.loads((place / "metrics.json").read_text())["ged_16"]["mean"]
+            for place in (folder, folder / "test-all-whole")]
+    assert geds[0] != geds[1]
+    other = trained(name="other")
+    assert "crops of different sizes" in one_line(
+        capsys, evaluate.main, folder, "--compare", other)
+
+
+def test_an_image_is_segmented_by_the_weights_asked_for(trained, tmp_path, capsys):
+    folder = trained()
+    (folder / "last.pt").write_bytes(b"broken")
+    image = ["--image", str(tmp_path / "own/images/scan0.png"), "--device", "cpu", "--out",
+             str(tmp_path)]
+    assert evaluate.main([str(folder), *image]) == 0
+    assert "last.pt: not a checkpoint" in one_line(
+        capsys, evaluate.main, folder, *image, "--weights", "last")
+    assert "--whole" in one_line(capsys, evaluate.main, folder, *image, "--whole")
+
+
+def test_a_run_replaces_no_file_of_the_users(trained, tmp_path, capsys):
+    (tmp_path / "own" / "split.json").write_text("mine")
+    (tmp_path / "own" / ".notes.tmp").write_text("mine")
+    command = [*SMALL, "--data", "folder", "--path", tmp_path / "own", "--out", tmp_path / "own"]
+    assert "holds a split.json, but no run" in one_line(capsys, train.main, *command)
+    (tmp_path / "own" / "config.json").write_text("{}")
+    assert "no run there" in one_line(capsys, train.main, *command)
+    assert (tmp_path / "own" / "split.json").read_text() == "mine"
+    assert (tmp_path / "own" / ".notes.tmp").read_text() == "mine"

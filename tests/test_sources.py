@@ -16,7 +16,7 @@ import sources.base
 import sources.files
 from data_files import (LPS, SYNTHETIC, arrays, cut, grey_records, load_npz, records, refused,
                         save_picture, stored, write, write_folder)
-from sources.base import Split
+from sources.base import SPLITS, Split
 
 
 @pytest.fixture(scope="module")
@@ -608,6 +608,17 @@ def test_split_files(tmp_path):
     refused("nowhere.json", call=lambda: data.load("lidc", path=path, split_file="nowhere.json"))
     refused("split_file=3", "text", call=lambda: data.load("lidc", path=path, split_file=3))
     refused("'split_file'", call=lambda: data.load("shapes", split_file="a.json"))
+
+
+def test_names_of_cases_are_no_names_of_groups(tmp_path):
+    """Case 7 is of patient 3, and case 3 of patient 1: a run's split.json lists cases."""
+    path, file = tmp_path / "own.npz", tmp_path / "split.json"
+    np.savez(path, images=np.random.rand(40, 8, 8), labels=np.ones((40, 1, 8, 8), np.uint8),
+             groups=np.arange(40) // 2)
+    first = data.load("npz", SPLITS, path)
+    file.write_text(json.dumps(first[0].parts))
+    for before, again in zip(first, data.load("npz", SPLITS, path, split_file=str(file))):
+        assert before.names == again.names
 
 
 def test_a_split_file_goes_over_the_sets_own_split(tmp_path):

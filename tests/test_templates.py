@@ -370,7 +370,7 @@ def test_what_is_exported_reads_as_the_same_split(tmp_path, layout, kind, capsys
         table["case-4"]["masks"][0][:3] = 255
     table = {f"p/é {i:02}": record for i, record in enumerate(table.values())}
     path, out = write(tmp_path / "a.pickle", table), tmp_path / f"o.{layout}".removesuffix(".png")
-    assert data.main(["export", "--data", "lidc", "--path", str(path), str(out)]) == 0
+    assert data.main(["export", "--data", "lidc", "--path", str(path), "--out", str(out)]) == 0
     told = capsys.readouterr().out.split()
     name, at = told[told.index("--data") + 1], told.index("--data-args") + 1
     options = key_values("", told[at:])
@@ -433,11 +433,13 @@ def test_export_overwrites_nothing_and_leaves_no_half(tmp_path, capsys, monkeypa
         else:
             (tmp_path / name).write_text("mine")
         before = sorted(tmp_path.rglob("*"))
-        assert data.main(["export", "--data", "lidc", "--path", path, str(tmp_path / name)]) == 2
+        assert data.main(["export", "--data", "lidc", "--path", path,
+                          "--out", str(tmp_path / name)]) == 2
         message = capsys.readouterr().err
         assert "is there: delete it" in message and message.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == before
-    assert data.main(["export", "--data", "lidc", "--path", path, str(tmp_path / "a.bmp")]) == 2
+    assert data.main(["export", "--data", "lidc", "--path", path,
+                      "--out", str(tmp_path / "a.bmp")]) == 2
     assert "npz, png, pickle" in capsys.readouterr().err
     before = sorted(tmp_path.rglob("*"))
     for module, function in ((np, "save"), (np, "savez_compressed"), (pickle, "dumps")):
@@ -446,5 +448,6 @@ def test_export_overwrites_nothing_and_leaves_no_half(tmp_path, capsys, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(module, function, fail)
             out = {"save": "x", "savez_compressed": "x.npz", "dumps": "x.pickle"}[function]
-            assert data.main(["export", "--data", "lidc", "--path", path, str(tmp_path / out)]) == 2
+            assert data.main(["export", "--data", "lidc", "--path", path,
+                              "--out", str(tmp_path / out)]) == 2
         assert "No space left" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before

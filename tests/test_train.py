@@ -342,7 +342,7 @@ def test_terms_name_the_cause_and_not_its_consequence():
     (["--model-args", "channels=()"], "ssn cannot be built"),
     (["--model-args", "channels=(999999,999999)"], "ssn cannot be built: it has more than"),
     (["--data", "lidc", "--path", "/nowhere"], "there is no /nowhere"),
-    (["--device", "cuda:7"], "--device cuda:7"),
+    (["--device", "cuda:99"], "--device cuda:99"),
     (["--steps", "0"], "from 1 to"),
     (["--batch-size", "9" * 20], "--batch-size 99999999999999999999: give a whole number"),
     (["--seed", "-1"], "--seed -1: give a whole number from 0 to 2147483647"),

@@ -90,7 +90,7 @@ def test_calibration_worked():
     p = torch.cat([torch.full((10,), 0.3), torch.full((10,), 0.6)]).expand(1, 2, 20)
     labels = torch.tensor([[[1] + [0] * 9 + [1] * 10]])
     got = pixel_measures(p, labels, torch.ones(1, 1))
-    out = calibration(got["reliability"].numpy())
+    out = calibration(got["reliability"].numpy(), ["a"])
     for name in ("ece", "ece_foreground", "ece_band", "adaptive_ece"):
         close(out[name]["mean"], (0.2 + 0.4) / 2)
         assert out[name]["n"] == 1 and out[name]["stderr"] < 1e-12
@@ -200,10 +200,10 @@ def test_images_of_equal_score_come_in_a_random_order():
 def test_cases_without_dice_are_left_out():
     values = {name: np.array([1.0, 2.0, 3.0, 0.0]) for name in uncertainty.SCORES}
     values["dice_mean"] = np.array([1.0, 0.0, 0.5, math.nan])
-    out = failure_detection(values)
+    out = failure_detection(values, range(4))
     assert out["aurc_entropy"]["n"] == 3 and len(out) == 3 * len(uncertainty.SCORES)
     close(out["aurc_entropy"]["mean"], (0 + 0.25 + 0.5) / 3)
-    assert failure_detection({k: v[3:] for k, v in values.items()}) == {}
+    assert failure_detection({k: v[3:] for k, v in values.items()}, [0]) == {}
 
 
 def test_true_draws_are_calibrated_and_know_where_they_fail():
@@ -211,7 +211,8 @@ def test_true_draws_are_calibrated_and_know_where_they_fail():
     one that always gives the likeliest map is calibrated nowhere."""
     shapes = data.load("shapes", "test", n=150, size=32)
     values = evaluate.score(Oracle(shapes), shapes, samples=(400,))
-    out = calibration(values["reliability"]) | failure_detection(values)
+    out = calibration(values["reliability"], shapes.groups)
+    out |= failure_detection(values, shapes.groups)
     for region in uncertainty.REGIONS:
         assert out[f"ece{region}"]["mean"] < 0.01 and out[f"adaptive_ece{region}"]["mean"] < 0.02
     # its expected risk is the true one: the order of cases, and so the area, is all but ideal
@@ -224,7 +225,8 @@ def test_true_draws_are_calibrated_and_know_where_they_fail():
     always.sample = lambda image, n, generator=None: (
         40 * always.predict(image)).expand(n, -1, -1, -1, -1)
     wrong = evaluate.score(always, shapes, samples=(2,))
-    again = calibration(wrong["reliability"]) | failure_detection(wrong)
+    again = calibration(wrong["reliability"], shapes.groups)
+    again |= failure_detection(wrong, shapes.groups)
     assert again["ece_band"]["mean"] > 0.2
     close(again["aurc_entropy"]["mean"], (1 - wrong["dice_mean"]).mean())  # it knows nothing
     assert wrong["brier"].mean() > 1.2 * values["brier"].mean()
