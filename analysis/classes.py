@@ -13,7 +13,7 @@ from models import labels_of, sample_batches
 from sources.base import Split
 from sources.files import write_text
 
-SAMPLES, ANNOTATORS = 8, 8  # of a case that are judged by themselves
+SAMPLES, ANNOTATORS = 8, 4  # of a case that are judged by themselves
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
 
     First of the label map `prediction` (B, *S), then of `most` samples (n, B, *S), each by itself:
     the mean over the annotators who marked the class, by their weights. NaN where none did; for the
-    distance also where the prediction lacks the class. Of more than 8 annotators or label maps, the
-    8 likeliest are compared. (The code of VAE U-Net's paper, of one annotator, gives a class that
+    distance also where the prediction lacks the class. Of more than 4 annotators or label maps, the
+    4 likeliest are compared. (The code of VAE U-Net's paper, of one annotator, gives a class that
     is missing in either a Dice of 1 and a distance of 0.)
     """
     maps, sums = torch.cat([prediction[None], samples[:most]]), {}

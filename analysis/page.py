@@ -75,8 +75,8 @@ MEASURES = {
         "mode_pooled_tv": "↓ The same after averaging over the cases.",
         "mode_gap": "↓ The largest difference of one label map's frequency then."},
     "By class": {
-        "dice_class": "↑ Dice over the cases that have the class.",
-        "hd95_class": "↓ 95 % Hausdorff distance in pixels over the cases that have the class."},
+        "dice_class": "↑ Dice with the annotators who marked the class: their mean.",
+        "hd95_class": "↓ 95 % Hausdorff distance to them in pixels: their mean."},
     "Objects found in samples": {
         "rand_error": "↓ Rand error: 1 - F-score over pairs of pixels of one object.",
         "rand_error_components": "↓ The same for connected parts of the prediction.",

@@ -433,6 +433,19 @@ def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
     assert "lesions3d has none" in capsys.readouterr().err
 
 
+def test_every_annotator_of_a_class_counts():
+    """Two of three agree with the prediction, one marked a quarter of it, one nothing at all."""
+    labels = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
+    labels[0, :3, :4, :4] = 1
+    labels[0, 0, 2:], labels[0, 0, :, 2:] = 0, 0
+    split = Split(torch.zeros(1, 1, 8, 8), labels, None, ["g"], 2, ["a"])
+    rows = class_rows(split, labels[:, 1], labels[:, :1].transpose(0, 1))
+    dice, distance = rows["class_dice"][0, :, 0], rows["class_hd95"][0, :, 0]
+    few = 2 * 4 / (4 + 16)
+    assert dice.tolist() == pytest.approx([(few + 1 + 1) / 3, (1 + few + few) / 3])
+    assert 0 < distance[0] < distance[1]
+
+
 def test_every_class_by_itself(tmp_path):
     """Two cases, three classes: one of two annotators marked something; one case has class 2."""
     labels = torch.zeros(2, 2, 6, 6, dtype=torch.uint8)
