@@ -106,7 +106,7 @@ def read_judged(folder: Path) -> tuple[dict, tuple, dict]:
                    for name, result in summary.items()}
         summary["ged_16"]
         geds = {name: float(row["ged_16"]) for name, row in cases.items()}
-        groups = {name: row["group"] for name, row in cases.items()}
+        groups = {name: row.get("group", name) for name, row in cases.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
                         f"python evaluate.py {folder}") from None

@@ -375,7 +375,8 @@ def run_checkpoint(rng, folder):
     before = models.load(path).state_dict()
     if rng.random() < 0.5:
         damage_file(rng, path)
-        return models.load(path)
+        models.load(path)
+        return
     path.write_bytes(damaged(rng, path.read_bytes()))
     after = models.load(path).state_dict()
     same = before.keys() == after.keys() and all(
