@@ -22,8 +22,8 @@ by `--model unet --data brats`.
 
 Differences from the paper
   1. The paper trains separate models of 4, 8 and 16 outputs for as many samples. Here any number of
-     samples can be drawn from one model: the first 4 of 16 outputs, or all of them repeatedly. For
-     the paper's way, set M.
+     samples can be drawn from one model: the first 4 of 16 outputs, or all of them repeatedly. To
+     do as the paper, set M (`members` or `heads`) to the number of samples.
   2. The ensemble's members are trained in one run: they differ in their initial weights, but get
      the same batches. To vary the batches too, train `unet` with several values of --seed.
   3. Dropout acts on single activations, as in Bayesian SegNet, which the paper follows; in the
@@ -257,8 +257,8 @@ class DropoutUNet(DeterministicUNet):
         c = config
         if not (0 < c.p < 1 and 1 <= c.dropout_blocks < len(c.channels) and c.norm == "none"):
             raise ValueError(f"p={c.p}, dropout_blocks={c.dropout_blocks}, norm={c.norm!r}: p is "
-                             f"between 0 and 1, dropout_blocks 1 to {len(c.channels) - 1}, as the "
-                             "image is never dropped, and norm 'none'")
+                             f"between 0 and 1, dropout_blocks 1 to {len(c.channels) - 1} (the "
+                             "first encoder block has no dropout), norm is 'none'")
         check_choice("backbone", c.backbone, ("unet",))
         super().__init__(c)
 

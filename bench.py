@@ -24,8 +24,8 @@ Columns of the table `models`:
     memory       on a GPU: the most that a step allocates, beyond model and optimiser
 
 The table `gpu` compares a step in bfloat16, also as CUDA graphs or (`--compile`, a minute a model)
-compiled, with one in float32, and says which share of the card's own rate the graphs reach: that of
-one large matrix product.
+compiled, with one in float32. It also says which share of the card's speed, measured by one large
+matrix product, the step with CUDA graphs reaches.
 Below a tenth, the time goes into starting kernels and moving memory: try a larger --batch-size.
 """
 
@@ -58,7 +58,7 @@ CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 
 
 def seconds(function) -> float:
-    """How long a call of the function takes, and a GPU with what it starts."""
+    """Seconds that a call of the function takes, with the GPU work that it starts."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()  # for what was started before
     start = time.perf_counter()
@@ -345,8 +345,8 @@ def parse(argv=None) -> argparse.Namespace:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tables", nargs="+", choices=TABLES, default=["models"])
     p.add_argument("--models", nargs="+", metavar="NAME",
-                   help=f"of {' '.join(models.MODELS)} (default: all but the ensemble, which is "
-                   "many unet; evaluation: ssn)")
+                   help=f"some of: {' '.join(models.MODELS)} (default: all but the ensemble, which "
+                   "is several U-Nets; for the table evaluation: ssn)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--compile", action="store_true", help="torch.compile the step")

@@ -436,7 +436,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """Returns (device, rank, world size). A process started by torchrun joins its group."""
-    torch.backends.cudnn.allow_tf32 = False  # by default, PyTorch's convolutions round to 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # by default, a GPU's convolutions round to 10 bits
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if device.type == "cuda":
@@ -445,8 +445,9 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     try:
         world, rank, local = (int(os.environ[k]) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     except (KeyError, ValueError):
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not what "
-                        "else torchrun sets: start with torchrun, or unset it") from None
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but RANK and "
+                        "LOCAL_RANK have to be set, too, and all must be whole numbers: "
+                        "start with torchrun, or unset it") from None
     if device.type == "cuda":
         device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)

@@ -121,8 +121,8 @@ def hide(split: Split, percent: int, copies: int = 4) -> Split:
     """Makes the task of HPU-Net's Fig. 5: a part of every image is hidden, and the labels of the
     rest are given. A model segments what it is shown and completes what it is not.
 
-    Each case comes `copies` times, each time with another label map, drawn by its probability, and
-    hidden from another random side. Images (N * copies, C + K + 1, *S): the image and its one-hot
+    Each case comes `copies` times, each time with one of its label maps, drawn by its probability,
+    and with a random side hidden. Images (N * copies, C + K + 1, *S): the image and its one-hot
     known labels, both 0 where hidden, and a channel that is 1 there; labels (N * copies, 1, *S),
     the whole map.
     """
@@ -258,8 +258,8 @@ def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor
     if without:
         names = ", ".join(split.annotators[a] for a in annotators)
         raise DataError(f"annotators {names}: none of them labelled {len(without)} of the cases "
-                        f"({split.names[without[0]]!r} is one); name more annotators, or the other "
-                        "cases in a split_file")
+                        f"({split.names[without[0]]!r} is one); name more annotators, or leave "
+                        "these cases out by a split_file")
     return weights
 
 
@@ -455,7 +455,7 @@ def main(argv=None) -> int:
     cut.add_argument("dst", metavar="DST", help="the .npz to write")
     cut.add_argument("--size", type=int, default=180, help="pixels a side (default 180)")
     cut.add_argument("--window", type=float, nargs=2, default=LIDC_WINDOW, metavar="HU",
-                     help="what becomes 0 and what 1 (default -1000 400)")
+                     help="Hounsfield units that become 0 and 1 (default -1000 400)")
     cut.add_argument("--border", choices=["exclude", "include"], default="exclude",
                      help="whether the outlines belong to the nodules (default exclude)")
     cut.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",

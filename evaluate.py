@@ -9,17 +9,17 @@
     python evaluate.py runs/ssn-lidc-0 --compare runs/unet-lidc-0 ...     # a table, tests, curves
     torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # the cases shared by 4 processes
 
-In the run's folder, or, for other cases, weights or data than best.pt and the run's test split, in
-a folder inside it that is named after them:
+Results are written to the run's folder. For other weights than best.pt, or other cases than the
+run's test split, they are written to a folder inside it, which is named after them:
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling patients (groups)
     per_case.csv     every measure of every case
     report.html      every number and picture, explained, and cases to page through, in one file
     per_class.csv    Dice and 95% Hausdorff distance of every class
     per_volume.csv   the same with --per-volume: VAE U-Net's Tables 2 and 3
-    samples.png      image, every annotator, prediction and 16 samples
-and further pictures. What these show, and what each measure in metrics.json means, is written once,
-in analysis/page.py; `python evaluate.py --help` ends with it. analysis/uncertainty.py has the
-sources of its measures, and what they must not be compared with.
+    samples.png      image, up to 7 annotators, prediction and 16 samples
+and further pictures. analysis/page.py explains the pictures and every measure in metrics.json;
+`python evaluate.py --help` ends with these explanations. analysis/uncertainty.py cites the sources
+of its measures, and says with which published numbers they must not be compared.
 """
 
 import argparse
@@ -135,8 +135,8 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
 
 
 def open_run(folder, splits, path=None, device=None, weights="best", whole=False):
-    """Read a run: (its settings, its model, its splits), the last two on the device; of images the
-    centre of the run's --image-size, unless they are to be `whole`."""
+    """Read a run: (its settings, its model, its splits), the last two on the device. Images are
+    cropped or padded to the run's --image-size unless `whole`."""
     settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
     loaded = load_data(folder, settings, splits, path)
@@ -149,8 +149,9 @@ def load_data(folder, settings, splits, path=None, **options) -> list:
     """The splits of a run's data, at `path` if they have moved; or as "all" every case, also of
     other data at `path`. Says how many cases of "all" were trained on.
 
-    The splits are those of split.json, because another image in the data would reshuffle all
-    patients; one that was empty then (such as test images that came later) is the data set's own.
+    The splits are those of split.json, because one more image in the data would reshuffle all
+    patients. If split.json has no cases for a split (such as test images that were added later),
+    the data set's own splits are used.
     """
     options, parts = settings["data_args"] | options, read_split(folder)
     source, moved = data.DATASETS.get(settings["data"]), path is not None and "all" not in splits
@@ -204,11 +205,12 @@ def details(model, drawn, classes: bool, cluster, shown: dict) -> dict:
 @torch.no_grad()
 def score(model, split, samples=(16,), n=0, likelihood_samples=LIKELIHOOD_SAMPLES,
           more=lambda drawn: {}) -> dict:
-    """Every measure of every case: {name: (N,) float64 array}, for each number in `samples`, of n
-    samples in all; "reliability", from which `calibration` is computed; and what `more` adds, which
-    is given every batch as `scores.Drawn`. The model is in eval mode afterwards.
+    """Every measure of every case: {name: (N,) float64 array}; "reliability", from which
+    `calibration` is computed; and what `more` returns for every batch (`scores.Drawn`).
 
-    Under torchrun the processes share the cases, and all get everything, the same as one would.
+    At least n samples are drawn; some measures use the first m of them, for each m in `samples`.
+    The model is in eval mode afterwards. Under torchrun the processes share the cases, and every
+    process returns the results of all cases, the same as a single process would.
     """
     rank, world = process()
     progress, rows = Progress(len(split), quiet=rank > 0), []
@@ -314,17 +316,18 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--ambiguous", action="store_true",
                    help="can samples tell on which cases annotators disagree?")
     p.add_argument("--per-class", action="store_true",
-                   help="every class by itself, too (default: in 2D, of 3 to 20 classes)")
+                   help="judge every class by itself, too (default: for 2D and 3 to 20 classes)")
     p.add_argument("--per-volume", action="store_true",
-                   help="slices (of synapse): Dice and Hausdorff distance of the volume that the "
-                   "slices of a group make, for predict and --samples N samples (10)")
+                   help="sets of slices (synapse): Dice and Hausdorff distance of whole volumes, "
+                   "for the deterministic prediction and --samples N samples (default 10)")
     p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
-                   help="sets with instances: cluster N samples (16) within Hamming distance ALPHA "
-                   "(N); choose on --split val: fewer broken objects with a larger one")
-    p.add_argument("--ood", action="store_true", help="can samples tell corrupted images?")
+                   help="sets with instances: cluster N samples (default 16) within a Hamming "
+                   "distance of ALPHA (default N); choose it on --split val: a larger one breaks "
+                   "fewer objects")
+    p.add_argument("--ood", action="store_true", help="can samples warn of corrupted images?")
     p.add_argument("--ood-data", nargs="+", metavar=("NAME", "PATH"), help="--ood: data set whose "
                    "images are the foreign ones (default: a synthetic one)")
-    p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and figure with these")
+    p.add_argument("--compare", nargs="+", metavar="RUN", help="compare with these runs")
     p.add_argument("--image", metavar="FILE",
                    help="samples for this picture or NIfTI, a folder of them, a BraTS patient")
     p.add_argument("--temperature", type=float, default=1.0, metavar="T",

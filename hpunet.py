@@ -5,15 +5,15 @@ U-Net's decoder each have a latent map z_i, one number per position. It is sampl
 and the coarser latent maps z_<i, and concatenated to the features that predicted it:
         z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X).                      (Eq. 1)
 A sample S(X, z) therefore costs a pass of the decoder. Coarse latents learn to decide about whole
-objects, fine ones about outlines. Which z belongs to an annotator's mask Y is unknown. In
+objects, fine ones about outlines. It is unknown which z belongs to an annotator's mask Y. In
 training, a posterior net q of the same form therefore reads Y as well (Eq. 3); its samples of z are
 given to the U-Net, and the loss, called GECO, is
         lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
             + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ].                    (Eq. 6)
 lambda is learned: it rises until the cross-entropy has fallen to its target kappa, and falls after
 that, so that the KL gets more weight. The cross-entropy is summed over 2 % of the batch's pixels,
-sampled in proportion to their loss, and its target is kappa nats times their number. What varies
-between samples is aleatoric uncertainty: what the image leaves open.
+sampled in proportion to their loss, and its target is kappa nats times their number. Samples
+differ because of aleatoric uncertainty: the image alone does not determine the mask.
 
 If the masks of training give every object a random class number, the model segments instances:
 pixels of one object change together from sample to sample (analysis/instances.py, with a recipe).
@@ -31,7 +31,7 @@ Differences from the paper
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, adds twice as
      much. Here it acts on lambda as well, but lambda's own gradient is far larger.
-  8. The checkpoint that is kept has the lowest validation GED; the paper names no choice.
+  8. The checkpoint of lowest validation GED is kept; the paper does not say which one it keeps.
   9. Images of any size are padded by reflection. In the posterior's one-hot mask, the padding and
      ignored pixels (255) are zero in every class. 1D and 3D work as well (`dims`).
 
@@ -83,8 +83,8 @@ class HPUNet(nn.Module):
     Config = HPUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((48_000 * k, 0.05 ** (k / 4)) for k in range(1, 5)))
-    # 2 % of a small image are too few pixels. A small net reaches this kappa early. Otherwise
-    # lambda keeps rising, the KL hardly counts, and z encodes what X alone could predict.
+    # 2 % of a small image are too few pixels. A small net reaches this kappa early; with a lower
+    # one, lambda would keep rising, the KL would hardly count, and z encode what X can predict.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
     # for sets with instances: z_0 has a position for every 16 x 16 pixels, see analysis/instances
@@ -307,7 +307,7 @@ def hard_pixels(error: Tensor, share: float, together: bool = False) -> Tensor:
         parts = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, whole)
         whole, rank = torch.cat(parts), dist.get_rank()
-    # E = 0 would make 0 / 0, which counts as the largest
+    # E = 0 would give 0 / 0, which is NaN, and topk takes NaN for the largest value
     score = (whole / torch.empty_like(whole).exponential_().clamp_(min=1e-20)).flatten()
     top = score.topk(max(1, int(share * len(score))), sorted=False).indices
     kept = torch.zeros_like(score, dtype=torch.bool).index_fill_(0, top, True).view(whole.shape)

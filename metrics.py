@@ -14,7 +14,8 @@ any device. A result is one value per case, (B,), unless said otherwise.
     `paired_test` and `auroc` leave it out.
 
 All pairs of maps are compared in one matrix product per class, in chunks of BUDGET elements. The
-counts are exact: products of zeros and ones are, in float32 and TF32, and are added as integers.
+counts are exact: a chunk's sum of zeros and ones is not rounded in float32 or TF32, and the sums
+are added as integers.
 """
 
 import math
@@ -364,7 +365,7 @@ def mutual_information_map(probs):
 def dice(pred, labels, num_classes=2, weights=None):
     """Dice 2 |a b| / (|a| + |b|) of pred (B, *S), mean over classes and annotators.
 
-    SSN's DSC: any prediction where the annotation is empty is worth 0; both empty, 1.
+    As in SSN's DSC, a prediction scores 0 where only the annotation is empty, and 1 where both are.
     """
     return sample_dice(pred[None], labels, num_classes, weights)[0]
 
@@ -378,7 +379,8 @@ def hausdorff95(pred, label, num_classes=2):
     """95th percentile of the surface distances of pred and label (B, *S), in pixels: (B, K-1).
 
     The distances of both directions are pooled. A surface is the pixels with a face neighbour
-    outside their class or the image; ignored pixels are of no class. Both empty: 0. One empty: NaN.
+    outside their class or the image; ignored pixels are of no class. The result is 0 if a class is
+    absent from both maps, and NaN if it is absent from one.
     """
     valid = (pred != IGNORE) & (label != IGNORE)
     result = torch.zeros(len(pred), num_classes - 1, device=pred.device)
@@ -435,7 +437,7 @@ def resampled(groups, times=200, seed=0):
 
 
 def paired_test(a, b, groups=None, resamples=10000, seed=0):
-    """Two-sided p-value of the paired permutation test: is the mean of a - b over cases chance?
+    """Two-sided p-value of the paired permutation test: is the mean of a - b only due to chance?
 
     If so, each case's difference could as well have the other sign; given the patient (or scene) of
     each case as `groups` (N,), those of one patient change their signs together. Up to 16 patients

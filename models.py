@@ -57,9 +57,9 @@ BRATS = dict(optimizer="rmsprop", lr=1e-3, momentum=0.6, alpha=0.9, weight_decay
              batch_size=10, steps=120_000,
              lr_drops=((44_000, 1 / 2), (64_000, 1 / 4), (80_000, 1 / 8), (90_000, 1 / 16),
                        (98_000, 1 / 32), (105_000, 1 / 64)))
-# A model's Config and TRAINING are those of its paper on one data set, most often LIDC. This is
-# what the paper did otherwise on another: {(model, data set): (fields of Config, settings of
-# TRAINING)}. Options of train.py override both.
+# A model's Config and TRAINING are those of its paper on one data set, most often LIDC. RECIPES has
+# the settings that the paper changed for another one: {(model, data set): (fields of Config,
+# settings of TRAINING)}. Options of train.py override both.
 RECIPES = {
     ("ssn", "brats"): ({}, BRATS),
     # weight decay: the authors' loss is a mean over the 30^3 voxels of a patch, ours a sum
@@ -236,7 +236,7 @@ def distribute(model, device):
 
 class Recorded:
     """The loss of a batch and its gradients as one CUDA graph: the kernels of a step are started
-    together instead of one after the other by Python. For batches of the shape of this one.
+    together instead of one after the other by Python. All batches must have the shape of this one.
 
     A call returns what the model would, and leaves the gradients in the parameters. Both are
     overwritten by the next call. (torch.cuda.make_graphed_callables would record the backward pass

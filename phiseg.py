@@ -16,23 +16,24 @@ same form but also reads an annotator's mask, so it can find the latents that st
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
         + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_{l+1}, s, x) || p(z_l | z_{l+1}, x) ) ]     (Eq. 2)
 plus the cross-entropies of the coarser levels' masks (deep supervision), without which a level may
-ignore the mask. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. What varies between samples
-is aleatoric uncertainty: what the image leaves open.
+ignore the mask. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. Samples differ because
+of aleatoric uncertainty: the image alone does not determine the mask.
 
 Differences from the paper
-  1. In the text, z_1 has the resolution of the image. In the authors' code, and so in the published
-     numbers, and here it has 2^-(R-L) of it, for R resolution levels. `latent_levels=7` is the
-     layout of the text.
+  1. In the text, z_1 has the resolution of the image. In the authors' code (hence in the published
+     numbers) and here, its resolution is 2^-(R-L) times the image's, for R resolution levels.
+     `latent_levels=7` is the layout of the text.
   2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D each
      coarser map has a quarter of the positions, so its KL counts four times as much.
   3. The code also upsamples every z to all finer levels and never uses the results; this is left
-     out. Its mean of z_L comes from a 3-wide convolution; here all moments come from 1-wide ones.
+     out. Its mean of z_L comes from a 3-wide convolution; here every mean and std has a 1-wide one.
   4. The nets predict log sigma, and it is bounded (common.bounded_log_std). In the code, sigma is
      the softplus of the prediction.
   5. Images of any size are padded by reflection. The posterior gets the one-hot mask minus 0.5, as
      in the code; padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work as well.
-  6. Training takes 500k steps and keeps the checkpoint of lowest validation GED; in the paper, 48
-     hours and the lowest validation loss. Weights start as PyTorch's; the code's as He's normal.
+  6. Training takes 500k steps and keeps the checkpoint of lowest validation GED; the paper trains
+     for 48 hours and keeps that of lowest validation loss. Initial weights are PyTorch's defaults;
+     the code draws them from He's normal distribution.
   7. The paper's single prediction is the mean of samples (`dice_mean` of evaluate.py); `predict`
      sets every level to its prior mean.
   8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because

@@ -8,13 +8,13 @@ how likely each z is, and f_comb, three 1x1 convolutions, turns U-Net features a
         S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
 U-Net and prior net run once for an image; a further sample i only costs a pass of f_comb.
 
-Which z belongs to which mask is unknown. In training, a posterior net therefore reads the image and
+It is unknown which z belongs to which mask. In training, a posterior net therefore reads X and
 an annotator's mask Y, and predicts a normal Q(z | Y, X) of the z for this mask (Eq. 3). The loss
         L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) )     (Eq. 4)
 asks that such a z reproduces Y (P_c is the softmax of S in every pixel), and that prior and
 posterior agree, so the prior learns to cover the z of all masks that annotators draw on an image.
-For beta = 1 it is the negative ELBO. What varies between samples is aleatoric uncertainty: what the
-image leaves open.
+For beta = 1 it is the negative ELBO. Samples differ because of aleatoric uncertainty: the image
+alone does not determine the mask.
 
 The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) change three things, which are the
 last three fields of the config: what prior and posterior are given, and where z enters the U-Net.
@@ -253,7 +253,7 @@ if __name__ == "__main__":
 
     train, test = data.load("shapes", ("train", "test"), size=32)
     torch.manual_seed(0)
-    # beta above 1 widens the posteriors; after so few steps they would leave gaps in the prior
+    # A beta above 1 widens the posteriors, which after so few steps would not cover the prior.
     model = ProbUNet(ProbUNetConfig(num_classes=4, channels=(16, 32, 64), convs=1, latent_dim=2,
                                     beta=3.0))
     batches = data.batches(train, 8, seed=0, augmentation=data.DATASETS["shapes"].augmentation)

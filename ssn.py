@@ -10,7 +10,7 @@ together, so samples are spatially coherent. The network runs once for an image;
 costs only a matrix-vector product. Training minimises the negative log-likelihood of an annotator's
 mask y, estimated from M = 20 samples eta^m of the distribution, with pixels i:
         -log p(y | x) ~= -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.     (Eq. 7)
-What varies between samples is aleatoric uncertainty: what the image leaves open.
+Samples differ because of aleatoric uncertainty: the image alone does not determine the mask.
 
 The paper's three experiments:
     LIDC   with a U-Net (the default configuration)
@@ -33,8 +33,8 @@ Differences from the paper
      .23).
   4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
      fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
-     trained with the authors' recipe (models.RECIPES), and as theirs, a batch is 10 patches of 10
-     volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
+     trained with the authors' recipe (models.RECIPES), and as in theirs, a batch has 10 patches, of
+     10 volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
      here all volumes are in memory and take turns, one patch each. Augmentation mirrors and rotates
      in the axial plane like theirs, but deforms neither the volume nor the histogram. Air and
      voxels beyond the volume have no loss here, whereas theirs learns that they are background;
@@ -43,8 +43,9 @@ Differences from the paper
   6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
      slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
   7. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
-  8. The toy takes 200 + 2,500 steps of Adam at 0.4, falling linearly, and its mean learns from the
-     plain cross-entropy first; the authors' takes 5,000 + 5,000 at 1e-3, both by Eq. 7.
+  8. The toy's mean is first trained alone, with the plain cross-entropy: 200 steps of Adam at 0.4.
+     Then all three maps take 2,500 steps by Eq. 7, at a rate that falls linearly from 0.4 to 0. The
+     authors' toy takes 5,000 + 5,000 steps at 1e-3, both by Eq. 7.
 
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda

@@ -54,7 +54,7 @@ from sources.runs import (CHANGEABLE, SETTINGS, append, begin, check_free, own, 
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
-QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # with --quick: these, and no 100 samples at the end
+QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # --quick: validation cases, samples of the report
 LARGEST_RMS = 1000  # of images; above it, KLs take thousands of steps to come down
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
@@ -69,11 +69,11 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--path", help="file or folder of the data set (default datasets/<data>)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--steps", type=int, help="updates of the weights (default: the paper's)")
-    p.add_argument("--batch-size", type=int, help="cases a step, over all processes")
+    p.add_argument("--batch-size", type=int, help="cases per step, over all processes")
     p.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
     p.add_argument("--lr-drops", nargs="+", metavar="STEP:FACTOR",
                    help="from STEP on, FACTOR times --lr (default: the paper's schedule, or "
-                   "that of --quick, which more --steps stretch)")
+                   "that of --quick, which is stretched if --steps is larger)")
     p.add_argument("--seed", type=int)
     p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
                    help="fp32 (default); tf32: matrix products and convolutions of a GPU round "

@@ -20,9 +20,9 @@ This z is drawn without knowledge of y, so the CE is lowest if z has no effect o
 samples hardly vary. (The text writes q(z|X) for our p and p(z|Y) for our q.) Our KL is a sum over
 levels, so Eq. 15 is `latents=image ce_weight=0.4 dice_weight=0.6 kl_weight=0.025` for four levels.
 
-What varies between samples is aleatoric uncertainty: what the image leaves open. The authors also
-leave DropPath on when they sample, which adds epistemic uncertainty, that of the weights; for this,
-set `backbone=swin sample_drop_path=True`.
+Samples differ because of aleatoric uncertainty: the image alone does not determine the mask. The
+authors also leave DropPath on when they sample, which adds epistemic uncertainty, that of the
+weights; for this, set `backbone=swin sample_drop_path=True`.
 
 Differences from the paper (where its text disagrees with its published code,
 BXYMartin/Python-Uncertainty_Aware_Vision_Transformer, the code is followed)

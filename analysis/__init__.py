@@ -1,4 +1,4 @@
-"""What can be asked of a trained model beyond its scores, and how it is drawn."""
+"""Measures, statistical comparisons and pictures of trained models, for evaluate.py."""
 
 import contextlib
 import os

@@ -15,10 +15,10 @@ from sources.files import write_text
 def ambiguity(model, val, test, folder, n=16) -> dict:
     """Can the samples tell which cases the annotators disagree on? (Kohl et al. 2018, App. E.)
 
-    A case is ambiguous if one annotator marked something and another nothing. It is called so if
-    fewer than t of its n samples mark something, with the t that is right most often on the
+    A case is ambiguous if one annotator marked something and another nothing. It is predicted
+    to be so if fewer than t of its n samples mark something; t has the highest accuracy on the
     validation split. Writes ambiguity.json and ambiguity.png to `folder`; returns the accuracy on
-    the test split, the share that the commoner answer would get right, and t.
+    the test split, that of always giving the more frequent answer ("commoner"), and t.
     """
     (val_counts, val_truth), (counts, truth) = (marking(model, split, n) for split in (val, test))
     right = [((val_counts < t) == val_truth).mean() for t in range(n + 2)]

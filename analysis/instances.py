@@ -1,12 +1,13 @@
 """Objects found by sampling (HPU-Net's Algorithm 1 and Appendix H), their scores and picture.
 
-A recipe for sets whose objects have random class numbers, "colours" (HPUNet.QUICK_INSTANCES). Draws
-of one latent map are independent given the coarser maps, so a sample paints an object in one colour
-only where a single position names that colour. Hence latents of 8 channels with about one position
-for each object, and of 4 channels with four positions; Eq. 5 on all pixels, with a beta of a tenth
-to a quarter of an object's pixels, so that naming an object's colour pays and naming it twice does
-not; five colours (`--data-args colours=5`), which are learned sooner than 15; and 128 samples
-(`evaluate.py RUN --cluster 128`), which separate objects better than the paper's 16 or 32. Where
+A recipe for sets whose objects have random class numbers, "colours" (HPUNet.QUICK_INSTANCES). The
+values of one latent map are independent given the coarser maps, so a sample paints an object in one
+colour only if a single position decides on it. The recipe therefore has a latent map of 8 channels
+with about one position per object, and one of 4 channels with four; Eq. 5 on all pixels, with a
+beta of a tenth to a quarter of an object's pixels, so that encoding an object's colour once lowers
+the loss, and encoding it twice does not; five colours (`--data-args colours=5`), which are learned
+sooner than 15; and 128 samples (`evaluate.py RUN --cluster 128`), which separate objects better
+than the paper's 16 or 32. Where
 objects are of very different sizes, as in `em`, large ones still break along the grid of the
 coarsest latents, and naming those of fewer than beta pixels does not pay.
 """
@@ -103,7 +104,7 @@ def connected_components(mask: Tensor) -> Tensor:
                 target = high.narrow(axis, here, side - 1)
                 torch.maximum(target, ids.narrow(axis, there, side - 1), out=target)
         high *= mask
-        # then the id that the pixel it names has by now, so that ids travel ever further
+        # Then look up the present id of the pixel that the id names, so that ids spread faster.
         known = torch.cat([high.new_zeros(len(high), 1), high.flatten(1)], 1)
         high = known.gather(1, high.flatten(1)).view_as(ids)
         if torch.equal(high, ids):
@@ -156,10 +157,10 @@ def coherence(samples: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
 
 def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, samples: Tensor,
                     ending: str) -> dict:
-    """{name: (B,)}: Rand error and average precision of the ids `found` (B, H, W), the Rand error
-    of the connected parts of the label map `prediction`: what a deterministic network can do, the
-    `coherence` of the samples (n, B, H, W), and colour_nats, the information in the objects'
-    colours, which is the least KL of latents that can name them.
+    """{name: (B,)}: Rand error and average precision of the ids `found` (B, H, W); the Rand error
+    of the connected parts of the label map `prediction`, which shows what a deterministic network
+    achieves; the `coherence` of the samples (n, B, H, W); and colour_nats, the information in the
+    objects' colours, which is the smallest KL of latents that encode them all.
 
     An object's confidence is the mean over it of the probability of the classes that stand for
     objects; probs (B, K, H, W) are the samples' means.

@@ -61,8 +61,9 @@ def warning_scores(probs) -> dict:
     """How much an image's samples differ, in one number: probs (n, B, K, H, W) -> two of (B,).
 
     The mean of a map over the predicted foreground and MARGIN pixels round it; over the whole image
-    where nothing is predicted. variance: over the samples, added over the classes; divided by its
-    maximum, as in metrics.uncertainty_map, the worst pixel of every image would count the same.
+    where nothing is predicted. variance: over the samples, added over the classes. It is not
+    divided by its maximum, as in metrics.uncertainty_map, because then the most uncertain pixel
+    would count the same in every image.
     gamma: PHiSeg's map, which also shows what is uncertain within each sample.
     """
     foreground = (labels_of(probs.mean(0), 1) > 0).float().unsqueeze(1)

@@ -26,14 +26,14 @@ SIDE = 192  # pixels: larger cases are shrunk, so that the page stays at a few M
 HEADLINE = {"ged": "↓", "hungarian_iou": "↑", "ncc": "↑", "dice": "↑"}
 ARROWS = {"↓": "↓ lower is better", "↑": "↑ higher is better"}
 
-# What each measure means, under headings, after an arrow to the better direction. How its name in
-# metrics.json goes on, with a number mostly, is a column, see `split_name`.
+# What each measure means, under headings; the arrow shows the better direction. The ending of its
+# name in metrics.json, mostly a number, becomes a column of the table: see `split_name`.
 MEASURES = {
     "Samples against annotators, by the number of samples": {
         "ged": "↓ Squared generalised energy distance of samples and annotations; 0 at best.",
         "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
         "ncc": "↑ Correlation between where samples vary and where annotators contradict them.",
-        "diversity": "Mean 1 - IoU of two samples; right when it is that of two annotations."},
+        "diversity": "Mean 1 - IoU of two samples; ideally that of two annotations."},
     "Sets of samples against annotators": {
         "dice_max": "↑ Dice of the sample nearest to an annotator, averaged over annotators.",
         "dice_nearest": "↑ Dice of the annotator nearest to a sample, averaged over samples.",
@@ -49,11 +49,11 @@ MEASURES = {
     "Failure detection: does a score of the image tell how wrong the prediction is?": {
         "aurc": "↓ Area under the curve of risk, 1 - Dice, against the share of images kept.",
         "e_aurc": "↓ By how much this area exceeds that of the ideal order.",
-        "augrc": "↓ The area for the risk per image of the whole split, from 0 to 0.5."},
+        "augrc": "↓ The area if the risk is divided by the number of all images, from 0 to 0.5."},
     "Uncertainty": {
-        "entropy": "Of the samples' mean, in nats a pixel: the total uncertainty.",
-        "expected_entropy": "Of a single sample, in nats a pixel.",
-        "mutual_information": "The difference of both: how much the samples disagree.",
+        "entropy": "Entropy of the samples' mean, in nats per pixel: the total uncertainty.",
+        "expected_entropy": "Mean entropy of a single sample, in nats per pixel.",
+        "mutual_information": "Entropy minus expected entropy: how much the samples disagree.",
         "disagreement": "1 - Dice of the samples and the prediction of their mean.",
         **dict.fromkeys(("variance_patch", "entropy_patch", "mutual_information_patch"),
                         "The mean of the map over its most uncertain window of 10 pixels a side.")},
@@ -68,15 +68,15 @@ MEASURES = {
         "log_likelihood": "↑ Log-probability of an annotation under the model, in nats.",
         "iou_rec": "↑ IoU of an annotation and its reconstruction from the posterior's mean."},
     "Spread of the samples' Dice": {
-        "dice_q": "Quantiles, in per cent, over the samples of a case."},
+        "dice_q": "Quantiles of Dice over the samples of a case; columns are per cent."},
     "Known probabilities": {
         "mode_tv": "↓ Total variation between frequencies of a case's label maps and known ones. "
                    "Above 0 even for samples of the true distribution.",
         "mode_pooled_tv": "↓ The same after averaging over the cases.",
-        "mode_gap": "↓ The largest difference of one label map's frequency then."},
+        "mode_gap": "↓ The largest difference of a single label map, after the same averaging."},
     "By class": {
-        "dice_class": "↑ Dice with the annotators who marked the class: their mean.",
-        "hd95_class": "↓ 95 % Hausdorff distance to them in pixels: their mean."},
+        "dice_class": "↑ Dice of the class, averaged over the annotators who marked it.",
+        "hd95_class": "↓ 95 % Hausdorff distance of the class in pixels, averaged likewise."},
     "Objects found in samples": {
         "rand_error": "↓ Rand error: 1 - F-score over pairs of pixels of one object.",
         "rand_error_components": "↓ The same for connected parts of the prediction.",
@@ -92,7 +92,8 @@ PICTURES = {
     "ged.png": (True, "GED against the number of samples."),
     "modes.png": (True, "Frequencies of label maps and of pixels' classes against known ones."),
     "reliability.png": (True, "Annotators' mean against the samples' mean, by pixels."),
-    "risk_coverage.png": (True, "Mean error of the images kept, if the most uncertain ones go."),
+    "risk_coverage.png": (True, "Mean error of the images that are kept if the most uncertain ones "
+                                "are left out."),
     "dice.png": (False, "Spread of the samples' Dice in each case, beside the prediction's."),
     "overview.png": (False, "Annotators and samples of a few cases."),
     "uncertainty.png": (False, "Where annotators differ and where samples do."),
@@ -107,7 +108,7 @@ PICTURES = {
 
 def explained() -> str:
     """PICTURES and MEASURES as text, with which `evaluate.py --help` ends."""
-    lines = ["Names of measures go on with a number of samples (ged_16), a class (hd95_class_2),",
+    lines = ["Names of measures end with a number of samples (ged_16), a class (hd95_class_2),",
              "a quantile (dice_q05), a kind of pixels (ece_band), or a score (aurc_entropy)."]
     pictures = {name: caption for name, (_, caption) in PICTURES.items()}
     for heading, texts in [*MEASURES.items(), ("Pictures", pictures)]:

@@ -133,8 +133,8 @@ def draw_cases(model, split, n: int) -> list[Case]:
 def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
     """Draw PHiSeg's Fig. 1: n samples of an image (C, H, W) that grow level by level.
 
-    Under each level stands what it changed (blue adds) in the logits of the sample's largest
-    object, less the mean over all classes.
+    Below each level: what it added (blue) to or took from the logits of the sample's most frequent
+    foreground class, minus the mean over all classes.
     """
     images = image.expand(n, *image.shape)
     (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))

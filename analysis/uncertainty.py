@@ -6,7 +6,7 @@ foreground class at every pixel that an annotator labelled:
                    2015). Over all pixels it is small wherever background is easy.
     adaptive_ece   the same in 20 bins of equally many pixels (Nguyen and O'Connor 2015)
     ..._foreground where p or q is above 0.05; ..._band: where p or q lies between 0.05 and 0.95.
-                   Few annotators make both too high, as pixels are chosen by q too.
+                   With few annotators, both are too high, because q also selects the pixels.
     brier          mean over pixels of sum_k E_y (p_k - y_k)^2, all classes (Brier 1950): 0 to 2
 CURVAS and torchmetrics' multiclass ECE bin the confidence of the likeliest class, background
 included, in 50 bins (CURVAS; 5 at first) and 15: do not compare with these. Samples too few for a
@@ -14,8 +14,8 @@ smooth p raise ece, so compare it for the same number of samples. Halve brier fo
 two classes.
 
 Failure detection: does an image's score tell how wrong the mean prediction is (1 - dice_mean)?
-    aurc           mean risk of the images that are kept, as more and more of higher score are;
-                   e_aurc: less that of the ideal order (Geifman et al. 2019)
+    aurc           mean risk of the k images of lowest score, averaged over k;
+                   e_aurc: minus the aurc of the ideal order (Geifman et al. 2019)
     augrc          the same with the risk divided by all images, not by those kept (Traub et al.
                    2024): 0 to 0.5
 The scores are variance, entropy and mutual_information, each the highest mean of its map over a
@@ -81,8 +81,8 @@ def set_measures(pairs, n, counts):
     value = F.pad(weights[:, :, None].nan_to_num() * dice, (0, 0, 0, 1)).double().cpu().numpy()
     known = there[:, :, 0].double().cpu().numpy()
     for m in counts:
-        # Every annotator takes one sample, 1/m, and a last one all others, which are worth nothing.
-        # There is no such matching of fewer samples than annotators.
+        # Every annotator receives one sample (a mass of 1/m); an added one receives all others, at
+        # value 0. With fewer samples than annotators, there is no such matching.
         rest = 1 - known.sum(1, keepdims=True) / m
         takes = np.where((rest < -1e-9) | (rest > 1 - 1e-9), math.nan, np.c_[known / m, rest])
         matched = metrics.transport(value[:, :, :m], takes.clip(0))
@@ -196,8 +196,8 @@ def adaptive_error(sums) -> float:
 
 
 def risk_coverage(scores, risks):
-    """Risks of those images that are kept (n,): by themselves and per image of all, when 1 .. n
-    images of the lowest score are. Images of equal score come in a random order: its mean."""
+    """The summed risk of the 1 .. n images of lowest score, divided by their number and by that of
+    all images: two curves (n,), averaged over all orders of images of equal score."""
     _, group, size = np.unique(scores, return_inverse=True, return_counts=True)
     mean = np.bincount(group, risks) / size
     kept = np.cumsum(np.repeat(mean, size))

@@ -60,7 +60,7 @@ class SwinUNet(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if not decoder:  # of the next coarser level, a skip connection is what enters the blocks
+        if not decoder:  # a skip connection is taken before its level's blocks; the rest is unused
             del self.enter[-1], self.encoder[-2:]
 
     def encode(self, x: Tensor) -> list[Tensor]:

@@ -309,7 +309,7 @@ def parse(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("tables", nargs="+", metavar="TABLE", choices=TABLES, help=", ".join(TABLES))
-    p.add_argument("--path", type=Path, metavar="FILE", help="data of the rows that name FILE")
+    p.add_argument("--path", type=Path, metavar="FILE", help="data file of the rows that need one")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default 1)")
     p.add_argument("--seeds", type=int, metavar="N", help="runs a row (default: the table's)")

@@ -24,8 +24,8 @@ MAIN = {name: f"--model {name}" for name in
 ALL = MAIN | {name: f"--model {name}" for name in
               ("image2image_vae", "m_heads", "dropout_unet", "ensemble")}
 LAST, QUICK = "--weights last", "--weights last --samples 16"
-WHY_LAST = ("All rows are judged at their last checkpoint: at the one of lowest validation GED, "
-            "models with one answer win by marking nothing.")
+WHY_LAST = ("All rows are judged at their last checkpoint, because a deterministic model reaches "
+            "its lowest validation GED by marking nothing.")
 CROPS = ("--data lidc --path FILE --steps 3000 --image-size 64 --batch-size 8 "
          "--lr-drops 2000:.3 2700:.1")
 SMALL_CROPS = f"{CROPS} --quick --lr 1e-3"
@@ -35,8 +35,8 @@ FIVE_LEVELS = {name: f'{options} --model-args "channels=(16,32,64,64,64)" convs=
                for name, options in ALL.items()}
 SCORES = "ged_100 ged_16 hungarian_iou_16 ncc_100 diversity_16 dice iou_rec ece best:ged_100"
 FURTHER = ("The same runs by other measures (`evaluate.py --help`). The last line says how many "
-           "pairs of models each of them tells apart by the paired test, p below 0.05; ECE and "
-           "E-AURC have no value for a single case.")
+           "pairs of models each measure tells apart by the paired test, with p below 0.05 divided "
+           "by the number of pairs (Bonferroni). ECE and E-AURC have no value for a single case.")
 MEASURES = ("ged_16 ncc_16 dice_mean dice_max_16 dice_match_16 dice_soft volume_crps brier "
             "log_likelihood ece_band e_aurc_disagreement")
 STREETS = '--model-args "channels=(16,32,64,64)" convs=1'
@@ -94,8 +94,8 @@ TABLES = {
         f"judged against all. {WHY_LAST} The last measure is that of the checkpoint of lowest "
         "validation GED.", FIVE_LEVELS, SMALL_CROPS, LAST, SCORES, further=MEASURES),
     "annotators": Table(
-        "Real LIDC crops, one annotator against all", "As the small models on real LIDC crops, but "
-        f"learned from annotator 0 alone. {WHY_LAST}", {name: FIVE_LEVELS[name] for name in MAIN},
+        "Real LIDC crops, one annotator against all", "The small models of the table above, but "
+        f"trained on annotator 0 alone. {WHY_LAST}", {name: FIVE_LEVELS[name] for name in MAIN},
         f"{SMALL_CROPS} --annotators 0", LAST, SCORES),
     "brain": Table(
         "Newborn brain MR", "QUBIQ brain-growth in the layout of the LIDC pickle, 28 slices of "
@@ -110,9 +110,10 @@ TABLES = {
          "vae_unet on Swin-Unet": "--model vae_unet --steps 1000 --model-args backbone=swin"},
         "--data organs --quick", QUICK, "dice dice_mean ged_16 diversity_16 ece"),
     "ood": Table(
-        "Images unlike those of training", "Area under the ROC curve of the mean variance over "
-        "samples, telling corrupted images from the same images as they are; 0.5 is chance. Blur: "
-        "std in pixels; patch: per cent of the side; noise: std.",
+        "Images unlike those of training", "Area under the ROC curve (AUROC) when the mean "
+        "variance over samples is used to distinguish corrupted images from the unchanged ones; "
+        "0.5 is chance. Blur: std in pixels; patch: per cent of the image's side; noise: in "
+        "standard deviations of the images.",
         {name: f"--model {name}" for name in ("vae_unet", "prob_unet")},
         "--data organs --quick --steps 800", "--ood", " ".join(
             f"auroc_variance_{kind}" for kind in (

@@ -267,7 +267,7 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
             if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
                 raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
-                                f"{size_text(images[0].shape)}; all must have as many")
+                                f"{size_text(images[0].shape)}; channels and axes must agree")
             if time.monotonic() - progress.start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - progress.start > SLOW:
@@ -279,8 +279,8 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         warn(f"{place}: pixels of about {largest:.3g}; {advice}: divide the images, or store them "
               "as uint8 or uint16")
     elif max(float(image.std()) for image in whole.images) < SMALL:
-        warn(f"{place}: no image's pixels vary by more than {SMALL}; {advice}: multiply the images"
-              " (12 bits stored in 16 are of 0 to 0.06)")
+        warn(f"{place}: in every image, the deviation of the pixels is below {SMALL}; {advice}: "
+             "multiply the images (12 bits stored in 16 bits give values of 0 to 0.06)")
     return whole
 
 
@@ -407,8 +407,8 @@ def _fixed_maps(whole: Split) -> Tensor:
 
 
 def writable(text: str) -> str:
-    """Replaces what no CSV or JSON could be written with: bytes of a file's name that are not
-    UTF-8, and what in damaged arrays of text is no character at all."""
+    """Replaces what a CSV or JSON file cannot hold: bytes of a file's name that are not UTF-8, and
+    code points in damaged arrays of text that are no characters."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8", "replace")
 
 

@@ -15,9 +15,9 @@ def read_em(path: Path, *, tile: int = 256, colours: Annotated[int, 2] = 15) -> 
 
     It is an .npz of images and instances (N, H, W), or the SNEMI3D stacks train-input.tif and
     train-labels.tif in a folder. Cases are the tiles of `tile` pixels a side that fit into a
-    section, whole sections with tile=0; an instance has one of so many `colours`. The last tenth of
-    the sections (rounded up) is test, the tenth before it validation: the paper's 80 / 10 / 10 of
-    100 sections, 1280 / 160 / 160 tiles.
+    section, or whole sections with tile=0. Every label map gives each instance one of `colours`
+    classes. The last tenth of the sections (rounded up) is test, the tenth before it validation:
+    the paper's 80 / 10 / 10 of 100 sections, 1280 / 160 / 160 tiles.
     """
     if path.is_dir():
         images, ids = (read_pages(path / f"train-{kind}.tif") for kind in ("input", "labels"))

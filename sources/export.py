@@ -28,7 +28,7 @@ def export(whole: Split, out, layout: str = "") -> str:
                     hold exactly (volumes, most floats) becomes an .npy
             pickle  LIDC's {key: {image, masks, series_uid}}: one channel, 2D, two classes
             ""      what the ending of `out` says; without an ending, png
-    All appears whole or not at all. Raises DataError if `out` is there or cannot hold the set.
+    Files appear only when complete. Raises DataError if `out` is there or cannot hold the set.
     """
     out, whole = Path(out), whole.all_maps()
     said = {".npz": "npz", ".pickle": "pickle", ".pkl": "pickle", "": "png"}

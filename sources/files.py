@@ -167,8 +167,8 @@ def read_nifti(file, dims: int | None = None) -> tuple[np.ndarray, object]:
         array = array.reshape(*(array.shape + (1, 1, 1))[:3], -1)  # x, y, z, channel
         array = nibabel.apply_orientation(array, _turned(source)[0]).T
     if array.dtype.kind not in "buif" or not np.isfinite(array).all():
-        raise DataError(f"{file}: voxels of {array.dtype}, or some are NaN or infinite; one real "
-                        "number each is needed, several along the fourth axis")
+        raise DataError(f"{file}: voxels of {array.dtype}, or some are NaN or infinite; give "
+                        "finite real numbers, with channels along the fourth axis")
     # Turned axes have negative strides, which torch refuses.
     array = np.ascontiguousarray(array)
     thin = [axis for axis in (1, 2, 3) if array.shape[axis] == 1]

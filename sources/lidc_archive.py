@@ -103,7 +103,7 @@ def read_xml(file: str) -> tuple[str, list[list[dict[tuple, list]]]] | None:
     """Reads (series UID, sessions) from XML; None if it is no reading of a CT scan.
 
     sessions[annotator][nodule] = {(slice UID, z): [(whether it is no hole, [(x, y)])]}.
-    Entities that explode are refused by Expat itself, from 2.4.1 on.
+    XML entities that would expand to huge texts are refused by Expat itself, from 2.4.1 on.
     """
     root = ElementTree.fromstring(Path(file).read_bytes())
     if root.tag.rpartition("}")[2] != "LidcReadMessage":  # of a chest X-ray: IdriReadMessage

@@ -25,8 +25,8 @@ def read_npz(path: Path, *, num_classes: int = 0) -> Listing:
     images = images[:, None] if images.ndim == labels.ndim - 1 else images
     if len(shape) not in (4, 5) or images.shape[:1] + images.shape[2:] != shape[:1] + shape[2:]:
         raise DataError(f"{path}: labels is {size_text(shape)} and images "
-                        f"{size_text(arrays['images'].shape)}; (N, A, H, W) must meet (N, H, W) or "
-                        "(N, C, H, W) (of a single annotator? store labels[:, None])")
+                        f"{size_text(arrays['images'].shape)}; (N, A, H, W) goes with (N, H, W) or "
+                        "(N, C, H, W) (for a single annotator, store labels[:, None])")
     sizes = {"weights": shape[:2], "groups": shape[:1], "names": shape[:1], "num_classes": (),
              "annotators": shape[1:2]}
     for key in arrays.keys() & sizes:

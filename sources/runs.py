@@ -1,6 +1,7 @@
 """The files of a run, runs/<model>-<data>-<seed>/: settings, lock, log and checkpoints.
 
-Every file is written whole or not at all, and a full disk is one line that says what stands.
+Every file except the log is written completely or not at all. A full disk ends in a one-line error,
+which says whether an earlier checkpoint is intact.
 """
 
 import contextlib

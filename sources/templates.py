@@ -43,7 +43,7 @@ class Layout(NamedTuple):
     empty: str = "stored"
 
 
-# In LIDC every annotator saw every scan: who has no mask of a nodule drew nothing.
+# In LIDC every annotator saw every scan, so an annotator without a mask of a nodule drew nothing.
 PRESETS = {
     "folders": Layout("images/{name}", "labels/{annotator}/{name}"),
     "single": Layout("images/{name}", "labels/{name}"),
@@ -55,7 +55,7 @@ PRESETS = {
     "curvas": Layout("{name}/image.nii.gz", "{name}/annotation_{annotator}.nii.gz")}
 MARKS = tuple(re.sub(r"{\w+}", "*", layout.image) for layout in PRESETS.values())
 ENDING = f"(?i:{'|'.join(map(re.escape, ENDINGS))})"
-# Annotator, class and split are as short as they can be, other fields as long.
+# The fields annotator and class match as little text as possible, other fields as much.
 FORMS = {"annotator": "[^/]+?", "class": "[^/]+?",
          "split": "(?i:train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)"}
 SPLIT = {"": "", "tra": "train", "val": "val", "tes": "test"}  # by its first letters
@@ -132,9 +132,9 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
     """Lists the cases in a folder of any layout. sources/README.md explains the options, which are
     a layout of `PRESETS`, or two path templates, or a table, and what masks and empty masks mean.
 
-    Without any, the layout is the first that the folder looks like. What is "auto" is as the layout
-    has it, else classes and stored. Annotators are numbered in the order of their names, 2 before
-    10. Raises DataError in one line that names the path that was tried.
+    Without these, the first layout that fits the folder is taken. "auto" is what the layout says;
+    for templates and tables, "classes" and "stored". Annotators are numbered in the order of their
+    names, 2 before 10. Raises DataError in one line that names the path that was tried.
     """
     if csv and (layout or image or label):
         raise DataError(f"{path}: give csv= alone, without layout=, image= and label=")
