@@ -305,8 +305,8 @@ def parse(argv=None) -> argparse.Namespace:
                    help="agreed: only cases that every annotator marked (later papers' subset B)")
     p.add_argument("--weights", choices=["best", "last"], default="best",
                    help="best: of lowest validation GED; last: at the end of training")
-    p.add_argument("--path", help="the data, if they have moved; with --split all any other file of "
-                   "the same data set")
+    p.add_argument("--path", help="the data, if they have moved; with --split all, any other file "
+                   "of the same data set")
     p.add_argument("--whole", action="store_true",
                    help="whole images, not the centre of the run's --image-size")
     p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N",

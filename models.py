@@ -244,7 +244,8 @@ class Recorded:
     """
 
     def __init__(self, model, image, label, autocast):
-        self.image, self.label, self.parameters = image.clone(), label.clone(), [*model.parameters()]
+        self.image, self.label = image.clone(), label.clone()
+        self.parameters = [*model.parameters()]
         buffers = [*model.buffers()]
         before = [buffer.clone() for buffer in buffers]
         stream = torch.cuda.Stream()

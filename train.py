@@ -191,8 +191,8 @@ def recipe(model, settings) -> dict:
 
 
 def train_step(loss_of, optimizer, image, label, lr, autocast):
-    """One update; returns the terms of the loss and the gradient's norm, on the device. loss_of: the
-    model, or a `Recorded` one."""
+    """One update with `loss_of`, a model or a `Recorded` one; returns the terms of the loss and the
+    gradient's norm, on the device."""
     optimizer.param_groups[0]["lr"] = lr
     if isinstance(loss_of, Recorded):
         loss, terms = loss_of(image, label)

@@ -25,8 +25,8 @@ def compare(folders) -> str:
     shows GED against the number of samples, and compare_curves.png the validation GED against the
     steps and the time of training. Runs that differ only in their seeds share a line, with the mean
     and the standard deviation over them; for a single run, the standard error over cases follows
-    the mean. p is that of a paired permutation test of `ged_16` against the first line, in which the
-    cases of a patient (group) count as one. Raises UserError where runs were not judged on the same
+    the mean. p is that of a paired permutation test of `ged_16` against the first line, in which
+    the cases of a patient (group) count as one. Raises UserError where runs were not judged on the same
     cases.
     """
     folders = [Path(folder) for folder in folders]

@@ -245,7 +245,7 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
     for name in sorted(set().union(*listed.values()) - known):
         raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
                         f"{cases[0].name!r}, of group {cases[0].group!r}")
-    if set().union(*listed.values()) <= {case.name for case in cases}:  # a group may be named so, too
+    if set().union(*listed.values()) <= {case.name for case in cases}:  # groups may be named alike
         keys = [{case.name} for case in cases]
     else:
         keys = [{case.name, case.group} for case in cases]

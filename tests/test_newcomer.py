@@ -25,7 +25,8 @@ def write(root, foreground, count=10, name="scan"):
     """Scans of 16 x 16; anna draws the upper half, bob the left one, but not of scan 0."""
     rng = np.random.default_rng(0)
     for i in range(count):
-        save_picture(root / f"images/{name}{i}.png", rng.integers(0, 256, (16, 16)).astype(np.uint8))
+        image = rng.integers(0, 256, (16, 16)).astype(np.uint8)
+        save_picture(root / f"images/{name}{i}.png", image)
         maps = np.zeros((2, 16, 16), np.uint8)
         maps[0, :8] = maps[1, :, :8] = foreground
         for who, label in zip(("anna", "bob")[: 2 if i else 1], maps):
