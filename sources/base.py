@@ -4,6 +4,7 @@ A set's reader only *lists* its cases: a `Listing` of `Case`s, each with a funct
 `assign` shares them out to train, val and test, and `collect` reads those that are asked for.
 """
 
+import contextlib
 import difflib
 import json
 import math
@@ -258,20 +259,29 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
     cases, images, maps = [listing.cases[i] for i in rows], [], []
+    kinds = [0, 0]  # label maps of classes, and of nothing but 0 and 255
     progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
         for image, drawn in pool.map(partial(_read_case, place, listing), cases):
             images.append(image)
             maps.append(drawn)
+            for label in drawn.values() if listing.fixed is None else ():
+                if label.any() and (label != IGNORE).any():
+                    kinds[not ((label > 0) & (label < IGNORE)).any()] += 1
             if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
                 raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
                                 f"{size_text(images[0].shape)}; channels and axes must agree")
+            if len(images) == 1:
+                check_room(place, len(cases), image.shape, max(1, len(listing.annotators)))
             if time.monotonic() - progress.start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - progress.start > SLOW:
         progress.say(f"{place}: {len(cases)} cases read")
+    if all(kinds):
+        warn(f"{place}: {kinds[1]} label maps hold nothing but 0 and {IGNORE} (ignored), {kinds[0]} "
+             "others have classes; are those black and white masks?")
     whole = _stack(place, listing, rows, images, maps)
     largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
     advice = "models expect about [0, 1], or mean 0 and deviation 1"
@@ -282,6 +292,19 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         warn(f"{place}: in every image, the deviation of the pixels is below {SMALL}; {advice}: "
              "multiply the images (12 bits stored in 16 bits give values of 0 to 0.06)")
     return whole
+
+
+def check_room(place, cases: int, shape: Sequence[int], annotators: int, held: int = 0) -> None:
+    """Raises DataError if so many images (C, *S) and label maps do not fit into the memory that is
+    free (known on Linux only): the system would end the process without a word."""
+    need, free = cases * math.prod(shape[1:]) * (4 * shape[0] + annotators), math.inf
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    if need - held > free:  # what is held is freed while it is stacked
+        raise DataError(f"{place}: {cases} cases of {size_text(shape)} (the largest extent of each "
+                        f"axis) take {need / 2**30:.0f} GB, and {free / 2**30:.0f} GB are free: name "
+                        "fewer cases in a split_file, or cut or shrink the images")
 
 
 def warn(text: str) -> None:
@@ -299,6 +322,8 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
     """
     cases = [listing.cases[i] for i in rows]
     size, annotators = np.max([image.shape[1:] for image in images], 0), 1 + max(chain(*maps, [0]))
+    held = sum(array.nbytes for i in range(len(cases)) for array in (images[i], *maps[i].values()))
+    check_room(place, len(cases), (len(images[0]), *size), annotators, held)
     stack = np.empty((len(cases), len(images[0]), *size), np.float32)
     empty, kind = (IGNORE, np.uint8) if listing.fixed is None else (-1, np.int32)
     labels = np.full((len(cases), annotators, *size), empty, kind)
@@ -374,7 +399,7 @@ def _as_label(label: np.ndarray, num_classes: int, where: str) -> np.ndarray:
         kind = getattr(label, "dtype", type(label).__name__)
         raise DataError(f"{where} is of {kind}; give an array of whole numbers")
     with np.errstate(invalid="ignore"):  # whatever NaN becomes, it differs from NaN
-        small = label.astype(np.uint8)
+        small = label.astype(np.uint8, copy=False)
     good = (small == label) & ((small < num_classes) | (small == IGNORE))
     if not good.all():
         raise DataError(f"{where} has the value {label[~good][0]}; 0 to {num_classes - 1} are "

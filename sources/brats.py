@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from common import IGNORE
-from sources.base import Case, Listing
-from sources.files import DataError, bounding_box, read_nifti, same_grid, size_text, standardised
+from sources.base import Case, Listing, warn
+from sources.files import (DataError, bounding_box, read_nifti, same_grid, shortened, size_text,
+                           standardised)
 
 BRATS = ("flair", "t1", "t1ce", "t2")
 
@@ -19,7 +20,7 @@ def read_patient(folder: Path, kinds: Sequence[str] = BRATS):
     and the nibabel image of the first. DataError unless all are there once and on one grid."""
     volumes = []
     for kind in kinds:
-        files = list(folder.glob(f"*_{kind}.nii*"))
+        files = [file for file in folder.glob(f"*_{kind}.nii*") if file.name[0] != "."]
         if len(files) != 1:
             raise DataError(f"{folder}: {len(files)} files *_{kind}.nii.gz; give one")
         array, grid = read_nifti(files[0], 3)
@@ -56,7 +57,13 @@ def read_brats(path: Path) -> Listing:
         box = bounding_box(brain)
         return standardised(image[(slice(None), *box)], brain[box]), {0: label[box]}
 
-    # Patients in folders of their own, or in HGG/ and LGG/.
-    cases = [Case(file.parent.name, file.parent.name, partial(read, file.parent))
-             for depth in ("*/", "*/*/") for file in sorted(path.glob(f"{depth}*_seg.nii*"))]
+    def folders(kind: str) -> list[Path]:  # of patients, or in HGG/ and LGG/; no ._ files of macOS
+        return [file.parent for depth in ("*/", "*/*/")
+                for file in sorted(path.glob(f"{depth}*_{kind}.nii*")) if file.name[0] != "."]
+
+    found = folders("seg")
+    if without := sorted({folder.name for folder in folders("flair")} - {f.name for f in found}):
+        warn(f"{path}: left out for want of *_seg.nii.gz: {', '.join(shortened(without))} (BraTS "
+             "2020 has that of patient 355 as W39_1998.09.19_Segm.nii: rename it)")
+    cases = [Case(folder.name, folder.name, partial(read, folder)) for folder in found]
     return Listing(cases, 4, val=1 / 7, test=0.3, apart=True, pad="constant")

@@ -48,7 +48,7 @@ def read_cityscapes(path: Path, *, task: Literal["modes", "cars"] = "modes",
     cases = []
     kind = "instanceIds" if task == "cars" else "labelIds"
     for half in ("train", "val"):
-        for file in sorted((path / "leftImg8bit" / half).glob("*/*_leftImg8bit.png")):
+        for file in sorted((path / "leftImg8bit" / half).glob("*/[!.]*_leftImg8bit.png")):
             city, name = file.parent.name, file.stem.removesuffix("_leftImg8bit")
             truth = path / "gtFine" / half / city / f"{name}_gtFine_{kind}.png"
             split = "test" if half == "val" else "val" if city in VALIDATION else "train"

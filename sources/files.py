@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import importlib
+import math
 import os
 import threading
 import warnings
@@ -74,12 +75,15 @@ def optional_package(module: str, file):
 
 
 @contextlib.contextmanager
-def _open_picture(file: Path):
+def _open_picture(file: Path, pages: bool = False):
     kind = {".tif": "TIFF", ".jpg": "JPEG"}.get(file.suffix.lower(), file.suffix[1:].upper())
     with readable(file, kind), Image.open(file) as picture:
         if prod(picture.size) > Image.MAX_IMAGE_PIXELS:
             raise DataError(f"{file}: {size_text(picture.size)} pixels (a decompression bomb?); "
                             f"{Image.MAX_IMAGE_PIXELS} are allowed: cut it into tiles")
+        if picture.format == "TIFF" and getattr(picture, "n_frames", 1) > 1 and not pages:
+            raise DataError(f"{file}: {picture.n_frames} pages, and only one is a picture: save "
+                            "each page as a file, or the volume as an .npy (D, H, W)")
         yield picture
 
 
@@ -116,7 +120,7 @@ def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
         raise DataError(f"{where} is of {image.dtype}; give floats, or uint8 or uint16 (scaled to "
                         "[0, 1])")
     with np.errstate(over="ignore"):
-        image = image.astype(np.float32)
+        image = image.astype(np.float32, copy=False)
     if not np.isfinite(image).all():
         raise DataError(f"{where} has pixels that are not finite; replace them first")
     return image
@@ -124,7 +128,7 @@ def as_float_image(image: np.ndarray, where: str) -> np.ndarray:
 
 def read_pages(file: Path) -> np.ndarray:
     """Reads a TIFF of several pages as (N, H, W)."""
-    with _open_picture(file) as picture:
+    with _open_picture(file, pages=True) as picture:
         return np.stack([np.asarray(page) for page in ImageSequence.Iterator(picture)])
 
 
@@ -189,11 +193,21 @@ def read_array(file: Path, label: bool = False, dims: int | None = None):
     if is_nifti(file):
         array, source = read_nifti(file, dims)
         if label:
-            return (array[0] if len(array) == 1 else array), source
+            return whole_numbers(array[0] if len(array) == 1 else array), source
         return standardised(array, np.ones(array.shape[1:], bool)), source
     if file.suffix.lower() == ".npy":
         return np.array(_open_npy(file)), None
     return (read_label if label else read_picture)(file), None
+
+
+def whole_numbers(label: np.ndarray) -> np.ndarray:
+    """Rounds a label map that is off by a header's scale (scl_slope): 0.99999 is 1."""
+    if label.dtype.kind != "f":
+        return label
+    near = np.rint(label)
+    near = near if np.abs(label - near).max(initial=0) < 1e-3 else label
+    return near.astype(np.uint8) if 0 <= near.min(initial=0) and near.max(initial=0) < 256 and (
+        near is not label) else near
 
 
 def _open_npy(file: Path) -> np.ndarray:
@@ -258,10 +272,12 @@ def standardised(volume: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Brings each channel of (C, *S) to mean 0 and deviation 1 inside (*S), and to 0 outside."""
     volume = volume.astype(np.float32)
     for channel in volume:
-        values = channel[inside].astype(np.float64)
-        channel -= values.mean()
-        channel /= values.std() or 1
-    return volume * inside
+        channel -= channel.mean(dtype=np.float64, where=inside)
+        channel *= inside
+        flat = channel.ravel()
+        square = np.einsum("i,i", flat, flat, dtype=np.float64)
+        channel /= math.sqrt(square / max(np.count_nonzero(inside), 1)) or 1
+    return volume
 
 
 def resample_case(image: np.ndarray, label: np.ndarray, size: Sequence[int], file: Path):

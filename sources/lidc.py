@@ -73,7 +73,8 @@ def _read_hdf5(path: Path) -> Listing:
                 raise DataError(f"{path}: /{split}: images are {size_text(size)} and labels "
                                 f"{size_text(shape)}; (N, H, W) and (N, H, W, A) are needed")
             check_claim(path, images.nbytes + labels.nbytes)
-            images, labels = images[()][:, None], labels[()]
+            wide = np.float32 if images.dtype.kind == "f" else images.dtype
+            images, labels = images.astype(wide)[()][:, None], labels[()]
             if len(shape) == 3:
                 labels = labels[:, None]
             elif shape[:3] == size:

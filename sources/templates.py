@@ -29,9 +29,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from common import say
-from sources.base import Case, Listing, check_known
+from sources.base import Case, Listing, check_known, warn
 from sources.files import (ENDINGS, DataError, count_slices, holds, read_array, readable,
-                           same_grid, size_text)
+                           same_grid, size_text, standardised)
 
 
 class Layout(NamedTuple):
@@ -153,9 +153,16 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
     annotators = sorted({name for row in rows for name in row.labels}, key=_natural)
     classes = sorted({name for row in rows for files in row.labels.values() for name in files},
                      key=_natural)
+    partly = [f"{row.name!r} by {name!r}" for row in rows for name, files in row.labels.items()
+              if len(files) < len(classes)]
+    if partly and empty != "nothing":
+        warn(f"{path}: {len(partly)} label maps have files of some of the classes "
+             f"{', '.join(classes)} only ({partly[0]}); where a file is missing, nothing is taken "
+             "to be drawn")
     if os.environ.get("RANK", "0") == "0":
         who = f"annotators {', '.join(annotators)}" if all(annotators) else "one annotator"
-        _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}")
+        _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}, "
+                  f"{len(rows)} images of {len(set(groups.values()))} groups (patients)")
     cases = []
     for row in rows:
         labels = {annotators.index(name): sorted((1 + classes.index(c), file)
@@ -244,6 +251,9 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
         name = line.get("name") or re.sub(f"{ENDING}$", "", image)
         files = {column[6:]: {"": root / line[column]} for column in labels if line[column]}
         rows.append(Row(name, line.get("group") or name, split, root / image, files))
+    if 0 < (without := sum(not row.split for row in rows)) < len(rows):
+        raise DataError(f"{file}: {without} of {len(rows)} rows have no split; give all rows one, "
+                        "or none")
     return rows
 
 
@@ -278,6 +288,10 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
     for annotator, files in labels.items():
         for value, file in files:
             mask, other = read_array(file, label=True, dims=dims)
+            if grid and slices == "none" and array.ndim == 4 and mask.ndim == 2 and (
+                    len(array) == 1 and array.shape[2:] == mask.shape):
+                # QUBIQ's brain tumours: a slice whose channels are stored along z.
+                array = standardised(array[0], np.ones(mask.shape, bool))
             if mask.shape != array.shape[-mask.ndim:]:
                 raise DataError(f"{file} is {size_text(mask.shape)} and {image} "
                                 f"{size_text(array.shape[-mask.ndim:])}; they must be of one size")

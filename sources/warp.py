@@ -52,6 +52,10 @@ def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size
     """Draws what `augmentation` does to `count` images of `shape`, seen in a window of `size`.
     Raises DataError where lines (1D) are to be turned or deformed."""
     dims = len(shape)
+    # A volume of few, thick slices is moved less along and about them.
+    thin = torch.ones(dims)
+    if dims == 3:
+        thin[0] = min(shape[0] / max(shape[1:]), 1)
     if dims == 1 and (augmentation.resamples or augmentation.quarter_turns):
         raise DataError("1D images cannot be turned or deformed: give Augmentation(flip=(-1,))")
 
@@ -75,11 +79,11 @@ def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size
         matrix = matrix @ turn(circle[(quarter + 1) % 4], circle[quarter], -2, -1)
     if augmentation.rotation:
         for i, j in itertools.combinations(range(dims), 2):
-            angle = uniform(math.radians(augmentation.rotation))
+            angle = uniform(math.radians(augmentation.rotation)) * thin[i] * thin[j]
             matrix = matrix @ turn(angle.cos(), angle.sin(), i, j)
     if augmentation.shear:
         matrix = matrix @ (torch.eye(dims) + (1 - torch.eye(dims))
-                           * uniform(augmentation.shear, dims, dims))
+                           * uniform(augmentation.shear, dims, dims) * thin[:, None])
     if augmentation.scale:
         matrix = matrix * uniform(math.log1p(augmentation.scale)).exp()[:, None, None]
 
@@ -87,12 +91,13 @@ def draw_warp(augmentation: Augmentation, count: int, shape: Sequence[int], size
                          torch.full((count,), -((want - have) // 2))
                          for have, want in zip(shape, size)], 1).float()
     if augmentation.translation:
-        start = start + uniform(augmentation.translation, dims)
+        start = start + uniform(augmentation.translation, dims) * thin
     knots = None
     if augmentation.elastic:
         # A cubic spline over m intervals has m + 3 control points.
         counts = [max(round(want / augmentation.elastic_spacing), 1) + 3 for want in size]
         knots = augmentation.elastic * torch.randn(count, dims, *counts, generator=generator)
+        knots = knots * thin.view(-1, *[1] * dims)
     color = None
     if augmentation.color:
         shift, factor = augmentation.color, math.log1p(augmentation.color)
