@@ -48,7 +48,7 @@ import data
 import evaluate
 import models
 import train
-from common import UserError, cross_entropy, pick_device
+from common import UserError, cross_entropy, pick_device, set_tf32
 from sources.files import write_text
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
@@ -375,7 +375,7 @@ def main(argv=None) -> int:
         if options.cuda_graphs and options.device.type != "cuda":
             raise UserError("--cuda-graphs: for a CUDA device, give --device cuda")
         train.keep_freed_memory()
-        torch.backends.cudnn.allow_tf32 = False  # as train.py --precision fp32
+        set_tf32(False)  # as train.py --precision fp32
         machine = f"{torch.get_num_threads()} threads"
         if options.device.type == "cuda":
             torch.cuda.set_device(options.device)

@@ -117,7 +117,7 @@ def process_mean(x: Tensor) -> Tensor:
         return x
     mean = x.detach().clone()
     dist.all_reduce(mean)
-    return x + (mean / dist.get_world_size() - x).detach()
+    return mean / dist.get_world_size() + (x - x.detach())  # exactly the mean, on every process
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -434,9 +434,16 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def set_tf32(allowed: bool) -> None:
+    """Let a GPU round the inputs of float32 products and convolutions to 10 bits, or not. By
+    default, PyTorch does so for convolutions."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """Returns (device, rank, world size). A process started by torchrun joins its group."""
-    torch.backends.cudnn.allow_tf32 = False  # by default, a GPU's convolutions round to 10 bits
+    set_tf32(False)
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if device.type == "cuda":

@@ -69,6 +69,11 @@ CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
 HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_mean", "iou_rec", "ece",
              "log_likelihood", "mode_pooled_tv", "rand_error", "rand_error_components")  # printed
+# Options with their defaults, and which of them each mode takes; judging a split takes all.
+OPTIONS = dict(split="test", path=None, weights="best", cases="all", whole=False, per_class=False,
+               cluster=None)
+MODES = dict(image=("weights",), compare=(), ambiguous=("path", "weights"),
+             ood=("split", "path", "weights"), per_volume=("split", "path", "weights"))
 FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_levels, "levels.png"),
            "vae_unet": (plot_latents, "latents.png"), "hpunet": (plot_scales, "scales.png")}
 
@@ -80,7 +85,8 @@ FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_level
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
            whole=False, classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES,
            device=None) -> dict:
-    """Judge `folder`/best.pt, write the files the module lists, and return metrics.json's content.
+    """Judge best.pt or last.pt of a run, write the files that the module lists, and return the
+    content of metrics.json.
 
     Under torchrun the processes share the cases; all but the first write and return nothing. The
     parameters are the command line's options; cluster: (samples,) or (samples, alpha).
@@ -103,6 +109,9 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     n = max(samples) if judged.instances is None else max(*samples, cluster[0])
+    if len(set(judged.groups)) == 1:
+        say("note: all cases are of one patient or other group, so standard errors are unknown; "
+            "they are printed as 0")
     found = score(model, judged, samples, n, likelihood_samples,
                   lambda drawn: details(model, drawn, classes, cluster, shown))
     if process()[0] > 0:
@@ -125,7 +134,9 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", judged, values)
     plot_all(out, model, pictured, found, values, summary, "hide" in settings["data_args"])
-    what = f"{split} split{f' of {path}' if path else ''}, {len(judged)} cases"
+    what = (f"{f'{split} split' if split != 'all' else 'all cases'}{f' of {path}' if path else ''}"
+            f"{', agreed cases' * (cases == 'agreed')}{', whole images' * whole}, {len(judged)} "
+            "cases")
     write_page(out, folder, f"{what}, {weights}.pt", found["shown"], shown)
     headlines = {name: result for name, result in summary.items()
                  if re.sub(r"(_\d+)+$", "", name) in HEADLINES}
@@ -139,7 +150,15 @@ def open_run(folder, splits, path=None, device=None, weights="best", whole=False
     cropped or padded to the run's --image-size unless `whole`."""
     settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
-    loaded = load_data(folder, settings, splits, path)
+    loaded, config = load_data(folder, settings, splits, path), model.config
+    for split in loaded:
+        channels, dims = split.images.shape[1], split.images.dim() - 2
+        if (channels, dims) != (config.in_channels, config.dims) or (
+                split.num_classes > config.num_classes):
+            raise UserError(f"{path or settings['data']}: {channels} channels of {dims}D and "
+                            f"{split.num_classes} classes; this model takes {config.in_channels} of"
+                            f" {config.dims}D and {config.num_classes} classes")
+        split.num_classes = config.num_classes  # other data may lack the last ones
     if settings["image_size"] is not None and not whole:
         loaded = [data.center(split, settings["image_size"]) for split in loaded]
     return settings, model, [split.to(device) for split in loaded]
@@ -164,16 +183,19 @@ def load_data(folder, settings, splits, path=None, **options) -> list:
     except data.DataError as error:
         hint = "; --split all judges every case of other data" if moved else ""
         raise UserError(f"{error}{hint}") from error
-    if "all" in splits and (seen := set(parts.get("train", ())) & set(loaded[0].names)):
-        say(f"note: the run was trained on {len(seen)} of these {len(loaded[0])} cases, by their "
-            f"names, such as {min(seen)!r}")
+    if "all" in splits and process()[0] == 0:
+        names = {name.rpartition("-")[0] if options.get("hide") else name
+                 for name in loaded[0].names}
+        if seen := names & set(parts.get("train", ())):
+            say(f"note: {len(seen)} of these {len(names)} cases have names of training cases, such "
+                f"as {min(seen)!r}")
     return loaded
 
 
 def folder_of(folder, split, cases="all", weights="best", path=None, whole=False) -> Path:
-    """The folder, which is made, for what is found on these cases; see the module's docstring."""
+    """Make and return the folder for results on these cases; see the module's docstring."""
     words = [split, cases, *["last"] * (weights == "last"), *["whole"] * whole]
-    words += [Path(path).stem] if path else []
+    words += Path(path).resolve().parts[-2:] if path else ()
     out = Path(folder) if words == ["test", "all"] else Path(folder, "-".join(words))
     out.mkdir(exist_ok=True)
     return out
@@ -329,7 +351,8 @@ def parse(argv=None) -> argparse.Namespace:
                    "images are the foreign ones (default: a synthetic one)")
     p.add_argument("--compare", nargs="+", metavar="RUN", help="compare with these runs")
     p.add_argument("--image", metavar="FILE",
-                   help="samples for this picture or NIfTI, a folder of them, a BraTS patient")
+                   help="samples for this picture, .npy or NIfTI file, a folder of them, or a "
+                   "BraTS patient")
     p.add_argument("--temperature", type=float, default=1.0, metavar="T",
                    help="--image with ssn: scale the covariance of the samples by T")
     p.add_argument("--scale-class", nargs="+", default=[], metavar="K=FACTOR",
@@ -340,7 +363,13 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def check(args) -> None:
-    """Raise UserError for values that make no sense."""
+    """Raise UserError for values that make no sense, and for options without an effect."""
+    args.ood = args.ood or bool(args.ood_data)
+    for mode, takes in MODES.items():
+        for option, default in OPTIONS.items():
+            if getattr(args, mode) and getattr(args, option) != default and option not in takes:
+                raise UserError("--{} has no effect with --{}: leave it out".format(
+                    option.replace("_", "-"), mode.replace("_", "-")))
     cluster = args.cluster or [1]
     counts = [*args.samples, args.likelihood_samples, cluster[0]]
     if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:
@@ -352,10 +381,6 @@ def check(args) -> None:
         raise UserError("--ood-data: a data set's name, and its path if it needs one")
     if not args.image and (args.temperature != 1 or args.scale_class):
         raise UserError("--temperature and --scale-class are for --image")
-    if (args.image or args.compare or args.ambiguous or args.ood or args.per_volume) and (
-            args.cases != "all" or args.whole or args.per_class or args.cluster):
-        raise UserError("--cases, --whole, --per-class and --cluster are for judging a split, not "
-                        "for --image, --compare, --ambiguous, --ood and --per-volume")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature:g}: a number from 0 up")
 
@@ -385,17 +410,16 @@ def predict_images(args, device) -> None:
 def judge_volumes(args, device) -> None:
     """--per-volume: every class of whole volumes, at the size that annotators drew them in."""
     folder = Path(args.run)
-    settings = read_config(folder)["settings"]
-    split, = load_data(folder, settings, (args.split,), args.path)
+    settings, model, (split,) = open_run(folder, (args.split,), args.path, device, args.weights,
+                                         whole=True)
     if split.images.dim() != 4 or split.instances is not None:
         raise UserError("--per-volume is for slices whose groups are volumes; "
                         f"{settings['data']} has none")
     labels = split.all_maps().labels
     if settings["data"] == "synapse":  # its slices were resampled
         labels = load_data(folder, settings, (args.split,), args.path, size=0)[0].labels
-    model = models.load(folder / f"{args.weights}.pt", device)
     n = 10 if len(args.samples) > 1 else args.samples[0]
-    rows = volume_rows(model, split.to(device), labels, n)
+    rows = volume_rows(model, split, labels, n)
     file = folder_of(folder, args.split, weights=args.weights, path=args.path) / "per_volume.csv"
     write_classes(file, rows)
     say(f"{file}: {len(rows['class_dice'])} volumes, {n} samples of each")
@@ -420,7 +444,6 @@ def main(argv=None) -> int:
     try:
         check(args)
         device, _, world = start_processes(args.device)
-        args.ood = args.ood or args.ood_data
         if world > 1 and (args.image or args.compare or args.ambiguous or args.ood
                           or args.per_volume):
             raise UserError("torchrun shares the judging of a split alone; start this with python")

@@ -18,6 +18,7 @@ counts are exact: a chunk's sum of zeros and ones is not rounded in float32 or T
 are added as integers.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -422,8 +423,10 @@ def bootstrap(values, groups=None, resamples=1000, seed=0):
     values, groups = _given(values, groups)
     if not len(values):
         return {"mean": math.nan, "stderr": math.nan, "n": 0}
-    draws = resampled(groups, resamples, seed)
-    return {"mean": float(values.mean()), "stderr": float(np.std(draws @ values / draws.sum(1))),
+    number = _numbers(groups)
+    sums, counts = np.bincount(number, values), np.bincount(number)
+    draws = _draws(len(sums), resamples, seed)
+    return {"mean": float(values.mean()), "stderr": float(np.std(draws @ sums / (draws @ counts))),
             "n": len(values)}
 
 
@@ -431,9 +434,14 @@ def resampled(groups, times=200, seed=0):
     """Draw as many groups as there are, with replacement, `times` times: how often each case is in
     the draw, (times, N). groups (N,): the group of each case."""
     number = _numbers(groups)
-    count = int(number.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=times)
-    return drawn[:, number]
+    return _draws(int(number.max()) + 1, times, seed)[:, number].astype(int)
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(groups, times, seed):
+    """How often each of so many groups is drawn, (times, groups) float64, as products are fast."""
+    drawn = np.random.default_rng(seed).multinomial(groups, [1 / groups] * groups, size=times)
+    return drawn.astype(float)
 
 
 def paired_test(a, b, groups=None, resamples=10000, seed=0):

@@ -238,14 +238,13 @@ class Recorded:
     """The loss of a batch and its gradients as one CUDA graph: the kernels of a step are started
     together instead of one after the other by Python. All batches must have the shape of this one.
 
-    A call returns what the model would, and leaves the gradients in the parameters. Both are
-    overwritten by the next call. (torch.cuda.make_graphed_callables would record the backward pass
+    A call returns what the model would, and leaves the gradients in the parameters, from where they
+    must not be taken (zero_grad). Both are overwritten by the next call. (torch.cuda.make_graphed_callables would record the backward pass
     under autocast, and have Python handle every parameter at every step.)
     """
 
     def __init__(self, model, image, label, autocast):
         self.image, self.label = image.clone(), label.clone()
-        self.parameters = [*model.parameters()]
         buffers = [*model.buffers()]
         before = [buffer.clone() for buffer in buffers]
         stream = torch.cuda.Stream()
@@ -257,7 +256,6 @@ class Recorded:
             with torch.cuda.graph(self.graph, stream=stream):
                 self.result = self._run(model, autocast)
         torch.cuda.current_stream().wait_stream(stream)
-        self.gradients = [parameter.grad for parameter in self.parameters]
         for buffer, value in zip(buffers, before):
             buffer.copy_(value)
 
@@ -272,6 +270,4 @@ class Recorded:
         self.image.copy_(image)
         self.label.copy_(label)
         self.graph.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients):
-            parameter.grad = gradient
         return self.result

@@ -44,7 +44,7 @@ from torch import nn
 import data
 import evaluate
 from analysis.pictures import plot_curves
-from common import Progress, UserError, key_values, start_processes
+from common import Progress, UserError, key_values, set_tf32, start_processes
 from models import (MODELS, Recorded, build, check_fields, distribute, learning_rate,
                     make_optimizer, place, published)
 from sources.base import check_known
@@ -135,7 +135,7 @@ def annotators(text: str, split) -> list[int] | None:
         return None
     numbers = {name: number for number, name in enumerate(split.annotators)}
     names = [name.strip() for name in text.split(",")]
-    return [numbers[check_known("--annotators", name, ["all", *numbers])] for name in names]
+    return [numbers[check_known("--annotators", name, numbers)] for name in names]
 
 
 def lr_drops(texts: list[str]) -> list[tuple[int, float]]:
@@ -309,10 +309,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     if graphs and (device.type != "cuda" or dist.is_initialized() or compile):
         raise UserError("--cuda-graphs: for one CUDA device, without torchrun and --compile")
     stop = Stop()
-    keep_freed_memory()
-    tf32 = settings["precision"] == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    set_tf32(settings["precision"] == "tf32")
 
     last = folder / "last.pt"
     splits = "train", "val"
@@ -328,7 +325,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     if last.exists() and not resume:  # told only once nothing else is wrong with the command
         raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --out DIR "
                         "begins another beside it")
-    check_free(folder)
     start, best, steps, size = 0, float("inf"), training["steps"], settings["image_size"]
     if last.exists():
         start, best = restore(last, settings, model, optimizer)
@@ -337,7 +333,13 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         val_split = data.center(val_split, size)
     every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
     val_split = val_split.subset(range(0, len(val_split), every)).to(device)
-    train_split = train_split.to(device)  # frees the copy on the host
+    try:
+        train_split = train_split.to(device)  # frees the copy on the host
+    except torch.OutOfMemoryError:
+        raise UserError(f"the training images take {train_split.images.nbytes / 2**30:.0f} GB, more "
+                        f"than {device} has free: shrink them, name fewer cases in a split_file, "
+                        "or use --device cpu") from None
+    keep_freed_memory()
     stream = data.batches(
         train_split, training["batch_size"], settings["seed"], start=start, size=size,
         rank=rank, world=world, annotators=chosen,
@@ -422,6 +424,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     else:
         if advice := on_kappa(read_log(folder), model.config):
             progress.say(advice)
+        set_tf32(False)  # as evaluate.py
         if world > 1:
             dist.barrier()  # until best.pt is there
         evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
@@ -456,6 +459,7 @@ def keep_freed_memory() -> None:
     page by page took an eighth of a step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)  # gives back what reading the data took
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
@@ -474,6 +478,7 @@ def main(argv=None) -> int:
     try:
         args = parse(argv)
         settings, folder = settle(args)
+        check_free(folder)
         first = os.environ.get("RANK", "0") == "0"  # the only process of torchrun that writes
         with own(folder) if first else contextlib.nullcontext():
             return train(settings, folder, args.device, args.compile, bool(args.resume),

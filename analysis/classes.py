@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import metrics
+from analysis.scores import each_annotator, seeded_by_name
 from common import IGNORE
 from models import labels_of, sample_batches
 from sources.base import Split
 from sources.files import write_text
 
-SAMPLES, ANNOTATORS = 8, 4  # of a case that are judged by themselves
+SAMPLES = 8  # of a case that are judged by themselves
 
 
 @torch.no_grad()
@@ -42,18 +43,16 @@ def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
     """class_dice and class_hd95 (pixels) of every foreground class, (B, 1 + n, K - 1).
 
     First of the label map `prediction` (B, *S), then of `most` samples (n, B, *S), each by itself:
-    the mean over the annotators who marked the class, by their weights. NaN where none did; for the
-    distance also where the prediction lacks the class. Of more than 4 annotators or label maps, the
-    4 likeliest are compared. (The code of VAE U-Net's paper, of one annotator, gives a class that
-    is missing in either a Dice of 1 and a distance of 0.)
+    the mean over the annotators (of `each_annotator`) who marked the class, by their weights. NaN
+    where none did; for the distance also where the prediction lacks the class. (The code of VAE
+    U-Net's paper, of one annotator, gives a class that is missing in either a Dice of 1 and a
+    distance of 0.)
     """
     maps, sums = torch.cat([prediction[None], samples[:most]]), {}
-    weights, likeliest = batch.probabilities.sort(dim=1, descending=True, stable=True)
-    for weight, annotator in zip(weights.T[:ANNOTATORS], likeliest.T):
-        label = batch.labels[torch.arange(len(batch), device=annotator.device), annotator]
-        # on the CPU: a GPU would wait for every surface, and is slow at distances between points
-        distance = torch.stack([metrics.hausdorff95(m.cpu(), label.cpu(), batch.num_classes)
-                                for m in maps], 1).to(label.device)  # (B, 1 + n, K - 1)
+    on_host = maps.cpu()  # a GPU would wait for every surface, and is slow at distances of points
+    for label, weight in each_annotator(batch, seeded_by_name(batch)):
+        distance = torch.stack([metrics.hausdorff95(m, label.cpu(), batch.num_classes)
+                                for m in on_host], 1).to(label.device)  # (B, 1 + n, K - 1)
         marked = torch.stack([(label == k).flatten(1).any(1)
                               for k in range(1, batch.num_classes)], 1)[:, None]
         dice = torch.stack([metrics.sample_dice((maps == k).byte(), torch.where(

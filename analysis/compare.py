@@ -24,7 +24,7 @@ def compare(folders) -> str:
     The table is returned and written as compare.md to the first run's folder. There, compare.png
     shows GED against the number of samples, and compare_curves.png the validation GED against the
     steps and the time of training. Runs that differ only in their seeds share a line, with the mean
-    and the standard deviation over them; for a single run, the standard error over cases follows
+    and the standard deviation over them; for a single run, the standard error over patients follows
     the mean. p is that of a paired permutation test of `ged_16` against the first line, in which
     the cases of a patient (group) count as one. Raises UserError where runs were not judged on the same
     cases.
@@ -39,7 +39,8 @@ def compare(folders) -> str:
             raise UserError(f"{folder} and {folders[0]} were judged on different cases: train both "
                             "on the same data with the same --data-args (of a set in files: "
                             f"split_file={folders[0] / 'split.json'})")
-        if settings["image_size"] != runs[0][0]["image_size"]:
+        sizes = settings["image_size"], runs[0][0]["image_size"]
+        if None not in sizes and sizes[0] != sizes[1]:
             raise UserError(f"{folder} and {folders[0]} were judged on crops of different sizes: "
                             "train both with the same --image-size")
         seed = settings.pop("seed", 0)
@@ -55,6 +56,9 @@ def compare(folders) -> str:
         p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases], patients)
         cells.append(f"{p:.2g}" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    count = len(set(patients))
+    lines += ["", f"p compares {count} patients or other groups; with so many it cannot be below "
+              f"{2 ** (1 - count):.2g}."] if count < 8 else []
     text = "\n".join(lines) + "\n"
     write_text(folders[0] / "compare.md", text)
     plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])

@@ -14,7 +14,8 @@ from common import UserError
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
 from sources.files import (ENDINGS, as_float_image, bounding_box, is_nifti, read_array, read_nifti,
-                           standardised, write_atomically, write_nifti, write_npz, write_text)
+                           size_text, standardised, write_atomically, write_nifti, write_npz,
+                           write_text)
 
 SHOWN = 64  # samples in the picture, at most
 
@@ -26,12 +27,13 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
     of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
     standardised for a model trained on `folder` or `brats`, as in its training. A model of 2D
-    images takes a volume slice by slice; its samples of one slice do not depend on the others.
+    images takes a volume slice by slice, each with the same noise, so how the size of a volume
+    varies over its samples is a rough guess.
         <name>_samples.png   image, prediction, outlines, maps, samples; a volume's fullest slice
         <name>_volumes.json  how large each class is, see `volumes`
     for a picture or an .npy
         <name>_arrays.npz   the arrays of `sample_arrays`
-    for a picture
+    and in 2D
         <name>_mean.png     its palette indices are the classes; <name>_entropy.png and
                             <name>_probability_<k>.png have 16 bits: 65535 is log K nats, and 1
     and for a NIfTI
@@ -40,6 +42,8 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     see `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
     file, out, dims = Path(file), Path(out), model.config.dims
+    if dims == 1:
+        raise UserError("--image is for models of images and volumes; this one is of lines")
     name = file.resolve().name if file.is_dir() else stem(file)
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
     size, box = image.shape[1:], bounding_box(inside)
@@ -50,6 +54,8 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
         arrays = {kind: torch.stack([each[kind] for each in slices], -3) for kind in slices[0]}
     else:
         arrays = sample_arrays(model, image, inside, *options)
+
+    arrays["uncertainty"] /= arrays["uncertainty"].max().clamp(min=1e-10)
 
     out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{name}_samples.png"
@@ -105,7 +111,7 @@ def volumes(samples, num_classes: int, source=None) -> dict:
 def sample_arrays(model, image, inside, samples, temperature, class_scales) -> dict:
     """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S): the label maps
     samples (n, *S), prediction, by `model.predict`, and mean (*S), that of the samples' mean
-    probabilities (K, *S); uncertainty and entropy (*S).
+    probabilities (K, *S); uncertainty, the samples' variance, and entropy (*S).
 
     Where inside (*S) is false, which training never saw, everything is background.
     """
@@ -122,7 +128,7 @@ def sample_arrays(model, image, inside, samples, temperature, class_scales) -> d
     return dict(samples=torch.cat(drawn), probabilities=moments.mean[0].cpu(),
                 prediction=(labels_of(model.predict(batch), 1)[0] * mask).cpu(),
                 mean=labels_of(moments.mean, 1)[0].cpu(),
-                uncertainty=metrics.uncertainty_map(moments)[0].cpu(),
+                uncertainty=moments.variance[0].cpu(),
                 entropy=metrics.entropy_map(moments)[0].cpu())
 
 
@@ -202,6 +208,9 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
         inside = ~air if data_name == "brats" and not air.all() else np.ones_like(air)
     elif file.suffix.lower() == ".npy":
         image = as_float_image(read_array(file)[0], str(file))
+        if not image.size or not 2 <= image.ndim <= 4 or image.shape[-1] <= 4 < image.shape[0]:
+            raise UserError(f"{file}: an array of {size_text(image.shape)}; give an image (H, W) or "
+                            "(C, H, W), or a volume (D, H, W) or (C, D, H, W): channels come first")
         if image.ndim == dims or channels == 1 and len(image) > 1 and image.ndim == 3:
             image = image[None]  # without channels
         inside = np.ones(image.shape[1:], bool)
@@ -212,7 +221,7 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
         elif len(image) == 3:
             image = np.tensordot(np.float32([[0.299, 0.587, 0.114]]), image, 1)  # luma, ITU-R 601
         inside = np.ones(image.shape[1:], bool)
-    if len(image) != channels or image.ndim not in (1 + dims, 4):
+    if len(image) != channels or image.ndim != 1 + dims and (dims, image.ndim) != (2, 4):
         raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; this model takes "
                         f"{channels} of {dims}D")
     if source is not None and data_name in ("brats", "folder"):

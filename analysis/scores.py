@@ -101,25 +101,35 @@ def only_scored(split, maps):
     return table[maps.long()]
 
 
-def likelihoods(model, batch, n) -> dict:
-    """The measures that need the annotators' maps one by one: log_likelihood with n samples and, of
-    models with latents, iou_rec.
-
-    Both are expectations over a case's label maps. Where there are more than 8, two are drawn.
-    What is random depends on the name of the batch's first case only.
-    """
-    weights = batch.probabilities  # (B, A)
+def seeded_by_name(batch) -> torch.Generator:
+    """A generator that depends on the name of the batch's first case only."""
     seed = zlib.crc32(batch.names[0].encode(errors="replace"))
-    generator = torch.Generator(weights.device).manual_seed(seed)
+    return torch.Generator(batch.labels.device).manual_seed(seed)
+
+
+def each_annotator(batch, generator):
+    """Yield every annotator's label maps (B, *S) with their weights (B,); of more than 8 annotators
+    or label maps a case, two that are drawn by their weights."""
+    weights = batch.probabilities  # (B, A)
     annotators = torch.arange(weights.shape[1], device=weights.device).expand_as(weights)
     if weights.shape[1] > 8:
         annotators = torch.multinomial(weights, 2, replacement=True, generator=generator)  # (B, 2)
         weights = torch.full_like(weights[:, :2], 0.5)
     rows = torch.arange(len(batch), device=weights.device)
-    out = {"log_likelihood": torch.zeros_like(weights[:, 0])}
-    classes, empty = scoring(batch)
     for annotator, weight in zip(annotators.T, weights.T):
-        label = batch.labels[rows, annotator]  # (B, *S)
+        yield batch.labels[rows, annotator], weight
+
+
+def likelihoods(model, batch, n) -> dict:
+    """The measures that need the annotators' maps one by one: log_likelihood with n samples and, of
+    models with latents, iou_rec.
+
+    Both are expectations over a case's label maps, see `each_annotator`.
+    """
+    generator = seeded_by_name(batch)
+    out = {"log_likelihood": torch.zeros_like(batch.probabilities[:, 0])}
+    classes, empty = scoring(batch)
+    for label, weight in each_annotator(batch, generator):
         nats = model.log_likelihood(batch.images, label.long(), n, generator=generator)
         out["log_likelihood"] += weight * nats
         if hasattr(model, "reconstruct"):

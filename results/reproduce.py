@@ -246,15 +246,17 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
 def told_apart(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     """The lines of the table of `table.further` measures; the last line says how many pairs of rows
     each of them tells apart by the paired test over patients, p below 0.05 divided by their number
-    (Bonferroni)."""
+    (Bonferroni); nothing where there are too few patients for such a p."""
     found = found_in(groups, table.further)
     lines = [["", *spelled(found)], ["---"] * (len(found) + 1)]
     lines += [[f"`{row}`", *(cell(rows.get(row)) for rows in found.values())] for row in groups]
     last = ["pairs told apart"]
     for rows in found.values():
-        tests = [a.differs_from(b) for a, b in itertools.combinations(rows.values(), 2)]
+        pairs = itertools.combinations(rows.values(), 2)
+        tests = [p for a, b in pairs if not np.isnan(p := a.differs_from(b))]
+        least = 2.0 ** (1 - len(set(next(iter(rows.values())).patients.values())))  # of any p
         apart = sum(p < 0.05 / len(tests) for p in tests)
-        last.append("" if np.isnan(tests).all() else f"{apart} of {len(tests)}")
+        last.append(f"{apart} of {len(tests)}" if tests and least < 0.05 / len(tests) else "")
     return [f"| {' | '.join(line)} |" for line in [*lines, last]]
 
 

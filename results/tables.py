@@ -36,7 +36,8 @@ FIVE_LEVELS = {name: f'{options} --model-args "channels=(16,32,64,64,64)" convs=
 SCORES = "ged_100 ged_16 hungarian_iou_16 ncc_100 diversity_16 dice iou_rec ece best:ged_100"
 FURTHER = ("The same runs by other measures (`evaluate.py --help`). The last line says how many "
            "pairs of models each measure tells apart by the paired test, with p below 0.05 divided "
-           "by the number of pairs (Bonferroni). ECE and E-AURC have no value for a single case.")
+           "by the number of pairs (Bonferroni); it is empty if there are too few patients for "
+           "such a p. ECE and E-AURC have no value for a single case.")
 MEASURES = ("ged_16 ncc_16 dice_mean dice_max_16 dice_match_16 dice_soft volume_crps brier "
             "log_likelihood ece_band e_aurc_disagreement")
 STREETS = '--model-args "channels=(16,32,64,64)" convs=1'

@@ -213,7 +213,7 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
     why = listing.if_empty or (f"{len(set(groups))} groups (patients, scenes) are too few to "
                                "split: give 3 or more, or load 'all'")
     if split_file:
-        place, splits = split_file, _read_split_file(split_file, cases)
+        place, splits = split_file, _read_split_file(split_file, cases, wanted)
         why = listing.if_empty or "none is listed"
     elif any(case.split for case in cases):
         splits = {split: [i for i, case in enumerate(cases) if case.split == split]
@@ -233,8 +233,9 @@ def assign(place, listing: Listing, wanted: Sequence[str], split_file="") -> dic
     return splits
 
 
-def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
-    """Reads a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}."""
+def _read_split_file(file, cases: Sequence[Case], wanted: Sequence[str]) -> dict[str, list[int]]:
+    """Reads a JSON file {"train": [names of cases or groups], "val": ..., "test": ...}. All names
+    in the splits `wanted` must be known."""
     with readable(file, "split file (JSON)"):
         listed = json.loads(Path(file).read_text(encoding="utf-8"))
     if (not isinstance(listed, dict) or not set(listed) <= set(SPLITS)
@@ -242,16 +243,16 @@ def _read_split_file(file, cases: Sequence[Case]) -> dict[str, list[int]]:
         raise DataError(f'{file}: give {{"train": [names], "val": [names], "test": [names]}}, of '
                         "cases or of groups (patients)")
     listed = {split: set(map(str, listed.get(split, []))) for split in SPLITS}
-    known = {key for case in cases for key in (case.name, case.group)}
-    for name in sorted(set().union(*listed.values()) - known):
+    needed = {name for split in SPLITS if {split, "all"} & {*wanted} for name in listed[split]}
+    names, groups = {case.name for case in cases}, {case.group for case in cases}
+    for name in sorted(needed - names - groups):
         raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
                         f"{cases[0].name!r}, of group {cases[0].group!r}")
-    if set().union(*listed.values()) <= {case.name for case in cases}:  # groups may be named alike
-        keys = [{case.name} for case in cases]
-    else:
-        keys = [{case.name, case.group} for case in cases]
-    return {split: [i for i, key in enumerate(keys) if names & key]
-            for split, names in listed.items()}
+    if needed <= names:  # groups may be named alike
+        groups = set()
+    return {split: [i for i, case in enumerate(cases)
+                    if case.name in listed[split] or case.group in listed[split] & groups]
+            for split in SPLITS}
 
 
 def collect(place, listing: Listing, rows: list[int]) -> Split:

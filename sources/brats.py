@@ -63,7 +63,7 @@ def read_brats(path: Path) -> Listing:
 
     found = folders("seg")
     if without := sorted({folder.name for folder in folders("flair")} - {f.name for f in found}):
-        warn(f"{path}: left out for want of *_seg.nii.gz: {', '.join(shortened(without))} (BraTS "
-             "2020 has that of patient 355 as W39_1998.09.19_Segm.nii: rename it)")
+        warn(f"{path}: these patients are left out, because they have no *_seg.nii.gz: "
+             f"{', '.join(shortened(without))} (rename W39_1998.09.19_Segm.nii in BraTS 2020)")
     cases = [Case(folder.name, folder.name, partial(read, folder)) for folder in found]
     return Listing(cases, 4, val=1 / 7, test=0.3, apart=True, pad="constant")

@@ -52,7 +52,7 @@ def read_cityscapes(path: Path, *, task: Literal["modes", "cars"] = "modes",
             city, name = file.parent.name, file.stem.removesuffix("_leftImg8bit")
             truth = path / "gtFine" / half / city / f"{name}_gtFine_{kind}.png"
             split = "test" if half == "val" else "val" if city in VALIDATION else "train"
-            cases.append(Case(name, city, partial(read, file, truth), split))
+            cases.append(Case(name, name, partial(read, file, truth), split))
     twins = range(len(classes), len(classes) + 5)
     listing = Listing(cases, twins.stop, apart=True,
                       if_empty="leftImg8bit/ holds none of its cities")

@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from sources.base import Case, Listing
+import numpy as np
+
+from sources.base import Case, Listing, warn
 from sources.files import DataError, read_npz_arrays, read_pages, size_text
 
 
@@ -27,6 +29,12 @@ def read_em(path: Path, *, tile: int = 256, colours: Annotated[int, 2] = 15) -> 
         raise DataError(f"{path}: images are {size_text(images.shape)} and instances "
                         f"{size_text(ids.shape)}; both must be (N, H, W), H and W from {tile} up "
                         "(or give another tile)")
+
+    if len(np.unique(ids[0])) < 3:
+        warn(f"{path}: section 0 has only one instance; if this is a map of membranes, number its "
+             "cells, for example with scipy.ndimage.label")
+    if ids.all():
+        warn(f"{path}: no pixel is 0 (membrane); set the borders of instances to 0")
 
     def read(i: int, y: int, x: int):
         cut = (i, slice(y, y + tile), slice(x, x + tile)) if tile else i

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import zipfile
 from pathlib import Path
 
@@ -95,17 +96,20 @@ def own(folder: Path):
 
 def check_free(folder) -> None:
     """Raises UserError if a run in this folder would replace files that are of no run."""
-    for name in WRITTEN:
-        if (folder / name).exists() and not (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a {name}, but no run: give another folder as --out")
     if (folder / "config.json").exists():
         read_config(folder)
+        return
+    for name in (*WRITTEN[1:], "lock"):
+        file = folder / name
+        ours = name == "lock" and file.is_file() and file.read_bytes()[:8] in (b"", b"process ")
+        if file.exists() and not ours:
+            raise UserError(f"{folder} holds a {name}, but no run: give another folder as --out")
 
 
 def begin(folder, settings, training, model, split, start) -> None:
     """Writes config.json and split.json, and cuts log.jsonl back to the step `start`."""
-    for name in (*WRITTEN, "last.pt", "best.pt"):
-        for half in folder.glob(f".{name}.*.tmp"):  # of a write that a kill cut short
+    for half in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", half.name):  # of a write that a kill cut short
             half.unlink()
     changes = read_config(folder)["changes"] if start else []
     changes.append({"step": start} | {key: settings[key] for key in CHANGEABLE})
@@ -117,6 +121,8 @@ def begin(folder, settings, training, model, split, start) -> None:
     texts = (json.dumps(config, indent=2) + "\n", json.dumps(split.parts, indent=1) + "\n",
              "".join(log))
     for name, text in zip(WRITTEN, texts):
+        if start and name == "split.json" and (folder / name).exists():
+            continue  # it may name cases of the test split that are not there now
         with writing(folder / name, start):
             write_text(folder / name, text)
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -9,8 +10,9 @@ from sources.base import Case, Listing, split_groups
 from sources.files import optional_package, read_npz_arrays, readable, resample_case
 
 
-def read_synapse(path: Path, *, size: int = 224) -> Listing:
-    """Lists Synapse's abdominal CT as TransUNet's authors share it: eight organs, slice by slice.
+def read_synapse(path: Path, *, size: int = 224, organs: Annotated[int, 1] = 8) -> Listing:
+    """Lists Synapse's abdominal CT as TransUNet's authors share it: eight organs (or 13 in other
+    preparations: give `organs`), slice by slice.
 
     train_npz/caseXXXX_sliceYYY.npz of image and label (H, W); test_vol_h5/caseXXXX.npy.h5 of the
     same (D, H, W), taken slice by slice. A fifth of the training volumes is validation. Slices are
@@ -39,5 +41,5 @@ def read_synapse(path: Path, *, size: int = 224) -> Listing:
         case = file.name[:8]
         cases += [Case(f"{case}_slice{i:03d}", case, partial(read, file, i), "test")
                   for i in range(count)]
-    return Listing(cases, 9, apart=True,
+    return Listing(cases, organs + 1, apart=True,
                    if_empty="train_npz/ (train, val) or test_vol_h5/ (test) is empty")

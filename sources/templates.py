@@ -54,6 +54,7 @@ PRESETS = {
     "qubiq": Layout("{name}/image.nii.gz", "{name}/task{class}_seg{annotator}.nii.gz"),
     "curvas": Layout("{name}/image.nii.gz", "{name}/annotation_{annotator}.nii.gz")}
 MARKS = tuple(re.sub(r"{\w+}", "*", layout.image) for layout in PRESETS.values())
+OF_WINDOWS = "Thumbs.db", "desktop.ini"  # which Windows puts into folders of images
 ENDING = f"(?i:{'|'.join(map(re.escape, ENDINGS))})"
 # The fields annotator and class match as little text as possible, other fields as much.
 FORMS = {"annotator": "[^/]+?", "class": "[^/]+?",
@@ -98,7 +99,7 @@ class Template:
                 other = found.setdefault(match.groups(), file)
                 if other is not file:
                     raise DataError(f"{file}: {other.name} beside it has the same name; rename one")
-            elif self.any_ending and not file.is_dir():
+            elif self.any_ending and not file.is_dir() and file.name not in OF_WINDOWS:
                 raise DataError(f"{file}: not one of {', '.join(ENDINGS)}; convert or remove it")
         return found
 
@@ -153,6 +154,9 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
     annotators = sorted({name for row in rows for name in row.labels}, key=_natural)
     classes = sorted({name for row in rows for files in row.labels.values() for name in files},
                      key=_natural)
+    if len(classes) > 254:
+        raise DataError(f"{path}: {len(classes)} values of {{class}}, such as {classes[0]!r}; 254 "
+                        "are allowed")
     partly = [f"{row.name!r} by {name!r}" for row in rows for name, files in row.labels.items()
               if len(files) < len(classes)]
     if partly and empty != "nothing":
@@ -297,14 +301,14 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
                                 f"{size_text(array.shape[-mask.ndim:])}; they must be of one size")
             if grid and other:
                 same_grid(grid, other, file)
-            maps[annotator] = (np.where(mask != 0, value, maps.get(annotator, 0)) if paint
-                               else mask)
+            maps[annotator] = mask if not paint else np.where(
+                mask != 0, np.uint8(value), maps.get(annotator, np.uint8(0)))
+    if maps and array.ndim == mask.ndim:  # an .npy without channels
+        array = array[None]
     if empty == "missing":
         maps = {annotator: mask for annotator, mask in maps.items() if mask.any()}
     if maps and empty == "nothing":
         maps = {annotator: np.zeros_like(mask) for annotator in annotators} | maps
-    if maps and array.ndim == mask.ndim:  # an .npy without channels
-        array = array[None]
     return array, maps
 
 

@@ -6,8 +6,8 @@
 
 Whatever a user may hand over or live through has to end well: a result, or one line that says what
 is wrong. A case fails if it ends in a traceback, a crash of the interpreter, more than one line,
-more than 20 seconds or more than 4 GB, if a damaged checkpoint is loaded with other weights, or if
-a file appears outside of the case's own folder.
+more than 20 seconds or more than 4 GB, if damaged bytes of a checkpoint are loaded as other
+weights, or if a file appears outside of the case's own folder.
 
 Inputs run in worker processes that have imported everything once, as an unprivileged user when this
 script is started by root. Case number i is a function of i alone, so `--only i` repeats it.

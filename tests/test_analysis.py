@@ -424,7 +424,7 @@ def test_a_slice_for_a_model_of_slices(run, tmp_path):
         np.testing.assert_array_equal(got[..., 0].T, want[0].argmax(0))
 
 
-def test_a_volume_for_a_model_of_slices(run, tmp_path):
+def test_a_volume_for_a_model_of_slices(run, tmp_path, capsys):
     """Each slice is predicted by itself, and comes back at its place."""
     nibabel = pytest.importorskip("nibabel")
     volume = np.random.default_rng(0).random((5, 20, 17)).astype(np.float32)  # D, H, W
@@ -440,9 +440,16 @@ def test_a_volume_for_a_model_of_slices(run, tmp_path):
     assert arrays["samples"].shape == (3, 5, 20, 17)
     assert arrays["probabilities"].shape == (4, 5, 20, 17)
     np.testing.assert_array_equal(arrays["prediction"], want)
-    single = np.load(tmp_path / "b_arrays.npz")
+    single = dict(np.load(tmp_path / "b_arrays.npz"))
+    assert arrays["uncertainty"].max() == single["uncertainty"].max() == 1  # of the whole volume
+    single["uncertainty"] *= arrays["uncertainty"][2].max()
     for kind in single:
         np.testing.assert_allclose(arrays[kind].take(2, -3), single[kind], atol=1e-6)
+    for shape in ((), (0, 5), (16, 16, 3), (2, 16, 16, 3, 1)):
+        np.save(tmp_path / "odd.npy", np.zeros(shape, np.float32))
+        assert evaluate.main([str(run), "--image", str(tmp_path / "odd.npy"), "--device", "cpu",
+                              "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("channels come first\n") == 4
     got = np.asarray(nibabel.load(tmp_path / "c_prediction.nii.gz").dataobj)
     np.testing.assert_array_equal(got.T, want)
     assert nibabel.load(tmp_path / "c_samples.nii.gz").shape == (17, 20, 5, 3)
@@ -464,7 +471,7 @@ def test_volumes_that_make_no_sense(volume_run, tmp_path, capsys):
     array[0, 0, 0, 0] = np.nan
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / "nan.nii")
     nibabel.save(nibabel.Nifti1Image(array.astype(np.complex64), np.eye(4)), tmp_path / "c.nii")
-    for name, message in (("nan", "NaN or infinite"), ("c", "one real number")):
+    for name, message in (("nan", "NaN or infinite"), ("c", "finite real numbers")):
         assert evaluate.main([str(volume_run), "--image", str(tmp_path / f"{name}.nii")]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

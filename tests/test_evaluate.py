@@ -204,7 +204,8 @@ def test_compare_tabulates_and_tests_runs(judged, tmp_path, capsys):
         csv.writer(file).writerows(rows)
     assert evaluate.main([str(run), "--compare", str(better), "--device", "cpu"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 4 and table[3].startswith("| better |")
+    assert len(table) == 6 and table[3].startswith("| better |")
+    assert table[5] == "p compares 4 patients or other groups; with so many it cannot be below 0.12."
     assert table[3].endswith("| 0.12 |")  # 4 cases, all better: 2 of 2^4 sign patterns
     assert (run / "compare.md").exists() and (run / "compare.png").exists()
     rows[1][0] = "another case"
@@ -243,11 +244,11 @@ def test_compare_pools_seeds(judged, undrawn, tmp_path):
         (folder / "metrics.json").write_text(json.dumps(summary))
     # the same seed twice is two runs, and so is another setting
     table = compare([tmp_path / "run-0", tmp_path / "run-1", run]).splitlines()
-    assert len(table) == 4 and table[2].startswith("| run-0 (2 seeds) | 2.000 ± 1.414 |")
+    assert len(table) == 6 and table[2].startswith("| run-0 (2 seeds) | 2.000 ± 1.414 |")
     assert table[3].startswith("| run |")
     config["settings"]["steps"] = 7
     (tmp_path / "run-1" / "config.json").write_text(json.dumps(config))
-    assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 4
+    assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 6
 
 
 @pytest.mark.parametrize("file, content, message", [
@@ -393,6 +394,8 @@ def test_volumes_are_stacked_from_slices_and_judged_at_native_size():
 class MissesLeft(torch.nn.Module):
     """Reads the class of each pixel off the image, but not in the first two columns of six."""
 
+    config = models.MODELS["vae_unet"].Config(num_classes=9)
+
     def predict(self, image):
         assert image.shape[2:] == (6, 6)
         classes = image[:, 0].round().long()
@@ -427,10 +430,11 @@ def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
     for mode, k in ("predict", "1"), ("sample_2", "3"), ("samples", "2"):
         assert rows[mode, k]["cases"] == "1" and float(rows[mode, k]["dice"]) == 0.8
         assert float(rows[mode, k]["hd95"]) == pytest.approx(3.05)
-    settings = dict(model="ssn", data="lesions3d", path=None)
+    settings = dict(model="ssn", data="cells", path=None)
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
+    monkeypatch.setattr(MissesLeft, "config", replace(MissesLeft.config, num_classes=16))
     assert evaluate.main([str(folder), "--per-volume", "--device", "cpu"]) == 2
-    assert "lesions3d has none" in capsys.readouterr().err
+    assert "cells has none" in capsys.readouterr().err
 
 
 def test_every_annotator_of_a_class_counts():

@@ -125,9 +125,9 @@ def test_annotators_are_chosen_by_name(own, capsys):
     assert train.annotators("bob, anna", split) == [1, 0]
     split.annotators = ["1", "2", "3"]  # of folders with these names
     assert train.annotators("1,3", split) == [0, 2]
-    refused("'0'", "choose from all, 1, 2, 3", call=lambda: train.annotators("0,1", split))
+    refused("'0'", "choose from 1, 2, 3", call=lambda: train.annotators("0,1", split))
     assert train.annotators("0,2", data.load("shapes", n=10)) == [0, 2]  # where they have no names
-    refused("'ana'", "did you mean anna? choose from all, anna, bob",
+    refused("'ana'", "did you mean anna? choose from anna, bob",
             call=lambda: train.annotators("ana", data.load("folder", "all", own)))
     refused("annotators bob", "'scan0'", "split_file",
             call=lambda: data.batches(data.load("folder", "all", own), 2, 0, annotators=[1]))
@@ -147,7 +147,7 @@ def test_mistakes_in_the_command_are_told_before_an_old_run(own, tmp_path, capsy
                            (["--model-args", "ranks=1"], "did you mean rank?"),
                            (["--model", "sssn"], "did you mean ssn?"),
                            (["--data", "foldr"], "did you mean folder?"),
-                           (["--annotators", "carl"], "choose from all, anna, bob"),
+                           (["--annotators", "all,anna"], "choose from anna, bob"),
                            ([], "holds a run already")):
         assert fragment in one_line(capsys, train.main, *command, *more)
 
@@ -282,10 +282,13 @@ def test_images_that_come_later_change_no_split(trained, tmp_path, capsys):
     assert (folder / "split.json").read_text() == split and judged(folder) == before
     assert "12 training cases" in capsys.readouterr().out.split("resumed")[0].splitlines()[-1]
     assert evaluate.main([str(folder), "--split", "all", "--device", "cpu"]) == 0
-    assert "trained on 12 of these 30 cases" in capsys.readouterr().out
-    for file in [*tmp_path.glob("own/*/scan3.png"), *tmp_path.glob("own/labels/*/scan3.png")]:
-        file.unlink()
-    assert "split.json: no case and no group is named 'scan3'" in one_line(
+    assert "12 of these 30 cases have names of training cases" in capsys.readouterr().out
+    for gone in json.loads(split)["train"][0], json.loads(split)["test"][0]:
+        for file in tmp_path.glob(f"own/**/{gone}.png"):
+            file.unlink()
+        if gone in json.loads(split)["train"]:  # the test split is still there
+            assert evaluate.main([str(folder), "--device", "cpu"]) == 0
+    assert f"split.json: no case and no group is named '{gone}'" in one_line(
         capsys, evaluate.main, folder)
 
 
@@ -297,11 +300,15 @@ def test_other_data_are_judged_beside_the_run(trained, tmp_path, capsys):
     assert evaluate.main([str(folder), "--path", str(other), "--split", "all",
                           "--device", "cpu"]) == 0
     assert "note" not in capsys.readouterr().out
-    assert len(judged(folder / "all-all-other")) == 10
+    assert len(judged(folder / f"all-all-{tmp_path.name}-other")) == 10
     assert (folder / "metrics.json").read_text() == before
+    for file in other.glob("images/*"):
+        Image.open(file).convert("RGB").save(file)
+    assert "3 channels of 2D and 2 classes; this model takes 1 of 2D" in one_line(
+        capsys, evaluate.main, folder, "--path", other, "--split", "all", "--device", "cpu")
     shutil.move(tmp_path / "own", tmp_path / "moved")
     assert evaluate.main([str(folder), "--path", str(tmp_path / "moved"), "--device", "cpu"]) == 0
-    assert judged(folder / "test-all-moved") == judged(folder)
+    assert judged(folder / f"test-all-{tmp_path.name}-moved") == judged(folder)
 
 
 def test_what_lies_outside_the_middle_is_told(trained, capsys):
@@ -313,7 +320,8 @@ def test_what_lies_outside_the_middle_is_told(trained, capsys):
     geds = [json.loads((place / "metrics.json").read_text())["ged_16"]["mean"]
             for place in (folder, folder / "test-all-whole")]
     assert geds[0] != geds[1]
-    other = trained(name="other")
+    other = trained("--image-size", 12, name="other")
+    capsys.readouterr()
     assert "crops of different sizes" in one_line(
         capsys, evaluate.main, folder, "--compare", other)
 

@@ -58,7 +58,7 @@ def test_kaggles_lidc_is_found_by_itself(tmp_path, capsys):
     train, val, test = data.load("lidc", ("train", "val", "test"), tmp_path)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and "kaggle-lidc" in told and "mask-{annotator}" in told
-    assert told.endswith(", annotators 0, 1, 2, 3\n")
+    assert told.endswith(", annotators 0, 1, 2, 3, 40 images of 10 groups (patients)\n")
     assert [len(set(part.groups)) for part in (train, val, test)] == [6, 2, 2]  # 64/16/20 of 10
     whole = data.load("lidc", "all", tmp_path)
     assert whole.labels.shape == (40, 4, 6, 5) and whole.num_classes == 2 and whole.weights is None
