@@ -352,8 +352,8 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     except DataError:  # perhaps only another split is missing
         wanted = [split]
         splits = load(name, wanted, path, **options)
-    flipped = splits[0].flips is not None  # Cityscapes: 32 label maps a case take a second
-    if flipped:
+    sampled = splits[0].flips is not None and max(map(len, splits)) >= 400
+    if sampled:  # Cityscapes: a case of 32 label maps takes a second
         splits = [one.subset(range(0, len(one), max(1, len(one) // 200))) for one in splits]
     distances = [_distances(one) for one in splits]
     columns = [_summary(*pair) for pair in zip(splits, distances)]
@@ -368,7 +368,7 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
                      "how often one of the two marks nothing")
     shown = splits[wanted.index(split)], distances[wanted.index(split)]
     _plot_cases(*shown, out)
-    if flipped:
+    if sampled:
         lines.append("of a sample of the cases, spread over each split")
     return "\n".join([f"{name}: {DATASETS[name].doc}", *lines, f"wrote {out}"])
 

@@ -109,15 +109,16 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     n = max(samples) if judged.instances is None else max(*samples, cluster[0])
-    if len(set(judged.groups)) == 1:
+    first = process()[0] == 0
+    out = folder_of(folder, split, cases, weights, path, whole) if first else None
+    if first and len(set(judged.groups)) == 1:
         say("note: all cases are of one patient or other group, so standard errors are unknown; "
             "they are printed as 0")
     found = score(model, judged, samples, n, likelihood_samples,
                   lambda drawn: details(model, drawn, classes, cluster, shown))
-    if process()[0] > 0:
+    if not first:
         return {}
 
-    out = folder_of(folder, split, cases, weights, path, whole)
     values = {name: v for name, v in found.items() if isinstance(v, np.ndarray) and v.ndim == 1}
     if judged.exact:
         values[f"mode_tv_{n}"] = total_variation(found)
@@ -195,7 +196,7 @@ def load_data(folder, settings, splits, path=None, **options) -> list:
 def folder_of(folder, split, cases="all", weights="best", path=None, whole=False) -> Path:
     """Make and return the folder for results on these cases; see the module's docstring."""
     words = [split, cases, *["last"] * (weights == "last"), *["whole"] * whole]
-    words += Path(path).resolve().parts[-2:] if path else ()
+    words += Path(path).resolve().parts[1:][-2:] if path else ()
     out = Path(folder) if words == ["test", "all"] else Path(folder, "-".join(words))
     out.mkdir(exist_ok=True)
     return out
@@ -370,6 +371,10 @@ def check(args) -> None:
             if getattr(args, mode) and getattr(args, option) != default and option not in takes:
                 raise UserError("--{} has no effect with --{}: leave it out".format(
                     option.replace("_", "-"), mode.replace("_", "-")))
+    if args.out and not args.image:
+        raise UserError("--out is for --image: other results are written to the run's folder")
+    if len(modes := [mode for mode in MODES if getattr(args, mode)]) > 1:
+        raise UserError(f"--{' and --'.join(modes)}: give one of them".replace("_", "-"))
     cluster = args.cluster or [1]
     counts = [*args.samples, args.likelihood_samples, cluster[0]]
     if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:

@@ -437,7 +437,7 @@ def resampled(groups, times=200, seed=0):
     return _draws(int(number.max()) + 1, times, seed)[:, number].astype(int)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _draws(groups, times, seed):
     """How often each of so many groups is drawn, (times, groups) float64, as products are fast."""
     drawn = np.random.default_rng(seed).multinomial(groups, [1 / groups] * groups, size=times)

@@ -239,8 +239,9 @@ class Recorded:
     together instead of one after the other by Python. All batches must have the shape of this one.
 
     A call returns what the model would, and leaves the gradients in the parameters, from where they
-    must not be taken (zero_grad). Both are overwritten by the next call. (torch.cuda.make_graphed_callables would record the backward pass
-    under autocast, and have Python handle every parameter at every step.)
+    must not be taken (zero_grad). Both are overwritten by the next call.
+    (torch.cuda.make_graphed_callables would record the backward pass under autocast, and have
+    Python handle every parameter at every step.)
     """
 
     def __init__(self, model, image, label, autocast):

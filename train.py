@@ -336,9 +336,9 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     try:
         train_split = train_split.to(device)  # frees the copy on the host
     except torch.OutOfMemoryError:
-        raise UserError(f"the training images take {train_split.images.nbytes / 2**30:.0f} GB, more "
-                        f"than {device} has free: shrink them, name fewer cases in a split_file, "
-                        "or use --device cpu") from None
+        raise UserError(f"the training images take {train_split.images.nbytes / 2**30:.0f} GB, "
+                        f"more than {device} has free: shrink them, name fewer cases in a "
+                        "split_file, or use --device cpu") from None
     keep_freed_memory()
     stream = data.batches(
         train_split, training["batch_size"], settings["seed"], start=start, size=size,
@@ -478,7 +478,8 @@ def main(argv=None) -> int:
     try:
         args = parse(argv)
         settings, folder = settle(args)
-        check_free(folder)
+        if not args.resume:
+            check_free(folder)
         first = os.environ.get("RANK", "0") == "0"  # the only process of torchrun that writes
         with own(folder) if first else contextlib.nullcontext():
             return train(settings, folder, args.device, args.compile, bool(args.resume),

@@ -26,20 +26,22 @@ def compare(folders) -> str:
     steps and the time of training. Runs that differ only in their seeds share a line, with the mean
     and the standard deviation over them; for a single run, the standard error over patients follows
     the mean. p is that of a paired permutation test of `ged_16` against the first line, in which
-    the cases of a patient (group) count as one. Raises UserError where runs were not judged on the same
-    cases.
+    the cases of a patient (group) count as one. Raises UserError where runs were not judged on the
+    same cases.
     """
     folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder) for folder in folders]
     cases = list(runs[0][1][2])
     patients = list(runs[0][2].values())
     groups, seen = {}, Counter()  # runs that differ in their seeds alone
+    unlike = False
     for folder, (settings, run, _) in zip(folders, runs):
         if run[2].keys() != set(cases):
             raise UserError(f"{folder} and {folders[0]} were judged on different cases: train both "
                             "on the same data with the same --data-args (of a set in files: "
                             f"split_file={folders[0] / 'split.json'})")
         sizes = settings["image_size"], runs[0][0]["image_size"]
+        unlike = unlike or sizes[0] != sizes[1]
         if None not in sizes and sizes[0] != sizes[1]:
             raise UserError(f"{folder} and {folders[0]} were judged on crops of different sizes: "
                             "train both with the same --image-size")
@@ -56,9 +58,12 @@ def compare(folders) -> str:
         p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases], patients)
         cells.append(f"{p:.2g}" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if unlike:
+        lines += ["", "Some runs were judged on whole images, others on their centre of "
+                  "--image-size: compare them only if the images have that size."]
     count = len(set(patients))
     lines += ["", f"p compares {count} patients or other groups; with so many it cannot be below "
-              f"{2 ** (1 - count):.2g}."] if count < 8 else []
+              f"{2 ** (1 - count):.2g}."] if count < 8 and len(rows) > 1 else []
     text = "\n".join(lines) + "\n"
     write_text(folders[0] / "compare.md", text)
     plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])

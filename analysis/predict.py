@@ -47,7 +47,7 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     name = file.resolve().name if file.is_dir() else stem(file)
     image, inside, source = read_image(file, model.config.in_channels, dims, data_name)
     size, box = image.shape[1:], bounding_box(inside)
-    image = torch.from_numpy(image[(slice(None), *box)]).float()
+    image = torch.tensor(image[(slice(None), *box)]).float()
     inside, options = torch.from_numpy(inside[box]), (samples, temperature, class_scales)
     if inside.dim() > dims:  # axis -3 of every array is that of the slices
         slices = [sample_arrays(model, *each, *options) for each in zip(image.unbind(1), inside)]
@@ -176,7 +176,8 @@ def images_at(path: Path) -> list[Path]:
     if not path.is_dir() or all(any(path.glob(f"*_{kind}.nii*")) for kind in BRATS):
         return [path]
     kinds = (*ENDINGS, ".bmp")
-    found = sorted(file for file in path.iterdir() if file.name.lower().endswith(kinds))
+    found = sorted(file for file in path.iterdir()
+                   if file.name[0] != "." and file.name.lower().endswith(kinds))
     if not found:
         raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
     names = [stem(file) for file in found]
@@ -209,8 +210,9 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
     elif file.suffix.lower() == ".npy":
         image = as_float_image(read_array(file)[0], str(file))
         if not image.size or not 2 <= image.ndim <= 4 or image.shape[-1] <= 4 < image.shape[0]:
-            raise UserError(f"{file}: an array of {size_text(image.shape)}; give an image (H, W) or "
-                            "(C, H, W), or a volume (D, H, W) or (C, D, H, W): channels come first")
+            raise UserError(f"{file}: an array of {size_text(image.shape)}; give an image (H, W) "
+                            "or (C, H, W), or a volume (D, H, W) or (C, D, H, W): channels come "
+                            "first")
         if image.ndim == dims or channels == 1 and len(image) > 1 and image.ndim == 3:
             image = image[None]  # without channels
         inside = np.ones(image.shape[1:], bool)
@@ -221,6 +223,9 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
         elif len(image) == 3:
             image = np.tensordot(np.float32([[0.299, 0.587, 0.114]]), image, 1)  # luma, ITU-R 601
         inside = np.ones(image.shape[1:], bool)
+    if source is not None and dims == 2 and image.shape[:2] == (1, channels) and channels > 1:
+        raise UserError(f"{file}: its {channels} channels lie along z: store them along the fourth "
+                        "axis, or as an .npy (C, H, W)")
     if len(image) != channels or image.ndim != 1 + dims and (dims, image.ndim) != (2, 4):
         raise UserError(f"{file}: {len(image)} channels of {image.ndim - 1}D; this model takes "
                         f"{channels} of {dims}D")

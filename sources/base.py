@@ -6,6 +6,7 @@ A set's reader only *lists* its cases: a `Listing` of `Case`s, each with a funct
 
 import contextlib
 import difflib
+import functools
 import json
 import math
 import os
@@ -248,7 +249,10 @@ def _read_split_file(file, cases: Sequence[Case], wanted: Sequence[str]) -> dict
     for name in sorted(needed - names - groups):
         raise DataError(f"{file}: no case and no group is named {name!r}; the first case is "
                         f"{cases[0].name!r}, of group {cases[0].group!r}")
-    if needed <= names:  # groups may be named alike
+    every = set().union(*listed.values())
+    if lost := sorted(every - names - groups):
+        warn(f"{file}: {len(lost)} names of other splits are not in the data, such as {lost[0]!r}")
+    if every & (names | groups) <= names:  # groups may be named alike
         groups = set()
     return {split: [i for i, case in enumerate(cases)
                     if case.name in listed[split] or case.group in listed[split] & groups]
@@ -260,29 +264,29 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     if listing.num_classes and not 2 <= listing.num_classes <= IGNORE:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
     cases, images, maps = [listing.cases[i] for i in rows], [], []
-    kinds = [0, 0]  # label maps of classes, and of nothing but 0 and 255
+    kinds: dict[str, list] = {}  # of label maps, see `_kind`
     progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
         for image, drawn in pool.map(partial(_read_case, place, listing), cases):
             images.append(image)
             maps.append(drawn)
-            for label in drawn.values() if listing.fixed is None else ():
-                if label.any() and (label != IGNORE).any():
-                    kinds[not ((label > 0) & (label < IGNORE)).any()] += 1
+            for annotator, label in drawn.items() if listing.fixed is None else ():
+                kinds.setdefault(_kind(label), []).append((len(images) - 1, annotator))
             if (image.ndim, len(image)) != (images[0].ndim, len(images[0])):
                 raise DataError(f"{place}: {cases[len(images) - 1].name!r}: image is "
                                 f"{size_text(image.shape)} (channels first), the first is "
                                 f"{size_text(images[0].shape)}; channels and axes must agree")
-            if len(images) == 1:
-                check_room(place, len(cases), image.shape, max(1, len(listing.annotators)))
             if time.monotonic() - progress.start > SLOW:
                 progress.update(len(images), "cases read")
     if time.monotonic() - progress.start > SLOW:
         progress.say(f"{place}: {len(cases)} cases read")
-    if all(kinds):
-        warn(f"{place}: {kinds[1]} label maps hold nothing but 0 and {IGNORE} (ignored), {kinds[0]} "
-             "others have classes; are those black and white masks?")
+    if "classes" in kinds and "black and white" in kinds and "ignored" not in kinds:
+        odd = kinds["black and white"]
+        (case, number), names = odd[0], dict(enumerate(listing.annotators))
+        warn(f"{place}: {len(odd)} label maps hold nothing but 0 and {IGNORE} (ignored), such as "
+             f"that of {cases[case].name!r} by annotator {names.get(number, number)}; "
+             f"{len(kinds['classes'])} others have classes: are those black and white masks?")
     whole = _stack(place, listing, rows, images, maps)
     largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
     advice = "models expect about [0, 1], or mean 0 and deviation 1"
@@ -295,21 +299,33 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
     return whole
 
 
+def _kind(label: np.ndarray) -> str:
+    """Tells what a label map holds besides background: "classes", or pixels to be "ignored" as
+    well; "black and white", nothing but ignored ones; or "" if it is of a single value 0 or 255."""
+    ignored = (label == IGNORE).any()
+    if ((label > 0) & (label < IGNORE)).any():
+        return "ignored" if ignored else "classes"
+    return "black and white" if ignored and not label.all() else ""
+
+
 def check_room(place, cases: int, shape: Sequence[int], annotators: int, held: int = 0) -> None:
     """Raises DataError if so many images (C, *S) and label maps do not fit into the memory that is
     free (known on Linux only): the system would end the process without a word."""
     need, free = cases * math.prod(shape[1:]) * (4 * shape[0] + annotators), math.inf
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, each with a copy
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
-    if need - held > free:  # what is held is freed while it is stacked
+    if processes * (need - held) > free:  # what is held is freed while it is stacked
         raise DataError(f"{place}: {cases} cases of {size_text(shape)} (the largest extent of each "
-                        f"axis) take {need / 2**30:.0f} GB, and {free / 2**30:.0f} GB are free: name "
-                        "fewer cases in a split_file, or cut or shrink the images")
+                        f"axis) take {need / 2**30:.1f} GB in each of {processes} processes, and "
+                        f"{free / 2**30:.1f} GB are free: name fewer cases in a split_file, or cut "
+                        "or shrink the images")
 
 
+@functools.cache
 def warn(text: str) -> None:
-    """Prints a warning, once under torchrun."""
+    """Prints a warning once, also under torchrun, and where a set is read again."""
     if os.environ.get("RANK", "0") == "0":  # the only process of torchrun that writes
         print(f"warning: {text}", file=sys.stderr)
 
@@ -352,10 +368,6 @@ def _stack(place, listing: Listing, rows: list[int], images: list, maps: list) -
         raise DataError(f"{place}: the largest label makes {num_classes} classes; if that is right,"
                         f" add --data-args num_classes={num_classes}; if these are black and white "
                         "masks with grey borders, masks=binary (data set folder) or redraw them")
-    for a in np.flatnonzero(highest == 0):
-        if (labels[whole.present[:, a], a] == IGNORE).any():
-            warn(f"{place}: all labels of annotator {whole.annotators[a]} are 0 (background) or "
-                  f"{IGNORE} (ignored), others have classes; are these black and white masks?")
     whole.num_classes = num_classes
     weights = whole.present.double()  # (N, A)
     if listing.weights is not None:

@@ -30,10 +30,10 @@ def read_em(path: Path, *, tile: int = 256, colours: Annotated[int, 2] = 15) -> 
                         f"{size_text(ids.shape)}; both must be (N, H, W), H and W from {tile} up "
                         "(or give another tile)")
 
-    if len(np.unique(ids[0])) < 3:
+    if len(ids) and len(np.unique(ids[0])) < 3:
         warn(f"{path}: section 0 has only one instance; if this is a map of membranes, number its "
              "cells, for example with scipy.ndimage.label")
-    if ids.all():
+    if len(ids) and ids.all():
         warn(f"{path}: no pixel is 0 (membrane); set the borders of instances to 0")
 
     def read(i: int, y: int, x: int):

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import platform
-import re
 import zipfile
 from pathlib import Path
 
@@ -95,11 +94,11 @@ def own(folder: Path):
 
 
 def check_free(folder) -> None:
-    """Raises UserError if a run in this folder would replace files that are of no run."""
-    if (folder / "config.json").exists():
+    """Raises UserError if a new run in this folder would replace files that are of no run."""
+    with contextlib.suppress(UserError):
         read_config(folder)
         return
-    for name in (*WRITTEN[1:], "lock"):
+    for name in (*WRITTEN, "lock"):
         file = folder / name
         ours = name == "lock" and file.is_file() and file.read_bytes()[:8] in (b"", b"process ")
         if file.exists() and not ours:
@@ -108,8 +107,8 @@ def check_free(folder) -> None:
 
 def begin(folder, settings, training, model, split, start) -> None:
     """Writes config.json and split.json, and cuts log.jsonl back to the step `start`."""
-    for half in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", half.name):  # of a write that a kill cut short
+    for name in (*WRITTEN, "last.pt", "best.pt", "curves.png"):
+        for half in folder.glob(f".{name}.*.tmp"):  # of a write that a kill cut short
             half.unlink()
     changes = read_config(folder)["changes"] if start else []
     changes.append({"step": start} | {key: settings[key] for key in CHANGEABLE})

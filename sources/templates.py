@@ -293,7 +293,7 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
         for value, file in files:
             mask, other = read_array(file, label=True, dims=dims)
             if grid and slices == "none" and array.ndim == 4 and mask.ndim == 2 and (
-                    len(array) == 1 and array.shape[2:] == mask.shape):
+                    len(array) == 1 and array.shape[1] <= 4 and array.shape[2:] == mask.shape):
                 # QUBIQ's brain tumours: a slice whose channels are stored along z.
                 array = standardised(array[0], np.ones(mask.shape, bool))
             if mask.shape != array.shape[-mask.ndim:]:

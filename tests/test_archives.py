@@ -1,6 +1,8 @@
 """What the files of public data sets hold besides the expected: scaled labels, channels along z,
 pages, leftovers of other systems; and what would silently go wrong with a user's own."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,11 @@ def test_mixed_black_and_white_masks_are_noticed(tmp_path, capsys):
     assert "black and white" not in capsys.readouterr().err
     given["labels"][:2] *= 255
     load_npz(tmp_path, **given)
-    assert "4 label maps hold nothing but 0 and 255 (ignored), 8 others" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "4 label maps hold nothing but 0 and 255 (ignored), such as that of '0' by" in said
+    given["labels"][5, 0, 0] = 255  # where ignored pixels are used, they can be all that is marked
+    load_npz(tmp_path, **given)
+    assert "black and white" not in capsys.readouterr().err
 
 
 def test_classes_in_files_of_their_own(tmp_path, capsys):
@@ -138,3 +144,17 @@ def test_sections_that_are_no_instances(tmp_path, capsys):
         np.savez(tmp_path / "em.npz", images=np.zeros((10, 8, 8)), instances=ids)
         data.load("em", "all", tmp_path / "em.npz", tile=0)
         assert message in capsys.readouterr().err
+
+
+def test_a_split_file_keeps_what_is_not_asked_for(tmp_path, capsys):
+    """Its test split lists a patient, the others list cases; a misspelt name there is told."""
+    given = arrays(12) | {"groups": np.repeat(["p1", "p2", "p3", "p4"], 3)}
+    np.savez(tmp_path / "own.npz", **given)
+    lists = {"train": [str(i) for i in range(6)], "val": ["6", "7", "8"], "test": ["p4", "p5"]}
+    (tmp_path / "split.json").write_text(json.dumps(lists))
+    train, _ = data.load("npz", ("train", "val"), tmp_path / "own.npz",
+                         split_file=str(tmp_path / "split.json"))
+    assert train.parts["test"] == ["9", "10", "11"]
+    assert "1 names of other splits are not in the data, such as 'p5'" in capsys.readouterr().err
+    refused("'p5'", call=lambda: data.load("npz", "test", tmp_path / "own.npz",
+                                           split_file=str(tmp_path / "split.json")))

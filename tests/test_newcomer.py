@@ -165,7 +165,7 @@ def test_black_and_white_masks_that_do_not_look_like_it(black_and_white, own, ca
     shutil.rmtree(own / "labels/bob")
     shutil.copytree(black_and_white / "labels/bob", own / "labels/bob")
     data.load("folder", "all", own)
-    assert "all labels of annotator bob are 0" in capsys.readouterr().err
+    assert "such as that of 'scan1' by annotator bob" in capsys.readouterr().err
     for file in sorted(own.glob("labels/bob/*")):
         with Image.open(file) as picture:
             soft = picture.resize((24, 24), Image.Resampling.BILINEAR).resize((16, 16))
@@ -288,6 +288,7 @@ def test_images_that_come_later_change_no_split(trained, tmp_path, capsys):
             file.unlink()
         if gone in json.loads(split)["train"]:  # the test split is still there
             assert evaluate.main([str(folder), "--device", "cpu"]) == 0
+            assert "1 names of other splits are not in the data" in capsys.readouterr().err
     assert f"split.json: no case and no group is named '{gone}'" in one_line(
         capsys, evaluate.main, folder)
 
@@ -343,6 +344,6 @@ def test_a_run_replaces_no_file_of_the_users(trained, tmp_path, capsys):
     command = [*SMALL, "--data", "folder", "--path", tmp_path / "own", "--out", tmp_path / "own"]
     assert "holds a split.json, but no run" in one_line(capsys, train.main, *command)
     (tmp_path / "own" / "config.json").write_text("{}")
-    assert "no run there" in one_line(capsys, train.main, *command)
+    assert "holds a config.json, but no run" in one_line(capsys, train.main, *command)
     assert (tmp_path / "own" / "split.json").read_text() == "mine"
     assert (tmp_path / "own" / ".notes.tmp").read_text() == "mine"
