@@ -444,7 +444,8 @@ def run_command(rng, folder):
         return train.main([item for pair in given.items() for item in pair])
     if program == "evaluate":
         option = rng.choice(["--samples", "--split", "--cases", "--weights", "--cluster", "--image",
-                             "--compare", "--path", "--out", "--device", "--ood-data"])
+                             "--compare", "--path", "--out", "--device", "--ood-data",
+                             "--likelihood-samples"])
         return evaluate.main([str(folder / rng.choice(["run", "none"])), option, value()])
     option = rng.choice(["--data", "--path", "--data-args", "--split", "--out"])
     given = {"--data": "toy1d", "--out": "show.png", option: value()}
