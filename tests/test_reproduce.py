@@ -1,6 +1,5 @@
 """The tables' maker, with scripts in place of train.py and evaluate.py; and whether the rows of its
 tables are commands that the real ones accept."""
-import json
 import re
 import shlex
 import time
