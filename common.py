@@ -13,6 +13,7 @@ import ast
 import json
 import math
 import os
+import re
 import sys
 import time
 from datetime import timedelta
@@ -420,12 +421,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """Device "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; else a UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # refused below
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # with its index, as in tensor.device
         if device.index >= torch.cuda.device_count():

@@ -82,13 +82,14 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
         if not listing.cases:
             raise DataError(f"{place}: holds no cases; it should be {source.layout}")
         splits = assign(place, listing, wanted, split_file)
-        rows, order = splits, list(range(len(listing.cases)))
-        if "all" not in wanted:  # reads split after split, so that `subset` can give views
+        if "all" in wanted:
+            rows, order = splits, list(range(len(listing.cases)))
+        else:  # reads split after split, so that `subset` can give views
+            needed = [one for one in SPLITS if one in wanted or not listing.apart]
             rows, order = {}, []
-            for one in SPLITS:
-                if one in wanted or not listing.apart:
-                    rows[one] = range(len(order), len(order) + len(splits[one]))
-                    order += splits[one]
+            for one in needed:
+                rows[one] = range(len(order), len(order) + len(splits[one]))
+                order += splits[one]
         whole = collect(place, listing, order)
         whole.parts = {one: [listing.cases[i].name for i in splits[one]] for one in SPLITS}
     splits = [whole if one == "all" else whole.subset(rows[one]) for one in wanted]

@@ -143,12 +143,12 @@ def lr_drops(texts: list[str]) -> list[tuple[int, float]]:
     try:
         pairs = [text.split(":") for text in texts]
         drops = sorted((int(step), float(factor)) for step, factor in pairs)
+        if all(0 < factor < float("inf") for _, factor in drops):
+            return drops
     except (ValueError, AttributeError):
-        drops = [(0, 0)]
-    if not all(0 < factor < float("inf") for _, factor in drops):
-        raise UserError(f"--lr-drops {' '.join(map(str, texts))}: write STEP:FACTOR, both numbers, "
-                        "like 1000:0.1")
-    return drops
+        pass  # said below
+    raise UserError(f"--lr-drops {' '.join(map(str, texts))}: write STEP:FACTOR, both numbers, "
+                    "like 1000:0.1")
 
 
 def first_model(settings, split) -> nn.Module:

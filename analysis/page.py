@@ -131,8 +131,11 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     for steps, seconds in training_time(read_log(folder))[-1:]:
         if abs(seconds) < 1e9:  # in a damaged log it may be anything
             about.insert(1, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} h")
-    most = {split_name(n)[0]: n for n in sorted(sorted(summary), key=len)}  # 100 samples, not 16
-    headline = {most[base]: arrow for base, arrow in HEADLINE.items() if base in most}
+    headline = {}
+    for base, arrow in HEADLINE.items():
+        names = [name for name in summary if split_name(name)[0] == base]
+        if names:  # the longest is that of the most samples, ged_100 before ged_16
+            headline[max(names, key=lambda name: (len(name), name))] = arrow
     full, options, articles = {short: name for name, short in shown.items()}, "", []
     for case in cases:
         name = full[case.name]
@@ -213,18 +216,16 @@ def case_html(case, name: str, marks: str) -> str:
         flat.append((text, label_png(label)))
     samples = [(f"sample {i}", label_png(sample))
                for i, sample in enumerate(shrink(case.samples, size), 1)]
-    maps = [(text, picture_png(paint_map(F.interpolate(values[None, None], size, mode="area")[0, 0],
-                                         high)))
-            for text, values, high in (("annotators' mean, foreground", case.annotated.float(), 1),
-                                       ("samples' mean, foreground", case.foreground.float(), 1),
-                                       ("variance / maximum", case.variance.float(), None))]
-    flat += [("prediction", label_png(shrink(case.prediction[None], size)[0])), maps.pop()]
+    means = [("annotators' mean, foreground", map_png(case.annotated, size, high=1)),
+             ("samples' mean, foreground", map_png(case.foreground, size, high=1))]
+    flat += [("prediction", label_png(shrink(case.prediction[None], size)[0])),
+             ("variance / maximum", map_png(case.variance, size))]
     return f"""<article class="case" style="--image: url({picture_png(image)}); --ratio:
 {width / height:.4f}"><h3>{name}</h3><p class="soft">{marks}</p><div class="stage"><figure><div
 class="frame"><svg role="img" aria-label="Outlines of {len(labels)} label maps"
 viewBox="0 0 {size[1]} {size[0]}">{lines}</svg></div><span class="text">{key}</span></figure>
 {framed("figure", *samples[0], ' class="film"')}
-<div>{"".join(framed("figure", *shown) for shown in maps)}</div></div>
+<div>{"".join(framed("figure", *shown) for shown in means)}</div></div>
 <div class="strip">{"".join(framed("figure", *shown) for shown in flat)}</div>
 <div class="strip">{"".join(framed("button", *shown) for shown in samples)}</div></article>
 """
@@ -234,6 +235,12 @@ def framed(tag: str, text: str, uri: str, more: str = "") -> str:
     """A picture over the case's image, with its name below."""
     return (f'<{tag}><span class="frame"><img src="{uri}" alt="{text}"{more}></span>'
             f'<span class="text">{text}</span></{tag}>')
+
+
+def map_png(values, size, high=None) -> str:
+    """A map (H, W) in another size, as paint_map colours it."""
+    values = F.interpolate(values[None, None].float(), size, mode="area")[0, 0]
+    return picture_png(paint_map(values, high))
 
 
 def shrink(labels, size) -> np.ndarray:

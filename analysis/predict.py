@@ -213,8 +213,9 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
             raise UserError(f"{file}: an array of {size_text(image.shape)}; give an image (H, W) "
                             "or (C, H, W), or a volume (D, H, W) or (C, D, H, W): channels come "
                             "first")
-        if image.ndim == dims or channels == 1 and len(image) > 1 and image.ndim == 3:
-            image = image[None]  # without channels
+        is_volume = channels == 1 and image.ndim == 3 and len(image) > 1
+        if image.ndim == dims or is_volume:  # without channels
+            image = image[None]
         inside = np.ones(image.shape[1:], bool)
     else:
         image = as_float_image(read_array(file)[0], str(file))

@@ -252,11 +252,9 @@ def _read_split_file(file, cases: Sequence[Case], wanted: Sequence[str]) -> dict
     every = set().union(*listed.values())
     if lost := sorted(every - names - groups):
         warn(f"{file}: {len(lost)} names of other splits are not in the data, such as {lost[0]!r}")
-    if every & (names | groups) <= names:  # groups may be named alike
-        groups = set()
-    return {split: [i for i, case in enumerate(cases)
-                    if case.name in listed[split] or case.group in listed[split] & groups]
-            for split in SPLITS}
+    only_cases = every & (names | groups) <= names  # then a group that is named alike is not meant
+    return {split: [i for i, case in enumerate(cases) if case.name in listed[split]
+                    or (case.group in listed[split] and not only_cases)] for split in SPLITS}
 
 
 def collect(place, listing: Listing, rows: list[int]) -> Split:

@@ -205,9 +205,9 @@ def whole_numbers(label: np.ndarray) -> np.ndarray:
     if label.dtype.kind != "f":
         return label
     near = np.rint(label)
-    near = near if np.abs(label - near).max(initial=0) < 1e-3 else label
-    return near.astype(np.uint8) if 0 <= near.min(initial=0) and near.max(initial=0) < 256 and (
-        near is not label) else near
+    if np.abs(label - near).max(initial=0) >= 1e-3:
+        return label
+    return near.astype(np.uint8) if 0 <= near.min(initial=0) and near.max(initial=0) < 256 else near
 
 
 def _open_npy(file: Path) -> np.ndarray:

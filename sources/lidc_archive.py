@@ -163,8 +163,10 @@ def fill_nodule(outlines: dict, slices: dict[tuple, CTSlice], border: str) -> np
         mask, hole = np.zeros((2, *slices[place].shape), bool)
         for included, points in outlines[place]:
             inside, outline = fill(points, mask.shape)
-            with_outline = included == (border == "include")
-            (mask if included else hole)[inside | outline if with_outline else inside] = True
+            if included:
+                mask |= inside | outline if border == "include" else inside
+            else:  # the outline of a hole belongs to the nodule where that of a nodule does
+                hole |= inside if border == "include" else inside | outline
         pixels = np.argwhere(mask & ~hole).astype(float)
         voxels.append(np.insert(pixels, 0, slices[place].z, axis=1))
     return np.concatenate(voxels)
@@ -221,7 +223,7 @@ def cut_series(series: Series, size: int, window, border: str) -> dict:
     and the number of outlined slices that were dropped."""
     sessions = read_xml(series.reading)[1]
     while len(sessions) > LIDC_ANNOTATORS and [] in sessions:
-        del sessions[len(sessions) - 1 - sessions[::-1].index([])]
+        del sessions[max(i for i, session in enumerate(sessions) if session == [])]
     if len(sessions) > LIDC_ANNOTATORS:
         raise DataError(f"{series.reading} has {len(sessions)} readingSessions; a scan has "
                         f"{LIDC_ANNOTATORS} annotators")

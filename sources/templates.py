@@ -292,10 +292,10 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
     for annotator, files in labels.items():
         for value, file in files:
             mask, other = read_array(file, label=True, dims=dims)
-            if grid and slices == "none" and array.ndim == 4 and mask.ndim == 2 and (
-                    len(array) == 1 and array.shape[1] <= 4 and array.shape[2:] == mask.shape):
+            flat_masks = grid and slices == "none" and mask.ndim == 2
+            if flat_masks and array.shape[0] == 1 and array.ndim == 4 and array.shape[1] <= 4:
                 # QUBIQ's brain tumours: a slice whose channels are stored along z.
-                array = standardised(array[0], np.ones(mask.shape, bool))
+                array = standardised(array[0], np.ones(array.shape[2:], bool))
             if mask.shape != array.shape[-mask.ndim:]:
                 raise DataError(f"{file} is {size_text(mask.shape)} and {image} "
                                 f"{size_text(array.shape[-mask.ndim:])}; they must be of one size")
