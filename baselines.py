@@ -32,6 +32,8 @@ Differences from the paper
   5. DeepMedic's cross-entropy is summed over a patch's voxels, like all losses here. The authors
      take the mean, which includes the air around the brain. RMSprop does not depend on this scale,
      and the weight decay in models.RECIPES is adapted to it.
+  6. What the paper leaves open about the learning rate's steps, up-sampling and padding is as in
+     prob_unet.py; 1D and 3D work as well (`dims`).
 
     python train.py --model unet --data lidc --device cuda     # dropout_unet, ensemble, m_heads
     python train.py --model ensemble --data lidc --model-args members=4
@@ -200,10 +202,13 @@ class EnsembleUNet(Mixture):
 
         Arguments as in DeterministicUNet.loss; the term `cross_entropy` is the members' mean. To
         hold only one member's activations in memory at a time (1 GB each by default), the backward
-        pass computes them again, which is a third more work.
+        pass computes them again, which is a third more work. Members with batch normalisation or
+        DeepMedic's random patches would not compute the same twice, so they keep theirs.
         """
+        repeatable = self.config.norm == "none" and self.config.backbone == "unet"
         losses = [checkpoint(member, image, label, mask, use_reentrant=False,
-                             preserve_rng_state=False)[0] for member in self.members]
+                             preserve_rng_state=False)[0] if repeatable
+                  else member(image, label, mask)[0] for member in self.members]
         loss = torch.stack(losses).sum()
         return loss, {"cross_entropy": loss.detach() / self.count}
 

@@ -194,8 +194,8 @@ def importance_log_ratio(log_q: Tensor, log_p: Tensor, n_q: int, n_p: int) -> Te
 
     where n_q of the z_i are drawn from the posterior q and n_p from the prior p. The methods draw
     half from each, because q may miss the right z for masks unlike those of training, and then the
-    z_i from p help. The estimate is on average a lower bound: the ELBO for n = n_q = 1, and
-    tighter for larger n.
+    z_i from p help. The estimate is on average a lower bound: the ELBO for n = n_q = 1. For large
+    n it approaches log p(y | x).
 
     log_q, log_p: log densities of the z_i in nats, of one shape, which is also the result's.
     """
@@ -301,6 +301,8 @@ def batch_norm(dims: int, channels: int) -> nn.Module:
 def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1,
                kernel: int = 3, norm: str = "batch") -> nn.Sequential:
     """`convs` times: a convolution that keeps the size, normalisation ("batch" or "none"), ReLU."""
+    if convs < 1:
+        raise ValueError(f"convs={convs}: a block has at least 1 convolution")
     layers = []
     for i in range(convs):
         # batch norm subtracts the mean, so a bias before it would have no effect

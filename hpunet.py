@@ -20,14 +20,16 @@ pixels of one object change together from sample to sample (analysis/instances.p
 If it is also given the labels around a hidden region, it extrapolates them (`--data-args hide=50`).
 
 Differences from the paper
-  1. kappa depends on the data: 0.05 is LIDC's, and models.RECIPES has the paper's other values. If
-     the term `constraint` never falls below 0, kappa is too low, and train.py says so.
-  2. The moving average in the loss is that of the whole constraint and starts at the first batch;
-     in the code it is that of the reconstruction. They differ only where pixels are ignored.
+  1. App. D says that lambda keeps rising if kappa is too high. It does if kappa is too low to be
+     reached: the term `constraint` then never falls below 0, and train.py says so. kappa depends on
+     the data; 0.05 is LIDC's, and models.RECIPES has the paper's other values.
+  2. The moving average in the loss is that of the whole constraint; in the code it is that of the
+     reconstruction. They differ only where pixels are ignored.
   3. The posterior net ends at its last latents; the authors' has one more level, which is unused.
-  4. The nets predict log sigma, and it is bounded (common.bounded_log_std).
-  5. Learning rate: the paper gives its first and last value and "in 4 steps"; here the steps have
-     equal factors and are 48k apart.
+  4. log sigma is bounded (common.bounded_log_std).
+  5. The paper does not name its optimiser; here it is Adam, as in the Probabilistic U-Net. It gives
+     the first and last learning rate and "in 4 steps"; here these have equal factors and are 48k
+     steps of training apart.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, adds twice as
      much. Here it acts on lambda as well, but lambda's own gradient is far larger.
@@ -103,6 +105,8 @@ class HPUNet(nn.Module):
         if not 0 < c.top_k <= 1 or (c.objective == "elbo" and c.top_k != 1):
             raise ValueError(f"objective={c.objective!r} with top_k={c.top_k}: Eq. 5 needs "
                              "top_k=1, Eq. 6 one above 0 and at most 1")
+        if min(c.blocks, c.convs) < 1:
+            raise ValueError(f"blocks={c.blocks}, convs={c.convs}: both are at least 1")
         self.multiple = 2 ** (len(c.channels) - 1)
         self.unet = LatentUNet(c, c.in_channels, len(c.channels))
         self.out = CONV[c.dims](c.channels[0], c.num_classes, 1)
@@ -148,8 +152,10 @@ class HPUNet(nn.Module):
         kept = hard_pixels(error.detach(), c.top_k, together=self.training) & (label != IGNORE)
         reconstruction = (error * kept).sum() / len(label)  # nats per case
         count = kept.sum() / len(label)  # kept pixels per case
+        both = torch.stack([reconstruction.detach(), count])
+        total, pixels = process_mean(both) if self.training else both
         terms = dict(reconstruction=reconstruction, kl=kl, **kls,
-                     reconstruction_per_pixel=reconstruction / count.clamp(min=1e-6))
+                     reconstruction_per_pixel=total / pixels.clamp(min=1e-6))
         if c.objective == "elbo":
             loss = reconstruction + c.beta * kl
         else:
@@ -158,7 +164,7 @@ class HPUNet(nn.Module):
             loss = weight.detach() * constraint + kl
             # This adds 0. Its gradient with respect to rho is that of -lambda * constraint, so
             # descending the loss raises lambda while the constraint is above 0. (The authors scale
-            # this gradient by 0.01, which makes no difference to Adam.)
+            # this gradient by 0.01. With Adam, which divides by its size, that changes nothing.)
             loss = loss + (weight.detach() - weight) * constraint.detach()
             terms.update({"constraint": constraint, "lambda": weight})
         return loss, {name: term.detach() for name, term in terms.items()}

@@ -4,12 +4,12 @@ A recipe for sets whose objects have random class numbers, "colours" (HPUNet.QUI
 values of one latent map are independent given the coarser maps, so a sample paints an object in one
 colour only if a single position decides on it. The recipe therefore has a latent map of 8 channels
 with about one position per object, and one of 4 channels with four; Eq. 5 on all pixels, with a
-beta of a tenth to a quarter of an object's pixels, so that encoding an object's colour once lowers
-the loss, and encoding it twice does not; five colours (`--data-args colours=5`), which are learned
-sooner than 15; and 128 samples (`evaluate.py RUN --cluster 128`), which separate objects better
-than the paper's 16 or 32. Where
-objects are of very different sizes, as in `em`, large ones still break along the grid of the
-coarsest latents, and naming those of fewer than beta pixels does not pay.
+beta of a tenth to a third of an object's P pixels: one position that encodes the colour (one of K)
+costs beta ln K nats and saves P ln K, and a second one costs as much again and saves nothing; five
+colours (`--data-args colours=5`), which are learned sooner than 15; and 128 samples (`evaluate.py
+RUN --cluster 128`), which separate objects better than the paper's 16 or 32. Where objects are of
+very different sizes, as in `em`, large ones still break along the grid of the coarsest latents, and
+encoding the colour of those of fewer than beta pixels does not pay.
 """
 
 import itertools
@@ -132,8 +132,7 @@ def find_instances(samples: Tensor, alpha: int | None = None, first: int = 1) ->
 def rand_errors(batch, found: Tensor) -> Tensor:
     """Rand error of instance ids (B, H, W) against those of a batch (a Split), which leaves out
     pixels of id -1; (B,)."""
-    known = batch.instances >= 0
-    return rand_error(found * known, objects(batch.instances, batch.fixed))
+    return rand_error(found, objects(batch.instances, batch.fixed))
 
 
 def coherence(samples: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +167,7 @@ def instance_scores(batch, found: Tensor, prediction: Tensor, probs: Tensor, sam
     known, truth = batch.instances >= 0, objects(batch.instances, batch.fixed)
     precision = average_precision(found * known, truth, probs[:, batch.fixed :].sum(1))
     components = connected_components(objects(prediction, batch.fixed) > 0)
-    coherent, count = coherence(objects(samples, batch.fixed), truth * known)
+    coherent, count = coherence(objects(samples, batch.fixed), truth)
     return {f"rand_error_{ending}": rand_errors(batch, found),
             **{f"{name}_{ending}": values for name, values in precision.items()},
             "rand_error_components": rand_errors(batch, components), "coherence": coherent,
@@ -216,15 +215,15 @@ def plot_instances(path: str, cases: list[dict]) -> None:
 def rand_error(pred, target):
     """Adapted Rand error of id maps pred, target (B, *S), restricted to target's foreground.
 
-    As in SNEMI3D, 1 - F-score of precision and recall over pairs of pixels (a pixel with itself
-    included): is a pair within one object? A pixel of pred 0 is an object of its own (SNEMI3D's
-    script divides the number of these by the image size, so they vanish). Without foreground in
-    target: NaN.
+    As in SNEMI3D's script, 1 - F-score of precision and recall over pairs of pixels (a pixel with
+    itself included): is a pair within one object? The pixels of pred 0 are objects of their own,
+    but like the script, this divides their number by that of the image's pixels. Without foreground
+    in target: NaN.
     """
     errors = []
     for p, t in zip(pred.flatten(1).long(), target.flatten(1).long(), strict=True):
         table = _contingency(p, t)[0][:, 1:]
-        alone = table[0].sum()
+        alone = table[0].sum() / len(p)
         both = table[1:].square().sum() + alone
         within_pred = table[1:].sum(1).square().sum() + alone
         within_target = table.sum(0).square().sum()
@@ -240,7 +239,8 @@ def average_precision(pred, target, confidence):
     a target is above a threshold; ranked by confidence, precision and recall make a curve, and AP
     is the area below. "ap50": threshold 0.5; "ap": mean over 0.50, 0.55 .. 0.95. An object's
     confidence is the mean of the map `confidence` (B, *S) over it. Cityscapes has one curve for all
-    images; here each image has its own. Without objects in target: NaN.
+    images, here each image has its own; and it leaves out objects below 100 pixels and predictions
+    that lie mostly in ignored pixels, which count here. Without objects in target: NaN.
     """
     thresholds = torch.arange(50, 100, 5, device=pred.device) / 100
     curves = []

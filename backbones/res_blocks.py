@@ -9,13 +9,15 @@ from common import CONV
 
 def res_blocks(dims: int, before: int, after: int, count: int, convs: int) -> nn.Sequential:
     """`count` residual blocks; the first of them changes the width from `before` to `after`."""
-    widths = [before] + [after] * (count - 1)
-    return nn.Sequential(*(ResBlock(dims, width, after, convs) for width in widths[:count]))
+    return nn.Sequential(*(ResBlock(dims, after if i else before, after, convs)
+                           for i in range(count)))
 
 
 class ResBlock(nn.Module):
-    """`convs` 3-wide convolutions at half of the width `after`, and a 1-wide one back to it, are
-    added to the input. Where the width changes, a 1-wide convolution adapts the input."""
+    """ReLU, `convs` 3-wide convolutions at half of the width `after` with ReLUs in between, and a
+    1-wide convolution back to it; the result is added to the input. Where the width changes, a
+    1-wide convolution adapts the input. As in the authors' code, the first block of a net applies
+    its ReLU to the image itself, whose negative values therefore only pass through `side`."""
 
     def __init__(self, dims: int, before: int, after: int, convs: int):
         super().__init__()

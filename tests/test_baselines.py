@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -199,6 +200,23 @@ def test_ensemble_members_train_as_if_each_were_alone():
     for lone, member in zip(alone, ensemble.members):
         for mine, theirs in zip(lone.parameters(), member.parameters()):
             assert torch.equal(mine, theirs) and torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("changes", [dict(norm="batch"), dict(backbone="deepmedic")])
+def test_an_ensemble_runs_members_that_would_not_repeat_themselves_only_once(changes):
+    dims = 3 if "backbone" in changes else 2
+    config = EnsembleUNet.QUICK_CONFIG | dict(members=3, in_channels=1, dims=dims) | changes
+    ensemble, calls = EnsembleUNet(EnsembleUNet.Config(**config)), []
+    alone = copy.deepcopy(ensemble.members[0])
+    for member in ensemble.members:
+        member.register_forward_hook(lambda *_: calls.append(1))
+    image, label = case(*[32] * dims)
+    ensemble(image, label)[0].backward()
+    assert len(calls) == 3
+    if changes == dict(norm="batch"):
+        alone(image, label)
+        for (name, mine), theirs in zip(alone.named_buffers(), ensemble.members[0].buffers()):
+            assert torch.equal(mine, theirs), name
 
 
 def test_dropout_loss_is_the_cross_entropy_of_one_random_mask():

@@ -512,12 +512,15 @@ def test_hausdorff95_worked():
 # ---- instances ----------------------------------------------------------------------------------
 
 def rand_loop(pred, target):
-    """Over all ordered pairs of foreground pixels; pred 0 is alone with itself."""
+    """Over all ordered pairs of foreground pixels. As in SNEMI3D's script, a pixel of pred 0 is only
+    paired with itself, and counts 1 / (number of pixels)."""
     pixels = [(p, t, i) for i, (p, t) in enumerate(zip(pred.ravel(), target.ravel())) if t]
     both = within_pred = within_target = 0
     for (p, t, i), (q, u, j) in itertools.product(pixels, pixels):
-        same_pred, same_target = i == j or (p == q and p > 0), t == u
-        both, within_pred = both + (same_pred and same_target), within_pred + same_pred
+        same_pred, same_target = p == q and p > 0, t == u
+        if i == j and not p:
+            same_pred = 1 / pred.size
+        both, within_pred = both + same_pred * same_target, within_pred + same_pred
         within_target += same_target
     if not pixels:
         return NAN
@@ -543,7 +546,8 @@ def test_rand_error_worked():
     # merged: precision 8/16, recall 1, F = 2/3; split: precision 1, recall 4/8
     close(rand_error(torch.tensor([[7, 7, 7, 7, 0]]), target), [1 / 3])
     close(rand_error(torch.tensor([[1, 2, 3, 4, 0]]), target), [1 / 3])
-    close(rand_error(torch.tensor([[0, 0, 0, 0, 1]]), target), [1 / 3])
+    # nothing found: precision 1, recall (4/5) / 8, F = 2/11
+    close(rand_error(torch.tensor([[0, 0, 0, 0, 1]]), target), [9 / 11])
 
 
 def test_average_precision_worked():
