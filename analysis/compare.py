@@ -18,7 +18,7 @@ COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "dice_max_16", "ncc_100", "
             "volume_crps", "e_aurc_disagreement", "mode_pooled_tv_100")
 
 
-def compare(folders) -> str:
+def compare(folders, judged: str = "") -> str:
     """Compare judged runs in a table, a line for each run, and in two pictures.
 
     The table is returned and written as compare.md to the first run's folder. There, compare.png
@@ -26,11 +26,12 @@ def compare(folders) -> str:
     steps and the time of training. Runs that differ only in their seeds share a line, with the mean
     and the standard deviation over them; for a single run, the standard error over patients follows
     the mean. p is that of a paired permutation test of `ged_16` against the first line, in which
-    the cases of a patient (group) count as one. Raises UserError where runs were not judged on the
-    same cases.
+    the cases of a patient (group) count as one. `judged` is the folder within a run in which its
+    scores are, such as "test-all-last"; by default the run's own. Raises UserError where runs were
+    not judged on the same cases.
     """
     folders = [Path(folder) for folder in folders]
-    runs = [read_judged(folder) for folder in folders]
+    runs = [read_judged(folder, judged) for folder in folders]
     cases = list(runs[0][1][2])
     patients = list(runs[0][2].values())
     groups, seen = {}, Counter()  # runs that differ in their seeds alone
@@ -105,12 +106,12 @@ def read_scores(folder: Path) -> tuple[dict, dict]:
         return summary, {row["name"]: row for row in csv.DictReader(file)}
 
 
-def read_judged(folder: Path) -> tuple[dict, tuple, dict]:
+def read_judged(folder: Path, judged: str = "") -> tuple[dict, tuple, dict]:
     """The settings of a judged run, (name, {measure: {"mean", "stderr"}}, {case: ged_16}), and
     {case: its patient or other group}."""
     settings = read_config(folder)["settings"]
     try:
-        summary, cases = read_scores(folder)
+        summary, cases = read_scores(folder / judged)
         summary = {name: {key: float(result[key]) for key in ("mean", "stderr")}
                    for name, result in summary.items()}
         summary["ged_16"]

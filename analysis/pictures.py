@@ -313,8 +313,15 @@ def plot_ged(path, runs: list[tuple[str, dict]]) -> None:
     ax.set_xscale("log", base=2)
     ax.set(xlabel="samples", ylabel="squared GED", xticks=counts, xticklabels=counts)
     ax.set_ylim(bottom=0)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    add_legend(figure, *ax.get_legend_handles_labels())
     save_figure(figure, path)
+
+
+def add_legend(figure, lines, names) -> None:
+    """Put a legend below a figure, in as many columns as its width has room for."""
+    longest = 0.5 + 0.07 * max(map(len, names))  # inches
+    figure.legend(lines, names, fontsize=8, loc="outside lower center",
+                  ncols=max(1, int(figure.get_figwidth() / longest)))
 
 
 def plot_validation(path, runs: list[tuple]) -> None:
@@ -331,7 +338,7 @@ def plot_validation(path, runs: list[tuple]) -> None:
     score = max(run[1] for run in runs).removeprefix("val_").replace("_", " ")
     axes[0].set(xlabel="training steps", ylabel=f"validation {score}", xlim=(0, None))
     axes[1].set(xlabel="training time in minutes", xlim=(0, None))
-    figure.legend(lines.values(), lines, fontsize=8, loc="outside lower center", ncols=4)
+    add_legend(figure, lines.values(), lines)
     save_figure(figure, path)
 
 

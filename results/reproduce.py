@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import metrics
 from analysis.compare import compare, read_scores, training_time
 from common import Progress, UserError, pick_device, say
-from results.tables import FURTHER, TABLES, WORDS, Table
+from results.tables import APART, APART_ROW, FURTHER, TABLES, WORDS, Table
 from sources.files import write_text
 from sources.runs import read_config, read_log
 
@@ -99,7 +99,7 @@ def plan(name: str, args) -> list[Run]:
             say(f"{name}: {row} needs --path FILE and is left out")
             continue
         if args.steps:
-            options = re.sub(r" --steps \d+", "", options) + f" --steps {args.steps}"
+            options = with_steps(options, args.steps)
         source = args.path.stem if "FILE" in options else ""
         for seed in range(args.seeds or table.seeds):
             folder = args.out / name / re.sub(r"\W+", "-", f"{row} {source} {seed}")
@@ -107,6 +107,15 @@ def plan(name: str, args) -> list[Run]:
             runs.append(Run(name, row, folder, (f"train.py {options} --seed {seed} --out RUN",
                                                 *judge)))
     return runs
+
+
+def with_steps(options: str, steps: int) -> str:
+    """Options of train.py with another number of steps, the learning rate's drops moved along."""
+    before = re.findall(r"--steps (\d+)", options)
+    if before:
+        options = re.sub(r"\b(\d+)(?=:\.?\d)", lambda drop: str(
+            int(drop[1]) * steps // int(before[-1])), options)
+    return re.sub(r" --steps \d+", "", options) + f" --steps {steps}"
 
 
 def run_all(runs: list[Run], args) -> dict[Run, str]:
@@ -226,8 +235,10 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     ranking, first = next(iter(found.items()))
     highest = ranking.startswith(("dice", "auroc"))
     several = any(len(m.seeds) > 1 for m in first.values())
+    against = {row: against_best(row, first, highest) for row in first}
+    tested = any(p not in ("", "best") for p in against.values())
     lines = [["", "parameters", "steps x batch", "minutes", *spelled(found),
-              *["over seeds"] * several, "p", *table.beside]]
+              *["over seeds"] * several, *["p"] * tested, *table.beside]]
     lines.append(["---"] * len(lines[0]))
     for row in first:
         runs = groups[row]
@@ -238,7 +249,7 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
         lines.append([f"`{row}`", f"{config['parameters'] / 1e6:.2f} M",
                       f"{logs[0][-1]['step']} x {config['training']['batch_size']}",
                       f"{seconds / 60 / len(runs):.1f}", *cells,
-                      *[f"± {deviation:.3f}"] * several, against_best(row, first, highest),
+                      *[f"± {deviation:.3f}"] * several, *[against[row]] * tested,
                       *(published.get(row, "") for published in table.beside.values())])
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -246,18 +257,20 @@ def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
 def told_apart(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     """The lines of the table of `table.further` measures; the last line says how many pairs of rows
     each of them tells apart by the paired test over patients, p below 0.05 divided by their number
-    (Bonferroni); nothing where there are too few patients for such a p."""
+    (Bonferroni). It is left out where there are too few patients for such a p."""
     found = found_in(groups, table.further)
     lines = [["", *spelled(found)], ["---"] * (len(found) + 1)]
     lines += [[f"`{row}`", *(cell(rows.get(row)) for rows in found.values())] for row in groups]
-    last = ["pairs told apart"]
+    last = [APART_ROW]
     for rows in found.values():
         pairs = itertools.combinations(rows.values(), 2)
         tests = [p for a, b in pairs if not np.isnan(p := a.differs_from(b))]
         least = 2.0 ** (1 - len(set(next(iter(rows.values())).patients.values())))  # of any p
         apart = sum(p < 0.05 / len(tests) for p in tests)
         last.append(f"{apart} of {len(tests)}" if tests and least < 0.05 / len(tests) else "")
-    return [f"| {' | '.join(line)} |" for line in [*lines, last]]
+    if any(last[1:]):
+        lines.append(last)
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
@@ -277,7 +290,8 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
     elif groups:
         text += ["\n".join(lines_of(table, groups))]
         if table.further:
-            text += [FURTHER, "\n".join(told_apart(table, groups))]
+            lines = told_apart(table, groups)
+            text += [f"{FURTHER} {APART}" if APART_ROW in lines[-1] else FURTHER, "\n".join(lines)]
     text += [f"Failed: {failed[run]}" for run in runs if run in failed]
     if left := [run.folder.name for run in runs if not run.finished() and run not in failed]:
         text += [f"Not finished: {', '.join(left)}."]
@@ -291,11 +305,12 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
 
 
 def draw(name: str, runs: list[Run], args) -> None:
-    """Save <out>/<name>-*.png: what evaluate.py --compare draws, or the printed commands drew."""
+    """Save <out>/<name>-*.png: what evaluate.py --compare draws, of the checkpoints that the table
+    is of, or what the printed commands drew."""
     folders = [run.folder for run in runs if run.table == name and run.finished()]
     try:
         if folders and not TABLES[name].prints:
-            compare(folders)
+            compare(folders, "test-all-last" if "--weights last" in TABLES[name].judge else "")
     except UserError as error:  # runs on different cases
         say(f"{name}: no picture: {error}")
     for folder in folders[:1]:

@@ -126,7 +126,7 @@ def test_rows_of_a_kind_are_tested_among_themselves(made):
 def test_a_pooled_measure_has_no_test(made):
     """It has no value for a case, so nothing can be paired."""
     _, text = made("good", "worse", columns="mode_gap_16")
-    assert cells(text, "worse")[-1] == ""
+    assert cells(text, "worse")[-1] == "0.250 ± 0.125" and "| p |" not in text
 
 
 def test_a_row_without_a_measure_has_an_empty_cell(made):
@@ -196,6 +196,13 @@ def test_rows_without_their_data_are_left_out(made, tmp_path, capsys):
 def test_wrong_counts_are_refused():
     with pytest.raises(SystemExit):
         reproduce.main(["toy", "--jobs", "0"])
+
+
+def test_fewer_steps_move_the_drops_of_the_learning_rate():
+    assert (reproduce.with_steps("--lr 1e-3 --steps 3000 --batch-size 8 --lr-drops 2000:.3 2700:.1",
+                                 1000)
+            == "--lr 1e-3 --batch-size 8 --lr-drops 666:.3 900:.1 --steps 1000")
+    assert reproduce.with_steps("--quick --data-args hide=50", 9).endswith("hide=50 --steps 9")
 
 
 # ------------------------------------------------------------------------------- the real tables
