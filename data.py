@@ -162,9 +162,9 @@ def center(split: Split, size: int | Sequence[int]) -> Split:
     before, after = (sum(int(((part > 0) & (part != IGNORE)).sum()) for part in maps.split(64))
                      for maps in (split.labels, labels))
     if after < 0.99 * before:
-        warn(f"validation and test see the middle {size_text(size)} pixels, and "
-             f"{1 - after / before:.0%} of the annotated foreground lies outside; "
-             "evaluate.py --whole judges whole images")
+        warn(f"validation and test see the middle {size_text(size)} pixels only: of these "
+             f"{len(split)} cases, {1 - after / before:.0%} of the annotated foreground lies "
+             "outside; evaluate.py --whole judges whole images")
     return replace(split, images=fit(split.images, mode="reflect"), labels=labels,
                    instances=fit(split.instances, constant_values=-1))
 
@@ -244,8 +244,23 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=seeded_generator(seed, 0, epoch))
 
 
-def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor:
-    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`."""
+def labelled_by(split: Split, annotators: Sequence[int]) -> Split:
+    """Returns the cases that at least one of these annotators labelled, and says how many others
+    there are. DataError if there are none."""
+    rows = _annotator_weights(split, annotators, gaps=True).sum(1).nonzero().flatten().tolist()
+    names = ", ".join(split.annotators[a] for a in annotators)
+    if not rows:
+        raise DataError(f"annotators {names}: none of them labelled any of the {len(split)} cases")
+    if len(rows) < len(split):
+        warn(f"{len(split) - len(rows)} of {len(split)} training cases are left out: none of the "
+             f"annotators {names} labelled them")
+        split = split.subset(rows)
+    return split
+
+
+def _annotator_weights(split: Split, annotators: Sequence[int] | None, gaps=False) -> Tensor:
+    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`. DataError
+    where a case has no other weights, unless `gaps` are allowed."""
     weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
     weights = weights.double()
     if annotators is None:
@@ -257,11 +272,11 @@ def _annotator_weights(split: Split, annotators: Sequence[int] | None) -> Tensor
         raise DataError(f"annotators {list(annotators)}: choose from 0 to {everyone[-1]}")
     weights = weights * torch.tensor([float(a in annotators) for a in everyone])
     without = (weights.sum(1) == 0).nonzero().flatten().tolist()
-    if without:
+    if without and not gaps:
         names = ", ".join(split.annotators[a] for a in annotators)
         raise DataError(f"annotators {names}: none of them labelled {len(without)} of the cases "
                         f"({split.names[without[0]]!r} is one); name more annotators, or leave "
-                        "these cases out by a split_file")
+                        "these cases out (labelled_by)")
     return weights
 
 
@@ -347,6 +362,7 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     """Returns a table of the data set, and draws the cases of `split` whose label maps differ most
     as a PNG (`out`, or show-<name>.png). Raises DataError as `load` does."""
     options, out = options or {}, Path(out or f"show-{name}.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
     wanted = ["all"] if split == "all" else list(SPLITS)
     try:
         splits = load(name, wanted, path, **options)
@@ -422,7 +438,7 @@ def _plot_cases(split: Split, distances: Tensor, out: Path, cases: int = 8, maps
     pictures, notes = {}, {}
     scores, order = _diversity(split, distances).sort(descending=True, stable=True)
     for score, i in zip(scores[:cases].tolist(), order[:cases].tolist()):
-        case, name = split.subset([i]).all_maps(), f"{split.names[i][-36:]}\n{score:.2f}"
+        case, name = split.subset([i]).all_maps(), f"{split.names[i][-36:]}\ndiversity {score:.2f}"
         image, labels = case.images[0], case.labels[0]
         if image.dim() == 4:
             fullest = fullest_slice(labels)

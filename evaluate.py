@@ -18,7 +18,9 @@ run's test split, they are written to a folder inside it, which is named after t
     per_volume.csv   the same with --per-volume: VAE U-Net's Tables 2 and 3
     samples.png      image, up to 7 annotators, prediction and 16 samples
 and further pictures. analysis/page.py explains the pictures and every measure in metrics.json;
-`python evaluate.py --help` ends with these explanations. analysis/uncertainty.py cites the sources
+`python evaluate.py --help` ends with these explanations. --image writes a picture of samples
+(NAME_samples.png), the samples and maps (NAME_arrays.npz, or NIfTI files for a NIfTI), 16-bit PNGs
+and sizes in pixels or mm^3; analysis/predict.py explains their contents. analysis/uncertainty.py cites the sources
 of its measures, and says with which published numbers they must not be compared.
 """
 
@@ -67,10 +69,10 @@ PAGED = 20  # cases in report.html, at most
 LIKELIHOOD_SAMPLES = 16
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
-HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_mean", "iou_rec", "ece",
+HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_present", "dice_mean", "iou_rec", "ece",
              "log_likelihood", "mode_pooled_tv", "rand_error", "rand_error_components")  # printed
 # Options with their defaults, and which of them each mode takes; judging a split takes all.
-OPTIONS = dict(split="test", path=None, weights="best", cases="all", whole=False, per_class=False,
+OPTIONS = dict(split="test", path=None, data_args=None, weights="best", cases="all", whole=False, per_class=False,
                cluster=None)
 MODES = dict(image=("weights",), compare=(), ambiguous=("path", "weights"),
              ood=("split", "path", "weights"), per_volume=("split", "path", "weights"))
@@ -83,7 +85,7 @@ FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_level
 
 @torch.no_grad()
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           whole=False, classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES,
+           data_args=None, whole=False, classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES,
            device=None) -> dict:
     """Judge best.pt or last.pt of a run, write the files that the module lists, and return the
     content of metrics.json.
@@ -93,13 +95,17 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     Raises UserError or DataError for anything the user can correct.
     """
     folder = Path(folder)
-    settings, model, (judged,) = open_run(folder, (split,), path, device, weights, whole)
+    settings, model, (judged,) = open_run(folder, (split,), path, device, weights, whole, data_args)
     if cases == "agreed":
         agreed = (judged.marked | ~judged.present).all(1)
         judged = judged.subset(agreed.nonzero().flatten().tolist())
         if not len(judged):
             raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
                             "marked by every annotator; use --cases all")
+    if rows := (~judged.present.any(1)).nonzero().flatten().tolist():
+        say(f"note: {len(rows)} of {len(judged)} cases are left out, such as "
+            f"{judged.names[rows[0]]!r}: all their pixels are ignored (255)")
+        judged = judged.subset(sorted({*range(len(judged))} - {*rows}))
     if cluster and judged.instances is None:
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     count, *alpha = cluster or (CLUSTERED,)
@@ -140,17 +146,19 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
             "cases")
     write_page(out, folder, f"{what}, {weights}.pt", found["shown"], shown)
     headlines = {name: result for name, result in summary.items()
-                 if re.sub(r"(_\d+)+$", "", name) in HEADLINES}
+                 if re.sub(r"(_\d+)+$", "", name) in HEADLINES and name != "diversity_1"}
     say(f"{table(headlines)}\n{what}: all {len(summary)} numbers and pictures in {out}, look at "
         "report.html")
     return summary
 
 
-def open_run(folder, splits, path=None, device=None, weights="best", whole=False):
+def open_run(folder, splits, path=None, device=None, weights="best", whole=False, data_args=None):
     """Read a run: (its settings, its model, its splits), the last two on the device. Images are
     cropped or padded to the run's --image-size unless `whole`."""
     settings, device = read_config(folder)["settings"], device or pick_device()
     model = models.load(folder / f"{weights}.pt", device)
+    if data_args is not None:
+        settings = settings | dict(data_args=data_args)
     loaded, config = load_data(folder, settings, splits, path), model.config
     for split in loaded:
         channels, dims = split.images.shape[1], split.images.dim() - 2
@@ -330,6 +338,8 @@ def parse(argv=None) -> argparse.Namespace:
                    help="best: of lowest validation GED; last: at the end of training")
     p.add_argument("--path", help="the data, if they have moved; with --split all, any other file "
                    "of the same data set")
+    p.add_argument("--data-args", nargs="+", metavar="K=V",
+                   help="with --split all --path: options of the other data, instead of the run's")
     p.add_argument("--whole", action="store_true",
                    help="whole images, not the centre of the run's --image-size")
     p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N",
@@ -341,7 +351,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--per-class", action="store_true",
                    help="judge every class by itself, too (default: for 2D and 3 to 20 classes)")
     p.add_argument("--per-volume", action="store_true",
-                   help="sets of slices (synapse): Dice and Hausdorff distance of whole volumes, "
+                   help="sets of slices (synapse, folder with slices=axial): Dice and Hausdorff distance of whole volumes, "
                    "for the deterministic prediction and --samples N samples (default 10)")
     p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
                    help="sets with instances: cluster N samples (default 16) within a Hamming "
@@ -371,6 +381,8 @@ def check(args) -> None:
             if getattr(args, mode) and getattr(args, option) != default and option not in takes:
                 raise UserError("--{} has no effect with --{}: leave it out".format(
                     option.replace("_", "-"), mode.replace("_", "-")))
+    if args.data_args and not (args.path and args.split == "all"):
+        raise UserError("--data-args is for other data: give --split all and --path as well")
     if args.out and not args.image:
         raise UserError("--out is for --image: other results are written to the run's folder")
     if len(modes := [mode for mode in MODES if getattr(args, mode)]) > 1:
@@ -407,8 +419,8 @@ def predict_images(args, device) -> None:
             samples=16 if len(args.samples) > 1 else args.samples[0],
             class_scales={int(k): factor for k, factor in scales.items()})
         say(f"{picture} (look at it), {arrays} (the samples and maps)")
-        say("\n".join(f"  {kind}: {size['mean']:.4g} {sizes['unit']} on average, from "
-                      f"{size['q05']:.4g} to {size['q95']:.4g} in 90 % of the samples"
+        say("\n".join(f"  {kind}: {size['mean']:,.0f} {sizes['unit']} on average, from "
+                      f"{size['q05']:,.0f} to {size['q95']:,.0f} in 90 % of the samples"
                       for kind, size in sizes["volume"].items()))
 
 
@@ -438,7 +450,9 @@ def warn_of_foreign(args, device) -> None:
     foreign = data.load(name, "test", *place).images
     out = folder_of(folder, args.split, weights=args.weights, path=args.path)
     summary = ood(model, split, foreign, name, out)
-    print("AUROC against the same images left as they are:")
+    print("Area under the ROC curve, by how much samples differ (variance) or by PHiSeg's gamma "
+          "map, of images changed against the same images as they are; 0.5 is chance.\n"
+          "blur: std in pixels; patch: per cent of the side; noise: in deviations of the images")
     print(table({name.removeprefix("auroc_"): values for name, values in summary.items()
                  if name.startswith("auroc_")}))
 
@@ -456,12 +470,17 @@ def main(argv=None) -> int:
             predict_images(args, device)
         elif args.compare:
             print(compare([args.run, *args.compare]), end="")
+            say(f"also in {Path(args.run, 'compare.md')}, with compare.png and compare_curves.png")
         elif args.ambiguous:
             folder = Path(args.run)
             _, model, splits = open_run(folder, ("val", "test"), args.path, device, args.weights)
             out = folder_of(folder, "test", weights=args.weights, path=args.path)
             result = ambiguity(model, *splits, out)
-            print(", ".join(f"{k} {v:.4g}" for k, v in result.items()))
+            say("{n} test cases, {samples} samples: do some annotators mark nothing where others "
+                "mark something?\nright in {accuracy:.1%} of the cases; the commoner answer alone "
+                "in {commoner:.1%}\nthe answer is yes if fewer than {threshold} samples mark "
+                "something, a number chosen on the validation split\n".format(**result)
+                + f"{out / 'ambiguity.json'}, {out / 'ambiguity.png'}")
         elif args.ood:
             warn_of_foreign(args, device)
         elif args.per_volume:
@@ -469,6 +488,7 @@ def main(argv=None) -> int:
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
                    samples=tuple(args.samples), path=args.path, whole=args.whole,
+                   data_args=args.data_args and key_values("--data-args", args.data_args),
                    classes=args.per_class, cluster=args.cluster,
                    likelihood_samples=args.likelihood_samples, device=device)
         if dist.is_initialized():

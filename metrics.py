@@ -6,8 +6,9 @@ any device. A result is one value per case, (B,), unless said otherwise.
 
   * Class 0 is background; measures average over the foreground classes 1..K-1. To score only some
     of them, as Eq. 7 of the Probabilistic U-Net does, map the others to 0 in samples and labels.
-  * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. An annotator
-    who is 255 everywhere is missing and has no influence, like any annotator of weight 0.
+  * 255 means ignore: a pixel that either map of a pair ignores is out of that pair. (If annotators
+    ignore different pixels, GED may therefore be below 0.) An annotator who is 255 everywhere is
+    missing and has no influence, like any annotator of weight 0.
   * `empty` is the IoU of a class that is absent in both maps: 1 for LIDC; NaN leaves the class out
     of that pair's mean (Cityscapes, SNEMI3D). Where no class is left, the IoU is 1.
   * NaN means: this case has no value, for example because it has no annotator. `bootstrap`,
@@ -416,9 +417,11 @@ def _nearest(points, others):
 def bootstrap(values, groups=None, resamples=1000, seed=0):
     """{"mean", "stderr", "n"} of one value per case; without any, mean and stderr are NaN.
 
-    The standard error is the standard deviation of the means of `resamples` draws with replacement
-    of all cases or, given the patient (or scene) of each case as `groups` (N,), of all patients:
-    the images of one patient are alike, so they do not count as independent.
+    The standard error is the standard deviation of the means of `resamples` draws of cases with
+    replacement or, given the patient (or scene) of each case as `groups` (N,), of patients with all
+    their cases: the images of one patient are alike, so they do not count as independent. A draw
+    has one patient fewer than there are, which makes the error of a mean unbiased for few of them
+    (Rao and Wu 1988).
     """
     values, groups = _given(values, groups)
     if not len(values):
@@ -431,8 +434,8 @@ def bootstrap(values, groups=None, resamples=1000, seed=0):
 
 
 def resampled(groups, times=200, seed=0):
-    """Draw as many groups as there are, with replacement, `times` times: how often each case is in
-    the draw, (times, N). groups (N,): the group of each case."""
+    """Draw groups with replacement, one fewer than there are (see `bootstrap`), `times` times: how
+    often each case is in the draw, (times, N). groups (N,): the group of each case."""
     number = _numbers(groups)
     return _draws(int(number.max()) + 1, times, seed)[:, number].astype(int)
 
@@ -440,7 +443,8 @@ def resampled(groups, times=200, seed=0):
 @functools.lru_cache(maxsize=1)
 def _draws(groups, times, seed):
     """How often each of so many groups is drawn, (times, groups) float64, as products are fast."""
-    drawn = np.random.default_rng(seed).multinomial(groups, [1 / groups] * groups, size=times)
+    count = max(1, groups - 1)
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / groups] * groups, size=times)
     return drawn.astype(float)
 
 

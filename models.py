@@ -28,10 +28,19 @@ from vae_unet import VAEUNet
 CHUNK = 2**28  # logits that `sample_chunks` computes at once (1 GiB)
 LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1.9e8 in 896 tensors
 
-# To add a method: write a class with forward, sample, predict and log_likelihood, with TRAINING,
-# QUICK_CONFIG and QUICK_TRAINING, and with a `Config` that has the fields in_channels, num_classes
-# and dims; list it here; and give tests/helpers.py a small config of it, for
-# tests/test_contract.py. tests/test_models.py has an example of 30 lines.
+# To add a method, write a class with
+#   Config          a frozen dataclass with the fields in_channels, num_classes and dims, and as
+#                   many others as you like, all with defaults; __init__(self, config=Config())
+#                   keeps it as self.config
+#   TRAINING        dict(optimizer="adam", lr=1e-4, batch_size=8, steps=10_000); weight_decay,
+#                   lr_drops and others as in the methods
+#   QUICK_CONFIG, QUICK_TRAINING    dicts of what --quick changes, may be empty
+#   forward(image, label, mask=None)            -> (loss, {name of a term: its value, detached})
+#   sample(image, n, generator=None)            -> logits (n, B, K, *S)
+#   predict(image)                              -> probabilities (B, K, *S)
+#   log_likelihood(image, label, n, mask=None, generator=None)    -> nats (B,)
+# and list it here. tests/test_models.py has an example of 30 lines. To have your class tested like
+# the others (tests/test_contract.py), give tests/helpers.py a small config of it.
 MODELS = {
     "ssn": SSN,
     "prob_unet": ProbUNet,

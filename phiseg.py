@@ -21,8 +21,8 @@ of aleatoric uncertainty: the image alone does not determine the mask.
 
 Differences from the paper
   1. In the text, z_1 has the resolution of the image. In the authors' code (hence in the published
-     numbers) and here, its resolution is 2^-(R-L) times the image's, for R resolution levels.
-     `latent_levels=7` is the layout of the text.
+     numbers) and here, its resolution is 2^-(R-L) times the image's, for R resolution levels. With
+     `latent_levels=7` it is the image's, but there are 7 latent levels then instead of the text's 5.
   2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D each
      coarser map has a quarter of the positions, so its KL counts four times as much.
   3. The code also upsamples every z to all finer levels and never uses the results; this is left
@@ -31,14 +31,16 @@ Differences from the paper
      the softplus of the prediction.
   5. Images of any size are padded by reflection. The posterior gets the one-hot mask minus 0.5, as
      in the code; padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work as well.
-  6. Training takes 500k steps and keeps the checkpoint of lowest validation GED; the paper trains
-     for 48 hours and keeps that of lowest validation loss. Initial weights are PyTorch's defaults;
-     the code draws them from He's normal distribution.
+  6. Training takes 500k steps and keeps the checkpoint of lowest validation GED, which is also what
+     the code's test script takes; the paper trains for 48 hours and keeps that of lowest validation
+     loss. Initial weights are PyTorch's defaults; the code draws them from He's normal distribution.
   7. The paper's single prediction is the mean of samples (`dice_mean` of evaluate.py); `predict`
      sets every level to its prior mean.
   8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
      slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
   9. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
+ 10. LIDC is augmented as in the HPU-Net's paper (data.DATASETS), which is more than the authors do:
+     they rotate half of the images by up to 10 degrees and magnify them.
 
     python phiseg.py                 # a small one, about a minute on two CPU cores
                                      # -> phiseg_levels.png (Fig. 1), phiseg_maps.png (Fig. 3)
@@ -69,7 +71,7 @@ class PHiSegConfig:
     latent_levels: int = 5  # L, at most R; 1 is the paper's ablation
     latent_channels: int = 2  # D, channels of every latent map
     convs: int = 3  # 3-wide convolutions per level of the encoders
-    kl_base: float = 4.0  # alpha_l = kl_base^(l-1): 4 in the authors' code, 2 in the text
+    kl_base: float = 4.0  # alpha_l = kl_base^(l-1): 4 in the code, 2 in the text (3D: perhaps 8)
 
 
 class PHiSeg(nn.Module):
@@ -183,13 +185,13 @@ class PHiSeg(nn.Module):
         """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
         half from the posterior and half from the prior: see common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
-        given_p, given_q = self.encode(image), self.encode(image, label)
+        of_image, of_both = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
-        for net, given, count in ((self.posterior, given_q, n_q), (self.prior, given_p, n_p)):
+        for net, features, count in ((self.posterior, of_both, n_q), (self.prior, of_image, n_p)):
             for noise in self.noise(image, count, generator):
-                latents, _ = net(given, noise=noise)
-                _, q = self.posterior(given_q, latents=latents)
-                _, p = self.prior(given_p, latents=latents)
+                latents, _ = net(features, noise=noise)
+                _, q = self.posterior(of_both, latents=latents)
+                _, p = self.prior(of_image, latents=latents)
                 log_q = sum(q[l].log_prob(z) for l, z in latents.items())
                 log_p = sum(p[l].log_prob(z) for l, z in latents.items())
                 log_ratio = importance_log_ratio(log_q, log_p, n_q, n_p).view(-1, len(image))
@@ -208,11 +210,12 @@ class LatentNet(nn.Module):
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.up, self.join, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         features = c.channels[-c.latent_levels :]  # widths of the encoder at levels 1 .. L
-        given = latents * c.channels[0]  # channels that z_{l+1} is expanded to
+        expanded = latents * c.channels[0]  # channels that z_{l+1} is expanded to
         for l in range(1, c.latent_levels):
             width = c.channels[l - 1]
-            self.up[str(l)] = conv_block(c.dims, latents, given, convs=2)
-            self.join[str(l)] = conv_block(c.dims, features[l - 1] + given, width, convs=2)
+            self.up[str(l)] = conv_block(c.dims, latents, expanded, convs=2)
+            self.join[str(l)] = conv_block(c.dims, features[l - 1] + expanded, width,
+                                           convs=2)
             self.heads[str(l)] = CONV[c.dims](width, 2 * latents, 1)  # mean and log std
         self.heads[str(c.latent_levels)] = CONV[c.dims](features[-1], 2 * latents, 1)
 
@@ -264,9 +267,9 @@ class Likelihood(nn.Module):
                 conv_block(c.dims, width, width) for _ in range(doublings))
             if coarser:
                 self.up[name] = conv_block(c.dims, coarser, width)
-                self.join[name] = conv_block(c.dims, 2 * width, c.channels[l - 1 + doublings],
-                                             convs=2)
-                width = c.channels[l - 1 + doublings]
+                joined = c.channels[l - 1 + doublings]
+                self.join[name] = conv_block(c.dims, 2 * width, joined, convs=2)
+                width = joined
             self.out[name] = CONV[c.dims](width, c.num_classes, 1)
             coarser = width
 

@@ -25,7 +25,8 @@ Differences from the paper
      computed as conv(features) + linear(z), so that all samples share conv(features); the two
      parts of its initial weights are orthogonal by themselves, not as one matrix.
   2. The nets predict log sigma, and it is bounded (common.bounded_log_std) so that the KL cannot
-     overflow. The authors take exp of an unbounded number.
+     overflow. The authors take exp of an unbounded number. The text calls sigma of Eq. 1 the
+     variance; App. H.1 and the code mean the standard deviation, as here.
   3. The learning rate falls from 1e-4 to 1e-6 "in 5 steps" in the paper, which does not say
      when. Here it is multiplied by 10^-0.4 every 40k steps. For Cityscapes, models.RECIPES follows
      the paper (six levels, batch 16); the authors' code has seven levels and batch 10.
@@ -34,7 +35,10 @@ Differences from the paper
   5. Initial weights are orthogonal, as the paper says; the authors' code uses He's normal ones.
   6. Images of any size are padded by reflection. The posterior gets the one-hot mask minus 0.5, as
      in the authors' code; padding and ignored pixels (255) are -0.5 in every class.
-  7. 1D and 3D work as well (`dims`); the paper is 2D.
+  7. Besides the transformations that App. H lists, images are mirrored and, on LIDC, turned by
+     quarter turns. The paper's crops of 128 pixels from 180 take `--image-size 128`.
+  8. Weight decay acts on all parameters; in the code, on the weights of all layers but the last.
+  9. 1D and 3D work as well (`dims`); the paper is 2D.
 
     python prob_unet.py              # a small one with a 2D latent, under a minute on a CPU
                                      # -> prob_unet_samples.png, prob_unet_latent.png
@@ -96,9 +100,10 @@ class ProbUNet(nn.Module):
         check_choice("prior", c.prior, ("conditional", "fixed"))
         check_choice("posterior", c.posterior, ("image_and_mask", "mask"))
         check_choice("z_enters", c.z_enters, ("after", "input"))
-        if c.latent_dim < 1 or c.comb_layers < 2:
-            raise ValueError(f"latent_dim={c.latent_dim}, comb_layers={c.comb_layers}: latent_dim "
-                             "is at least 1, comb_layers at least 2")
+        if c.latent_dim < 1 or c.comb_layers < 2 or c.beta < 0:
+            raise ValueError(f"latent_dim={c.latent_dim}, comb_layers={c.comb_layers}, beta="
+                             f"{c.beta}: latent_dim is at least 1, comb_layers at least 2, beta at "
+                             "least 0")
         at_input = c.z_enters == "input"
         self.unet = UNet(c.in_channels + (c.latent_dim if at_input else 0), c.channels, dims=c.dims,
                          convs=c.convs, norm="none")
@@ -147,11 +152,11 @@ class ProbUNet(nn.Module):
 
     def _shared(self, image):
         """What all samples of an image share: U-Net features, or the image if z_enters="input"."""
-        return self.from_features(self.unet(image)) if self.from_z else image
+        return self.from_features(self.unet(image)) if self.from_z is not None else image
 
     def _logits(self, shared, z):
         """Output of `_shared` (B, ., *S) and latents z (n, B, N) -> logits (n, B, K, *S)."""
-        if self.from_z:
+        if self.from_z is not None:
             bias = self.from_z(z).unsqueeze(3)  # (n, B, width, 1)
             x = shared.flatten(2) + bias  # (n, B, width, pixels)
             x = x.unflatten(3, shared.shape[2:]).flatten(0, 1)  # (n * B, width, *S)
@@ -175,7 +180,7 @@ class ProbUNet(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n logit maps, (n, B, K, *S), from one pass of the U-Net and the prior net."""
+        """n logit maps, (n, B, K, *S). U-Net and prior net run once, if z enters after the U-Net."""
         return self.decode(image, draw(self.prior(image), n, generator))
 
     @torch.no_grad()

@@ -20,32 +20,42 @@ The paper's three experiments:
 To put the method on a network of your own, call `SSN(config, backbone=net)`.
 
 Differences from the paper
-  1. Sampling: the authors' code uses torch's LowRankMultivariateNormal, which factorises a matrix,
-     and falls back to independent normals where that fails. Here a sample is mu + P e1 + sqrt(D) e2
-     with standard normal e1 and e2, which needs no factorisation.
+  1. A sample is mu + P e1 + sqrt(D) e2 with standard normal e1 and e2, as in the authors' code for
+     LIDC and for the toy. Their code for BraTS uses torch's LowRankMultivariateNormal, which
+     factorises a matrix, and falls back to independent normals where that fails. In training, half
+     of the M samples mirror the other half about the mean, as in their code for BraTS; elsewhere
+     they draw all of them independently.
   2. The log of the diagonal is bounded (common.bounded_log_std), so it cannot overflow. The authors
      stop the toy's training before it overflows.
   3. If the covariance outgrows the mean, training ends in bad optima (Sec. 5.1). As in the paper,
-     the toy trains its mean first, and `mask` removes the covariance of a known background (air
-     around a brain). In addition, the covariance here starts small. With a large one, the
-     background turns to foreground in whole samples. Eq. 7 barely notices, because the best of the
-     M samples dominates it, so this takes long to unlearn (`shapes`, 300 steps: GED .37 instead of
-     .23).
+     the toy trains its mean first. In a known background (air around a brain), the paper removes
+     the covariance and trains the mean alone; here such pixels have no loss at all. In addition,
+     the covariance here starts small. With a large one, the background turns to foreground in whole
+     samples. Eq. 7 barely notices, because the best of the M samples dominates it, so this takes
+     long to unlearn (`shapes`, 300 steps: GED .37 instead of .23). Apart from that, the three
+     convolutions start from PyTorch's initial weights; those of the code for LIDC start 2.5 times
+     as large.
   4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
      fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
      trained with the authors' recipe (models.RECIPES), and as in theirs, a batch has 10 patches, of
      10 volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
-     here all volumes are in memory and take turns, one patch each. Augmentation mirrors and rotates
-     in the axial plane like theirs, but deforms neither the volume nor the histogram. Air and
+     here all volumes are in memory and take turns, one patch each. Augmentation turns the axial
+     plane by quarter turns like theirs and also mirrors it (their flip is of both axes, which is a
+     half turn); it deforms neither the volume nor the histogram. Air and
      voxels beyond the volume have no loss here, whereas theirs learns that they are background;
      samples are arbitrary there, and `analysis/predict.py` masks them.
   5. The temperature T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
-  6. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
-     slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
-  7. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
+  6. The U-Net's batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of
+     0.01, because slower averages lag behind the weights in runs of hundreds of steps
+     (common.batch_norm).
+  7. The U-Net's up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel
+     elsewhere.
   8. The toy's mean is first trained alone, with the plain cross-entropy: 200 steps of Adam at 0.4.
      Then all three maps take 2,500 steps by Eq. 7, at a rate that falls linearly from 0.4 to 0. The
-     authors' toy takes 5,000 + 5,000 steps at 1e-3, both by Eq. 7.
+     authors' toy takes 5,000 + 5,000 steps at 1e-3, both by Eq. 7. It has one logit per pixel; here
+     there are two, and Fig. 2 shows their difference.
+  9. LIDC is augmented as in the HPU-Net's paper (data.DATASETS), which is more than the authors do:
+     they rotate half of the images by up to 10 degrees and magnify them.
 
     python ssn.py                                      # Fig. 2 in seconds -> ssn_toy.png
     python train.py --model ssn --data lidc --device cuda
@@ -62,7 +72,7 @@ from torch import Tensor, nn
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.unet import DetUNet
-from common import (CONV, IGNORE, LowRankNormal, bounded_log_std, check_choice, cross_entropy,
+from common import (CONV, LowRankNormal, bounded_log_std, check_choice, cross_entropy,
                     samples_at_once, valid_label)
 
 
@@ -108,7 +118,7 @@ class SSN(nn.Module):
             raise ValueError(f"rank={c.rank}, mc_samples={c.mc_samples}, diagonal_min="
                              f"{c.diagonal_min}: rank is at least 0, mc_samples at least 1, "
                              "diagonal_min above 0")
-        self.backbone = backbone or build_backbone(c)
+        self.backbone = build_backbone(c) if backbone is None else backbone
         features, conv = self.backbone.out_channels, CONV[c.dims]
         self.mean = conv(features, c.num_classes, 1)
         self.log_diagonal = conv(features, c.num_classes, 1)
@@ -116,21 +126,17 @@ class SSN(nn.Module):
         # difference 3: start with variances of about 0.02 and a tenth of PyTorch's usual factor
         with torch.no_grad():
             self.log_diagonal.bias -= 4
-            if self.factor:
+            if self.factor is not None:
                 self.factor.weight *= 0.1
                 self.factor.bias *= 0.1
 
-    def distribution(self, image: Tensor, mask: Tensor | None = None) -> LowRankNormal:
-        """The normal distribution over logit maps (B, K, *S) of Eq. 5.
-
-        mask bool (B, *S), True in the region of interest. Outside it, logits are independent, with
-        a variance of only `diagonal_min`.
-        """
+    def distribution(self, image: Tensor) -> LowRankNormal:
+        """The normal distribution over logit maps (B, K, *S) of Eq. 5."""
         if isinstance(self.backbone, DeepMedic):
             maps = self.backbone.stitch(image, self._maps)
         else:
             maps = self._maps(self.backbone(image))
-        return self._normal(*maps, mask=mask)
+        return self._normal(*maps)
 
     def _maps(self, features):
         """features (B, F, *S) -> mean, log diagonal (B, K, *S) and, if any, factor (B, R*K, *S)."""
@@ -140,29 +146,24 @@ class SSN(nn.Module):
         with torch.autocast(features.device.type, enabled=False):  # bfloat16 would round the maps
             return [head(features.float()) for head in heads]
 
-    def _normal(self, mean, log_diagonal, factor=None, mask=None):
+    def _normal(self, mean, log_diagonal, factor=None):
         # the diagonal is a variance, but the bound is on its log std, which is half of its log
         diagonal = torch.exp(2 * bounded_log_std(log_diagonal / 2))
         if factor is not None:
             factor = factor.unflatten(1, (self.config.rank, self.config.num_classes))
-        if mask is not None:
-            diagonal = diagonal * mask.unsqueeze(1)
-            if factor is not None:
-                factor = factor * mask[:, None, None]
         return LowRankNormal(mean, factor, diagonal + self.config.diagonal_min)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 7 in nats, summed over pixels and averaged over the batch: (loss, terms).
 
-        image (B, C, *S), label int64 (B, *S) with 255 ignored, mask as in `distribution`.
+        image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         With DeepMedic, the loss is that of one random patch of every volume.
         """
         label = valid_label(label, mask)
         if isinstance(self.backbone, DeepMedic):
             image, label = self.backbone.random_patches(image, label)
-            mask = label != IGNORE
-        normal = self._normal(*self._maps(self.backbone(image)), mask=mask)
-        # M/2 draws and their mirror images about the mean, as in the authors' code: less variance
+        normal = self._normal(*self._maps(self.backbone(image)))
+        # M/2 draws and their mirror images about the mean, difference 1: less variance
         samples = normal.sample(self.config.mc_samples, antithetic=True)
         log_prob = -cross_entropy(samples, label)  # (M, B)
         loss = (math.log(len(log_prob)) - log_prob.logsumexp(0)).mean()
@@ -185,7 +186,7 @@ class SSN(nn.Module):
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
         """log p(y | x) in nats, (B,), by Eq. 6 with n samples: on average a lower bound."""
-        normal, label = self.distribution(image, mask), valid_label(label, mask)
+        normal, label = self.distribution(image), valid_label(label, mask)
         chunk = samples_at_once(normal.mean.numel(), image.device)
         parts = [-cross_entropy(normal.sample(min(chunk, n - i), generator), label)
                  for i in range(0, n, chunk)]
@@ -206,7 +207,7 @@ def build_backbone(c: SSNConfig) -> nn.Module:
 
 class FreeMaps(nn.Module):
     """Replaces the network: the features of pixel i are the i-th unit vector, so that the weights
-    of the three 1-wide convolutions are the maps themselves."""
+    (plus a bias) of the three 1-wide convolutions are the maps themselves."""
 
     def __init__(self, pixels: int):
         super().__init__()

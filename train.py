@@ -322,6 +322,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
     chosen = annotators(settings["annotators"], train_split)
+    if chosen is not None:
+        train_split = data.labelled_by(train_split, chosen)
     if last.exists() and not resume:  # told only once nothing else is wrong with the command
         raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --out DIR "
                         "begins another beside it")

@@ -1,6 +1,7 @@
 """Every class by itself: Dice and 95% Hausdorff distance, of images or of whole volumes that were
 segmented slice by slice (VAE U-Net's Tables 2 and 3)."""
 
+import re
 import warnings
 
 import numpy as np
@@ -19,14 +20,17 @@ SAMPLES = 8  # of a case that are judged by themselves
 
 @torch.no_grad()
 def volume_rows(model, split, labels, n) -> dict:
-    """`class_rows` of volumes, (V, 1 + n, K - 1) arrays: the slices of a group are one volume.
+    """`class_rows` of volumes, (V, 1 + n, K - 1) arrays: slices that are named VOLUME/z0000 (by
+    `folder` with slices=axial), or else all slices of a group, are one volume.
 
-    split: slices (N, C, H, W), those of a group in the volume's order; labels (N, A, H', W'), the
+    split: slices (N, C, H, W), those of a volume in its order; labels (N, A, H', W'), the
     annotations at the size at which they are judged, to which the predictions are resized.
     """
     rows = []
-    for group in dict.fromkeys(split.groups):
-        slices = [i for i, other in enumerate(split.groups) if other == group]
+    volumes = [name.rpartition("/z")[0] if re.search(r"/z\d{4}$", name) else group
+               for name, group in zip(split.names, split.groups)]
+    for group in dict.fromkeys(volumes):
+        slices = [i for i, other in enumerate(volumes) if other == group]
         part, maps = split.subset(slices), []
         for batch, chunks in sample_batches(model, part, n):
             prediction = labels_of(model.predict(batch.images), 1)
@@ -89,8 +93,9 @@ def write_classes(path, rows: dict) -> None:
             cells = [mode, "mean" if last else str(k + 1)]
             for mean in means:
                 column = mean[which, k]
-                cells += [f"{column.mean():.6g}"]
-                cells += [f"{column.std():.6g}" if mode == "samples" else ""]
+                column = column[~np.isnan(column)]  # samples that lack the class have no distance
+                cells += [f"{column.mean():.6g}" if len(column) else ""]
+                cells += [f"{column.std():.6g}" if len(column) and mode == "samples" else ""]
             cells += ["", ""] if last else [str(cases[k]), f"{missed[which, k].mean():.6g}"]
             lines.append(",".join("" if cell == "nan" else cell for cell in cells))
     write_text(path, "\n".join(lines) + "\n")

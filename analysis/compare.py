@@ -14,8 +14,8 @@ from sources.files import write_text
 from sources.runs import read_config, read_log
 
 COMPARED = ("ged_16", "ged_100", "hungarian_iou_16", "dice_max_16", "ncc_100", "diversity_16",
-            "dice", "dice_present", "dice_mean", "iou_rec", "log_likelihood", "ece_band",
-            "volume_crps", "e_aurc_disagreement", "mode_pooled_tv_100")
+            "dice", "dice_present", "dice_mean", "iou_rec", "ece_band", "volume_crps",
+            "e_aurc_disagreement", "mode_pooled_tv_100")
 
 
 def compare(folders, judged: str = "") -> str:
@@ -52,13 +52,22 @@ def compare(folders, judged: str = "") -> str:
         seen[rest, seed] += 1  # the same seed again goes to another group
     rows = [pooled([run for _, run in group]) for group in groups.values()]
     names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
-    lines = ["| run | " + " | ".join(names) + " | p |", "|---" * (len(names) + 2) + "|"]
+    lines = ["| run | " + " | ".join(names) + " | p (ged_16) |", "|---" * (len(names) + 2) + "|"]
     for row, (name, summary, geds) in enumerate(rows):
         cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := summary.get(n)) else ""
                  for n in names]
         p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases], patients)
         cells.append(f"{p:.2g}" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "±: standard error over patients or other groups; in a line of several seeds, the "
+              "standard deviation over these."]
+    if len(rows) > 1:
+        lines[-1] += (f" p: paired permutation test of ged_16 against {rows[0][0]}; it is about "
+                      "these trained networks, and another seed may reverse it.")
+    drawn = [{name for name in summary if name.startswith("ged_")} for _, summary, _ in rows]
+    if any(names != drawn[0] for names in drawn):
+        lines += ["", "The runs were judged with different numbers of samples: compare only "
+                  "measures that name one number, such as ged_16."]
     if unlike:
         lines += ["", "Some runs were judged on whole images, others on their centre of "
                   "--image-size: compare them only if the images have that size."]

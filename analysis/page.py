@@ -17,8 +17,9 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from analysis.compare import read_scores, training_time
+from analysis.compare import read_scores, training_time, validations
 from analysis.pictures import COLORS, label_picture, paint_image, paint_map
+from common import IGNORE
 from sources.files import write_text
 from sources.runs import read_config, read_log
 
@@ -30,21 +31,21 @@ ARROWS = {"↓": "↓ lower is better", "↑": "↑ higher is better"}
 # name in metrics.json, mostly a number, becomes a column of the table: see `split_name`.
 MEASURES = {
     "Samples against annotators, by the number of samples": {
-        "ged": "↓ Squared generalised energy distance of samples and annotations; 0 at best.",
+        "ged": "↓ Squared generalised energy distance of samples and annotations. n samples of the "
+               "true distribution, against A annotations, have about d (1/n + 1/A), where d is the "
+               "mean 1 - IoU of two different ones.",
         "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
         "ncc": "↑ Correlation between where samples vary and where annotators contradict them.",
-        "diversity": "Mean 1 - IoU of two samples; ideally that of two annotations."},
+        "diversity": "Mean 1 - IoU of two of the n samples, each pair of a sample with itself "
+                     "included. Ideally as of the annotations (data.py show), for as many of them."},
     "Sets of samples against annotators": {
         "dice_max": "↑ Dice of the sample nearest to an annotator, averaged over annotators.",
-        "dice_nearest": "↑ Dice of the annotator nearest to a sample, averaged over samples.",
         "dice_match": "↑ Dice when every annotator is matched with a sample of its own.",
         "dice_soft": "↑ Dice of the samples' and the annotators' means above five thresholds.",
-        "volume_crps": "↓ CRPS of the foreground's volume, in pixels.",
-        "volume_crps_curvas": "↓ The same as the CURVAS challenge defines it."},
+        "volume_crps": "↓ CRPS of the foreground's volume, in pixels."},
     "Calibration of the samples' mean": {
         "ece": "↓ Expected calibration error in 20 bins: of all pixels, of those where some "
                "foreground is possible, and of those where it is uncertain.",
-        "adaptive_ece": "↓ The same in bins of equally many pixels.",
         "brier": "↓ Brier score over all classes, from 0 to 2."},
     "Failure detection: does a score of the image tell how wrong the prediction is?": {
         "aurc": "↓ Area under the curve of risk, 1 - Dice, against the share of images kept.",
@@ -58,14 +59,18 @@ MEASURES = {
         **dict.fromkeys(("variance_patch", "entropy_patch", "mutual_information_patch"),
                         "The mean of the map over its most uncertain window of 10 pixels a side.")},
     "The single prediction against annotators": {
-        "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes.",
+        "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes; "
+                "1 for a class that neither marks.",
         "dice_present": "↑ The same over classes that the annotation has.",
         "dice_foreground": "↑ Dice of the prediction, all classes but the background as one.",
         "dice_mean": "↑ Dice of the mean of the samples' probabilities.",
         "ged_predict": "↓ GED of the prediction, as if it were the only sample.",
         "dice_better": "Share of samples whose Dice is above the prediction's."},
     "Likelihood and reconstruction": {
-        "log_likelihood": "↑ Log-probability of an annotation under the model, in nats.",
+        "log_likelihood": "↑ Log-probability of an annotation under the model, in nats: a lower "
+                          "bound from --likelihood-samples samples. It is exact for unet, m_heads "
+                          "and ensemble, and with few samples far too low for ssn, so it does not "
+                          "rank methods.",
         "iou_rec": "↑ IoU of an annotation and its reconstruction from the posterior's mean."},
     "Spread of the samples' Dice": {
         "dice_q": "Quantiles of Dice over the samples of a case; columns are per cent."},
@@ -76,7 +81,8 @@ MEASURES = {
         "mode_gap": "↓ The largest difference of a single label map, after the same averaging."},
     "By class": {
         "dice_class": "↑ Dice of the class, averaged over the annotators who marked it.",
-        "hd95_class": "↓ 95 % Hausdorff distance of the class in pixels, averaged likewise."},
+        "hd95_class": "↓ 95 % Hausdorff distance of the class in pixels or voxels, averaged "
+                      "likewise over the cases in which the prediction has the class, too."},
     "Objects found in samples": {
         "rand_error": "↓ Rand error: 1 - F-score over pairs of pixels of one object.",
         "rand_error_components": "↓ The same for connected parts of the prediction.",
@@ -96,8 +102,10 @@ PICTURES = {
                                 "are left out."),
     "dice.png": (False, "Spread of the samples' Dice in each case, beside the prediction's."),
     "overview.png": (False, "Annotators and samples of a few cases."),
-    "uncertainty.png": (False, "Where annotators differ and where samples do."),
-    "maps.png": (False, "Does the model vary where annotators contradict it (PHiSeg, Fig. 3)?"),
+    "uncertainty.png": (False, "Where annotators differ and where samples do. PHiSeg's gamma map is "
+                               "the mean cross-entropy between the samples' mean and a sample."),
+    "maps.png": (False, "Does the model vary (gamma map) where annotators contradict it (PHiSeg, "
+                        "Fig. 3)?"),
     "instances.png": (False, "Objects clustered from samples (HPU-Net, Fig. 4)."),
     "manipulation.png": (False, "One sample, changed by class and by temperature (SSN, Fig. 6)."),
     "levels.png": (False, "Samples growing level by level (PHiSeg, Fig. 1)."),
@@ -127,10 +135,15 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     {its name in per_case.csv: its name in pictures}.
     """
     summary, scores = read_scores(out)
+    log = read_log(folder)
+    _, steps, _, validated = validations(log)
+    if judged.endswith("best.pt") and np.isfinite(validated).any():
+        judged += f" (step {steps[int(np.nanargmin(validated))]:,.0f})"
     about = ["{model} on {data}, seed {seed}".format(**read_config(folder)["settings"]), judged]
-    for steps, seconds in training_time(read_log(folder))[-1:]:
+    for steps, seconds in training_time(log)[-1:]:
         if abs(seconds) < 1e9:  # in a damaged log it may be anything
-            about.insert(1, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} h")
+            about.insert(1, f"{steps:,.0f} training steps in {timedelta(seconds=round(seconds))} "
+                            "(h:min:s)")
     headline = {}
     for base, arrow in HEADLINE.items():
         names = [name for name in summary if split_name(name)[0] == base]
@@ -145,16 +158,27 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     write_text(out / "report.html", template.substitute(
         title=escape(folder.resolve().name), about=escape(" · ".join(about)), options=options,
-        tiles="".join(f"<div><dt>{spoken(name)}</dt><dd>{value(summary[name])}</dd>"
+        tiles="".join(f"<div><dt>{spoken(name)}</dt><dd>{value(summary[name], len(scores))}</dd>"
                       f"<dd class=better>{ARROWS[arrow]}</dd></div>"
                       for name, arrow in headline.items()),
-        cases="".join(articles), numbers=numbers_html(summary),
+        classes=classes_html(cases), cases="".join(articles), numbers=numbers_html(summary, len(scores)),
         pictures=pictures_html(out, folder)))
+
+
+def classes_html(cases: list) -> str:
+    """What the colours of label maps mean, and that a volume is shown by a slice."""
+    count = int(max(maps[maps != IGNORE].max(initial=0) for case in cases
+                    for maps in (case.labels.numpy(), case.prediction.numpy())))
+    key = " ".join(f"<span class=key><span style='color: {COLORS[k % len(COLORS)]}'>&#9632;</span> "
+                   f"class {k + 1}</span>" for k in range(min(count, len(COLORS))))
+    text = f"In all other label maps, colours are classes: {key}. " if count > 1 else ""
+    return text + "Of each volume, the slice with the most annotated foreground is shown. " * any(
+        case.of_volume for case in cases)
 
 
 def split_name(name: str) -> tuple[str, str]:
     """A measure's row and column in the tables: ged_16 -> ("ged", "16"), ece -> ("ece", "")."""
-    row, column = (re.fullmatch(r"((?:adaptive_)?ece|(?:e_)?aurc|augrc)_?(.*)", name)
+    row, column = (re.fullmatch(r"(ece|(?:e_)?aurc|augrc)_?(.*)", name)
                    or re.fullmatch(r"(.*?)(?:(?:_|(?<=_q))(\d+(?:_\d+)?))?", name)).groups()
     return row, column or ""
 
@@ -167,18 +191,20 @@ def spoken(name: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def value(result: dict) -> str:
-    """Mean and standard error with three decimals, or with one where they are large."""
+def value(result: dict, cases: int) -> str:
+    """Mean and standard error with three decimals, or with one where they are large; and of how
+    many cases, where these are not all."""
     digits = 3 if abs(result["mean"]) < 100 else 1
-    return f"{result['mean']:.{digits}f} <small>&plusmn; {result['stderr']:.{digits}f}</small>"
+    text = f"{result['mean']:.{digits}f} <small>&plusmn; {result['stderr']:.{digits}f}</small>"
+    return text if result["n"] == cases else f"{text} <small>of {result['n']} cases</small>"
 
 
-def numbers_html(summary: dict) -> str:
+def numbers_html(summary: dict, cases: int) -> str:
     """Every measure in metrics.json: a table for each heading, a row for each measure."""
     cells, html = {}, ""
     for name, result in summary.items():
         base, column = split_name(name)
-        cells.setdefault(base, {})[column] = value(result)
+        cells.setdefault(base, {})[column] = value(result, cases)
     further = dict.fromkeys(cells, "")
     for heading, texts in [*MEASURES.items(), ("Further measures", further)]:
         rows = {base: (text, cells.pop(base)) for base, text in texts.items() if base in cells}
@@ -249,10 +275,12 @@ def shrink(labels, size) -> np.ndarray:
 
 
 def outline_path(label: np.ndarray) -> str:
-    """The borders between the classes of a label map (H, W) as an SVG path, a unit a pixel."""
+    """The borders between the classes of a label map (H, W) as an SVG path, a unit a pixel; not
+    those of ignored pixels, which nobody drew."""
     path = ""
     for maps, line in ((label, "M{0} {1}h{2}"), (label.T, "M{1} {0}v{2}")):
-        border = np.pad(maps[1:] != maps[:-1], ((0, 0), (1, 1))).astype(np.int8)
+        drawn = (maps[1:] != IGNORE) & (maps[:-1] != IGNORE)
+        border = np.pad((maps[1:] != maps[:-1]) & drawn, ((0, 0), (1, 1))).astype(np.int8)
         turns = np.diff(border, axis=1)  # 1 where a straight line begins, -1 where it ends
         for (row, first), (_, last) in zip(np.argwhere(turns == 1), np.argwhere(turns == -1)):
             path += line.format(first, row + 1, last - first)

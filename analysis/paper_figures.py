@@ -44,8 +44,8 @@ def plot_manipulation(model, image: Tensor, path: str) -> None:
     after it was drawn.
 
     There is a row for each of the most frequent foreground classes, whose part of (sample - mean)
-    is scaled by -3 ... 3 while the other classes stay, and one for the temperature, which scales
-    all.
+    is scaled by -3 ... 3 while the other classes stay, and one in which all are scaled; the square
+    of this scale is the temperature.
     """
     scales = (-3, -2, -1, 0, 1, 2, 3)
     normal = model.distribution(image[None])
@@ -63,7 +63,7 @@ def plot_manipulation(model, image: Tensor, path: str) -> None:
         for scale in scales:
             factor[k] = scale
             row.append(paint_label((mean + factor * (sample - mean)).argmax(0), image))
-    rows["temperature 0 to 9"] = [  # which is the scale's square
+    rows["all classes scaled\n(temperature x^2)"] = [
         None if scale < 0 else paint_label((mean + scale * (sample - mean)).argmax(0), image)
         for scale in scales]
     save_grid(path, rows, [f"x {scale}" for scale in scales])

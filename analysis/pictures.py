@@ -119,7 +119,8 @@ def save_grid(path, rows: dict, columns=(), notes: dict | None = None, cell: flo
     ax.set_xticks([c * across + width / 2 for c in range(len(columns))], columns)
     for (name, c), text in (notes or {}).items():
         top = list(rows).index(name) * down
-        ax.text(c * across + gap, top + gap, text, color="white", fontsize=7, va="top")
+        ax.text(c * across + gap, top + gap, text, color="white", fontsize=7, va="top",
+                bbox=dict(facecolor="black", alpha=0.5, linewidth=0, pad=1))
     save_figure(figure, path)
 
 
@@ -165,6 +166,7 @@ class Case:
     gamma: Tensor  # (H, W), see metrics.gamma_map
     error: Tensor  # (H, W), see metrics.error_map
     ncc: float  # of the last two
+    of_volume: bool  # whether the maps are a volume's slice
 
 
 def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case]:
@@ -197,7 +199,8 @@ def cases_to_show(batch, shown: dict, prediction, samples, moments) -> list[Case
         if batch.exact or batch.instances is not None:  # no annotator drew them
             drawn_by = dict(enumerate(numbered("mode" if batch.exact else "map", len(order))))
         cases.append(Case(shown[batch.names[i]], labels=labels[order], drawn_by=drawn_by,
-                          weights=weights, annotated=annotated, ncc=ncc[i].item(), **flat))
+                          weights=weights, annotated=annotated, ncc=ncc[i].item(),
+                          of_volume=prediction.dim() == 4, **flat))
     return cases
 
 
@@ -354,6 +357,7 @@ def plot_curves(path, log: list[dict]) -> None:
     for ax in figure.axes[len(names):]:
         ax.set_axis_off()
     for ax, name in zip(figure.axes, names):
+        ax.set_xlabel("step", fontsize=7)
         points = [(e["step"], e[name]) for e in log if name in e]
         ax.plot(*zip(*points), color="#0072B2", marker="." if len(points) < 30 else "")
         ax.set_title(name.replace("_", " "), fontsize=8)

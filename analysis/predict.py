@@ -55,8 +55,6 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     else:
         arrays = sample_arrays(model, image, inside, *options)
 
-    arrays["uncertainty"] /= arrays["uncertainty"].max().clamp(min=1e-10)
-
     out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{name}_samples.png"
     plot_prediction(picture, image, arrays)
@@ -153,6 +151,7 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
 
 def plot_prediction(path, image, arrays: dict) -> None:
     """Draw <name>_samples.png from image (C, *S) and the arrays of `sample_arrays`."""
+    top = {name: max(arrays[name].max().item(), 1e-10) for name in ("uncertainty", "entropy")}
     if image.dim() == 4:
         fullest = fullest_slice(arrays["samples"])
         image = image[:, fullest]
@@ -160,12 +159,12 @@ def plot_prediction(path, image, arrays: dict) -> None:
     samples = arrays["samples"][:SHOWN]
     rows = {"": [paint_image(image), paint_label(arrays["prediction"], image),
                  paint_outlines(samples, image), paint_map(1 - arrays["probabilities"][0], 1),
-                 paint_map(arrays["uncertainty"], 1), paint_map(arrays["entropy"])]}
+                 *(paint_map(arrays[name], high) for name, high in top.items())]}
     for i in range(0, len(samples), 8):
         rows[f"samples\n{i + 1} to {min(i + 8, len(samples))}"] = [
             paint_label(sample, image) for sample in samples[i : i + 8]]
-    save_grid(path, rows, ["image", "prediction", "outlines", "foreground", "uncertainty",
-                           "entropy"], cell=1.3)
+    save_grid(path, rows, ["image", "prediction", "outlines", "foreground,\n0 to 1", *(
+        f"{name},\n0 to {high:.2g}" for name, high in top.items())], cell=1.3)
 
 
 def images_at(path: Path) -> list[Path]:

@@ -134,10 +134,9 @@ def likelihoods(model, batch, n) -> dict:
         out["log_likelihood"] += weight * nats
         if hasattr(model, "reconstruct"):
             again = labels_of(model.reconstruct(batch.images, label.long()), 1)
-            # The GED of two single maps is 2 (1 - IoU); NaN where the annotator is missing.
-            iou = 1 - metrics.ged(only_scored(batch, again)[None],
-                                  only_scored(batch, label)[:, None], classes, empty=empty) / 2
-            out["iou_rec"] = out.get("iou_rec", 0) + weight * iou.nan_to_num()
+            iou = metrics.Pairs(only_scored(batch, again)[None], only_scored(batch, label)[:, None],
+                                classes, empty=empty).iou[:, 0, 1]
+            out["iou_rec"] = out.get("iou_rec", 0) + weight * iou
     return out
 
 

@@ -4,7 +4,6 @@ Calibration of the mean of the samples' probabilities, p, against the annotators
 foreground class at every pixel that an annotator labelled:
     ece            |mean p - mean q| in 20 equally wide bins of p, averaged by pixels (Naeini et al.
                    2015). Over all pixels it is small wherever background is easy.
-    adaptive_ece   the same in 20 bins of equally many pixels (Nguyen and O'Connor 2015)
     ..._foreground where p or q is above 0.05; ..._band: where p or q lies between 0.05 and 0.95.
                    With few annotators, both are too high, because q also selects the pixels.
     brier          mean over pixels of sum_k E_y (p_k - y_k)^2, all classes (Brier 1950): 0 to 2
@@ -14,27 +13,25 @@ smooth p raise ece, so compare it for the same number of samples. Halve brier fo
 two classes.
 
 Failure detection: does an image's score tell how wrong the mean prediction is (1 - dice_mean)?
-    aurc           mean risk of the k images of lowest score, averaged over k;
+    aurc           area under the mean risk of the k images of lowest score, as a function of k;
                    e_aurc: minus the aurc of the ideal order (Geifman et al. 2019)
     augrc          the same with the risk divided by all images, not by those kept (Traub et al.
                    2024): 0 to 0.5
 The scores are variance, entropy and mutual_information, each the highest mean of its map over a
 window of 10 pixels (in per_case.csv: ..._patch), as in ValUES (Kahl et al. 2024), so that the score
 does not grow with the object; and disagreement, 1 - Dice of samples and mean prediction, like the
-pairwise Dice of Zenk et al. (2025). aurc and augrc contain the mean risk: between models, compare
-e_aurc, and all of them on the same images only.
+pairwise Dice of Zenk et al. (2025). aurc and augrc contain the mean risk. e_aurc does not, but it
+grows with the spread of the risks, and is 0 where all images are equally wrong: read it beside
+dice_mean. Compare models on the same images only.
 
-Sets, some for the first n samples. dice_max and dice_match grow with n: compare them for one n.
+Sets, some for the first n samples. dice_max and dice_match grow with n: compare them for one n. So
+do others that do not name n: volume_crps, of all n samples, is too high by E|V - V'| / 2n.
     dice_max       mean over annotators of the best sample's Dice: D_max (maximum Dice matching) of
                    CIMD (Rahman et al. 2023) and P2SAM; Dice_max_reverse in D-Persona's code
-    dice_nearest   mean over samples of the nearest annotator's Dice; D-Persona's Dice_max in code
     dice_match     every annotator has a sample of its own: D-Persona's Dice_match (Wu et al. 2024)
     dice_soft      Dice of p and q above 0.1, 0.3, 0.5, 0.7 and 0.9, mean: D-Persona's Dice_soft
     volume_crps    CRPS of the foreground's volume in pixels, from all samples, mean over annotators
-    volume_crps_curvas  CURVAS's: for each class, the normal distribution of the annotators' volumes
-                   against the sum of p, mean over classes. It rewards a right mean volume, not a
-                   right spread, so it cannot replace volume_crps. CURVAS's code also cuts the
-                   integral at 3 standard deviations and the distribution at 1 and 99 %.
+                   (CURVAS's CRPS is another: of the annotators' volumes against the sum of p)
 Where a set weights its label maps, the means over annotators are weighted too.
 """
 
@@ -48,7 +45,7 @@ import metrics
 from analysis.pictures import COLORS, LINES, new_plot, save_figure
 from common import IGNORE
 
-BINS, FINE = 20, 200  # of the curves; finer ones, from which bins of equal mass are made
+BINS = 20
 REGIONS = ("", "_foreground", "_band")
 SURE = 0.05  # a class is ruled out below this probability, and certain above 1 - SURE
 WINDOW = 10  # pixels a side; ValUES's
@@ -67,19 +64,15 @@ def annotators_mean(labels, num_classes, weights):
 
 
 def set_measures(pairs, n, counts):
-    """dice_max, dice_nearest and dice_match for each of `counts`, volume_crps of the first n maps
-    of metrics.Pairs: {name: (B,)}."""
+    """dice_max and dice_match for each of `counts`, volume_crps of the first n maps of
+    metrics.Pairs: {name: (B,)}."""
     weights = pairs.weights
     dice = pairs.dice[:, :, pairs.n :, :n].mean(0)  # (B, A, n)
-    there = (weights > 0)[:, :, None]
     out = {}
     for m in counts:
-        first = dice[:, :, :m]
-        out[f"dice_max_{m}"] = (weights * first.amax(2)).sum(1)
-        nearest = first.masked_fill(~there, 0).amax(1).mean(1)
-        out[f"dice_nearest_{m}"] = nearest + 0 * weights.sum(1)  # NaN without annotators
+        out[f"dice_max_{m}"] = (weights * dice[:, :, :m].amax(2)).sum(1)
     value = F.pad(weights[:, :, None].nan_to_num() * dice, (0, 0, 0, 1)).double().cpu().numpy()
-    known = there[:, :, 0].double().cpu().numpy()
+    known = (weights > 0).double().cpu().numpy()
     for m in counts:
         # Every annotator receives one sample (a mass of 1/m); an added one receives all others, at
         # value 0. With fewer samples than annotators, there is no such matching.
@@ -97,7 +90,7 @@ def set_measures(pairs, n, counts):
 
 def pixel_measures(probs, labels, weights):
     """What compares p, probs (B, K, *S), with the annotators' mean: {name: (B,)}, and
-    "reliability" (B, regions, FINE, 3): sums of p, of q, and pixels, by p."""
+    "reliability" (B, regions, BINS, 3): sums of p, of q, and pixels, by p."""
     q, valid = annotators_mean(labels, probs.shape[1], weights)
     p, q, valid = probs.flatten(2), q.flatten(2), valid.flatten(1)  # (B, K, P), (B, P)
     pixels = valid.sum(1).where(valid.any(1), math.nan)
@@ -108,20 +101,13 @@ def pixel_measures(probs, labels, weights):
         a, b = p > threshold, q > threshold + 1e-6  # three of ten is not above 0.3
         dices.append((2 * (a & b).sum(2) / (a.sum(2) + b.sum(2))).nan_to_num(nan=1.0).mean(1))
     out["dice_soft"] = torch.stack(dices).mean(0) + 0 * pixels
-    crps = []
-    for k, volume in enumerate(p.double().sum(2).unbind(1), 1):
-        annotated = (labels == k).flatten(2).sum(2).double()  # (B, A)
-        mean = (weights * annotated).sum(1)
-        std = (weights * (annotated - mean[:, None]).square()).sum(1).sqrt()
-        crps.append(_crps_of_normal(mean, std, volume))
-    out["volume_crps_curvas"] = torch.stack(crps).mean(0)
 
     unsure = [(x > SURE) & (x < 1 - SURE) for x in (p, q)]
     region = ((p > SURE) | (q > SURE)).long() + (unsure[0] | unsure[1])
-    row = region * FINE + (p * FINE).long().clamp(max=FINE - 1)
-    row = torch.where(valid[:, None], row, 3 * FINE)  # a row for what does not count
-    sums = sums_by(row.flatten(1), [p.flatten(1), q.flatten(1)], 3 * FINE)
-    sums = sums.view(len(p), 3, FINE, 3)
+    row = region * BINS + (p * BINS).long().clamp(max=BINS - 1)
+    row = torch.where(valid[:, None], row, 3 * BINS)  # a row for what does not count
+    sums = sums_by(row.flatten(1), [p.flatten(1), q.flatten(1)], 3 * BINS)
+    sums = sums.view(len(p), 3, BINS, 3)
     return out | {"reliability": sums.flip(1).cumsum(1).flip(1)}  # one region holds the next
 
 
@@ -132,14 +118,6 @@ def sums_by(row, values, rows):
     sums = [torch.zeros(len(row) * (rows + 1), dtype=torch.float64, device=row.device)
             .index_add_(0, flat, value.double().flatten()) for value in (*values, row * 0 + 1)]
     return torch.stack(sums, 1).view(len(row), rows + 1, -1)[:, :rows]
-
-
-def _crps_of_normal(mean, std, x):
-    """CRPS of N(mean, std) at x (Gneiting and Raftery 2007, Sec. 4.2); of std 0, |x - mean|."""
-    z = (x - mean) / std.clamp(min=1e-12)
-    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    crps = std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
-    return torch.where(std > 1e-6, crps, abs(x - mean))
 
 
 def score_measures(moments, labels):
@@ -165,34 +143,22 @@ def worst_window(maps, side=WINDOW):
 # ---- measures of a whole split ------------------------------------------------------------------
 
 def calibration(reliability, groups) -> dict:
-    """ece and adaptive_ece of each region, from the "reliability" of all cases (N, regions, FINE,
-    3), with standard errors by resampling their groups (N,)."""
+    """ece of each region, from the "reliability" of all cases (N, regions, BINS, 3), with standard
+    errors by resampling their groups (N,)."""
     cases, out = len(reliability), {}
-    again = np.tensordot(metrics.resampled(groups), reliability, 1)  # (200, regions, FINE, 3)
+    again = np.tensordot(metrics.resampled(groups), reliability, 1)  # (200, regions, BINS, 3)
     sums = np.concatenate([reliability.sum(0)[None], again])
-    for name, error in (("ece", calibration_error), ("adaptive_ece", adaptive_error)):
-        for i, region in enumerate(REGIONS):
-            first, *others = map(error, sums[:, i])
-            if not math.isnan(first):
-                out[name + region] = {"mean": first, "stderr": np.nanstd(others), "n": cases}
+    for i, region in enumerate(REGIONS):
+        first, *others = map(calibration_error, sums[:, i])
+        if not math.isnan(first):
+            out["ece" + region] = {"mean": first, "stderr": np.nanstd(others), "n": cases}
     return out
 
 
 def calibration_error(sums) -> float:
-    """ECE in BINS equally wide bins, from sums (FINE, 3) of p, of q, and pixels; or NaN."""
-    gap = (sums[:, 0] - sums[:, 1]).reshape(BINS, -1).sum(1)
-    return abs(gap).sum() / total if (total := sums[:, 2].sum()) else math.nan
-
-
-def adaptive_error(sums) -> float:
-    """The same in BINS bins of equally many pixels. A fine bin that lies in two of these is divided
-    between them, as pixels of the same probability have no order."""
-    total = np.concatenate([np.zeros((1, 3)), sums.cumsum(0)])
-    if not total[-1, 2]:
-        return math.nan
-    edges = np.linspace(0, total[-1, 2], BINS + 1)
-    gap = np.interp(edges, total[:, 2], total[:, 0] - total[:, 1])
-    return abs(np.diff(gap)).sum() / total[-1, 2]
+    """ECE in BINS equally wide bins, from sums (BINS, 3) of p, of q, and pixels; or NaN."""
+    gap, total = abs(sums[:, 0] - sums[:, 1]).sum(), sums[:, 2].sum()
+    return gap / total if total else math.nan
 
 
 def risk_coverage(scores, risks):
@@ -239,7 +205,7 @@ def failure_detection(values, groups) -> dict:
 def plot_reliability(path, reliability) -> None:
     """Draw the annotators' mean against p in BINS equally wide bins, and how many pixels they hold.
     """
-    sums = reliability.sum(0).reshape(3, BINS, -1, 3).sum(2)  # (regions, BINS, 3)
+    sums = reliability.sum(0)  # (regions, BINS, 3)
     figure, (curve, counts) = new_plot(1, 2, size=(6.4, 3.2))
     curve.plot([0, 1], [0, 1], color=COLORS[7])
     colors = COLORS[5], COLORS[6], COLORS[2]

@@ -40,7 +40,7 @@ APART = ("The last line says how many pairs of models each measure tells apart b
          "value for a single case.")
 APART_ROW = "pairs told apart"
 MEASURES = ("ged_16 ncc_16 dice_mean dice_max_16 dice_match_16 dice_soft volume_crps brier "
-            "log_likelihood ece_band e_aurc_disagreement")
+            "ece_band e_aurc_disagreement")
 STREETS = '--model-args "channels=(16,32,64,64)" convs=1'
 CELLS = "--data cells --quick --data-args colours=5"
 CELL_STEPS = "--steps 4000 --lr 2.5e-3 --lr-drops 2400:.3 3400:.1"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common import IGNORE
 from sources.base import Split, check_known
-from sources.files import DataError
+from sources.files import DataError, size_text
 
 LAYOUTS = ("npz", "png", "pickle")
 PICTURES = ((1, np.uint8), (1, np.uint16), (3, np.uint8))  # channels and kinds that a PNG holds
@@ -47,7 +47,7 @@ def export(whole: Split, out, layout: str = "") -> str:
         raise DataError(f"{out}: the pickle holds images of one channel and two classes; use .npz")
 
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    work.mkdir()
+    work.mkdir(parents=True)
     try:
         if layout == "npz":
             arrays = dict(images=_small(images), labels=labels, groups=np.array(whole.groups),
@@ -81,7 +81,10 @@ def export(whole: Split, out, layout: str = "") -> str:
     uniform = replace(whole, weights=None).probabilities
     if layout != "npz" and not np.allclose(whole.probabilities, uniform):
         how += " (the probabilities of its label maps have no place in this layout)"
-    return f"wrote {out}, {len(whole)} cases, to be read with --data {how}"
+    note = (f"note: {IGNORE} in the label maps means ignored; images smaller than "
+            f"{size_text(images.shape[2:])} are padded by reflection, and ignored there\n"
+            ) * bool((labels == IGNORE).any())
+    return f"{note}wrote {out}, {len(whole)} cases, to be read with --data {how}"
 
 
 def _small(images: np.ndarray) -> np.ndarray:

@@ -175,7 +175,10 @@ def save(path, name, model, optimizer, step, best) -> None:
 def load_checkpoint(path) -> dict:
     """Reads what `save` wrote, and checks it by the checksums in it. Runs nothing in it."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; train one with train.py")
+        folder = Path(path).parent
+        advice = (f"it has not been validated yet; train.py --resume {folder}, or --weights last"
+                  if (folder / "last.pt").is_file() else "train one with train.py")
+        raise UserError(f"{path}: no such checkpoint; {advice}")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):

@@ -166,7 +166,10 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
     if os.environ.get("RANK", "0") == "0":
         who = f"annotators {', '.join(annotators)}" if all(annotators) else "one annotator"
         _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}, "
-                  f"{len(rows)} images of {len(set(groups.values()))} groups (patients)")
+                  f"{len(rows)} images " + (
+                      "without groups: each counts as a patient of its own"
+                      if all(name == group for name, group in groups.items())
+                      else f"of {len(set(groups.values()))} groups (patients)"))
     cases = []
     for row in rows:
         labels = {annotators.index(name): sorted((1 + classes.index(c), file)
@@ -263,15 +266,20 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
 
 def _read_groups(file: Path, names: Set[str]) -> dict[str, str]:
     """Reads {name: group} from the table `file`, which has to list every image."""
-    with readable(file, "table of name,group"):
+    with readable(file, "table of lines name,group"):
         lines = file.read_text(encoding="utf-8-sig").splitlines()
-        table = {re.sub(f"{ENDING}$", "", name): group
-                 for name, group in tables.reader(filter(None, lines))}
-    table.pop("name", None)  # the heading
-    if odd := sorted(table.keys() ^ names):
-        fault = "does not list" if odd[0] in names else "there is no image of"
-        raise DataError(f"{file}: {fault} {odd[0]!r}; list every image once")
-    return table
+        rows = [[cell.strip() for cell in row] for row in tables.reader(filter(str.strip, lines))]
+    if rows[:1] == [["name", "group"]]:
+        del rows[0]
+    if odd := [row for row in rows if len(row) != 2]:
+        raise DataError(f"{file}: {','.join(odd[0])!r} is not a line name,group")
+    listed = [re.sub(f"{ENDING}$", "", name) for name, _ in rows]
+    if odd := sorted({*listed} ^ names) or [name for name in listed if listed.count(name) > 1]:
+        fault = "there is no image of" if odd[0] not in names else (
+            "lists more than once:" if odd[0] in listed else "does not list")
+        raise DataError(f"{file}: {fault} {odd[0]!r}; list every image once, as name,group, "
+                        "without a heading or with the heading name,group")
+    return {name: group for name, (_, group) in zip(listed, rows)}
 
 
 def _natural(name: str) -> str:

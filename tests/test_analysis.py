@@ -71,7 +71,7 @@ def test_an_image_of_ones_own(run, tmp_path, capsys):
     assert (sizes["samples"], sizes["unit"]) == (5, "pixels")
     assert list(sizes["volume"]) == ["foreground", "class_1", "class_2", "class_3"]
     assert sizes["volume"]["class_2"]["mean"] == pytest.approx((arrays["samples"] == 2).sum() / 5)
-    assert f"class_3: {sizes['volume']['class_3']['mean']:.4g} pixels" in capsys.readouterr().out
+    assert f"class_3: {sizes['volume']['class_3']['mean']:,.0f} pixels" in capsys.readouterr().out
 
 
 def test_volumes_by_hand():
@@ -441,8 +441,6 @@ def test_a_volume_for_a_model_of_slices(run, tmp_path, capsys):
     assert arrays["probabilities"].shape == (4, 5, 20, 17)
     np.testing.assert_array_equal(arrays["prediction"], want)
     single = dict(np.load(tmp_path / "b_arrays.npz"))
-    assert arrays["uncertainty"].max() == single["uncertainty"].max() == 1  # of the whole volume
-    single["uncertainty"] *= arrays["uncertainty"][2].max()
     for kind in single:
         np.testing.assert_allclose(arrays[kind].take(2, -3), single[kind], atol=1e-6)
     for shape in ((), (0, 5), (16, 16, 3), (2, 16, 16, 3, 1)):

@@ -204,8 +204,10 @@ def test_compare_tabulates_and_tests_runs(judged, tmp_path, capsys):
         csv.writer(file).writerows(rows)
     assert evaluate.main([str(run), "--compare", str(better), "--device", "cpu"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 6 and table[3].startswith("| better |")
-    assert table[5] == "p compares 4 patients or other groups; with so many it cannot be below 0.12."
+    assert table[0].endswith("| p (ged_16) |") and table[3].startswith("| better |")
+    assert "paired permutation test of ged_16 against run;" in table[5]
+    assert table[7] == "p compares 4 patients or other groups; with so many it cannot be below 0.12."
+    assert table[8].endswith("compare.png and compare_curves.png") and len(table) == 9
     assert table[3].endswith("| 0.12 |")  # 4 cases, all better: 2 of 2^4 sign patterns
     assert (run / "compare.md").exists() and (run / "compare.png").exists()
     rows[1][0] = "another case"
@@ -244,11 +246,11 @@ def test_compare_pools_seeds(judged, undrawn, tmp_path):
         (folder / "metrics.json").write_text(json.dumps(summary))
     # the same seed twice is two runs, and so is another setting
     table = compare([tmp_path / "run-0", tmp_path / "run-1", run]).splitlines()
-    assert len(table) == 6 and table[2].startswith("| run-0 (2 seeds) | 2.000 ± 1.414 |")
+    assert len(table) == 8 and table[2].startswith("| run-0 (2 seeds) | 2.000 ± 1.414 |")
     assert table[3].startswith("| run |")
     config["settings"]["steps"] = 7
     (tmp_path / "run-1" / "config.json").write_text(json.dumps(config))
-    assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 6
+    assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 8
 
 
 @pytest.mark.parametrize("file, content, message", [
@@ -404,6 +406,15 @@ class MissesLeft(torch.nn.Module):
 
     def sample(self, image, n, generator=None):
         return self.predict(image).expand(n, -1, -1, -1, -1)
+
+
+def test_the_scans_of_a_patient_are_volumes_of_their_own():
+    images = torch.ones(4, 1, 6, 6)
+    names = ["a/z0000", "a/z0001", "b/z0000", "b/z0001"]
+    split = Split(images, images.byte(), None, names, 9, ["patient"] * 4)
+    assert len(volume_rows(MissesLeft(), split, split.labels, 1)["class_dice"]) == 2
+    split.names = list("abcd")  # nothing says which slices belong together but the group
+    assert len(volume_rows(MissesLeft(), split, split.labels, 1)["class_dice"]) == 1
 
 
 def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):

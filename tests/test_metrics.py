@@ -610,6 +610,9 @@ def test_bootstrap():
     assert metrics.bootstrap(values, seed=1) != got
     few = metrics.bootstrap(values, resamples=10)
     assert few["mean"] == got["mean"] and few["stderr"] != got["stderr"]
+    spread = [metrics.bootstrap([0, 1, 2, 3], resamples=20_000), metrics.bootstrap([0, 1] * 20)]
+    assert spread[0]["stderr"] == pytest.approx(np.std([0, 1, 2, 3], ddof=1) / 2, rel=0.02)
+    assert spread[1]["stderr"] == pytest.approx(0.5 / 39**0.5, rel=0.1)
     assert metrics.bootstrap([0.25]) == dict(mean=0.25, stderr=0.0, n=1)
     none = metrics.bootstrap([NAN, NAN])
     assert none["n"] == 0 and math.isnan(none["mean"])
@@ -657,7 +660,7 @@ def test_the_cases_of_a_patient_count_as_one():
 def test_resampled_draws_whole_groups():
     draws = metrics.resampled(["b", "a", "b", "c"], times=500)
     assert draws.shape == (500, 4) and (draws[:, 0] == draws[:, 2]).all()
-    assert (draws[:, [0, 1, 3]].sum(1) == 3).all() and abs(draws.mean(0) - 1).max() < 0.15
+    assert (draws[:, [0, 1, 3]].sum(1) == 2).all() and abs(draws.mean(0) - 2 / 3).max() < 0.15
 
 
 # ---- mistakes, and speed ------------------------------------------------------------------------

@@ -129,8 +129,26 @@ def test_annotators_are_chosen_by_name(own, capsys):
     assert train.annotators("0,2", data.load("shapes", n=10)) == [0, 2]  # where they have no names
     refused("'ana'", "did you mean anna? choose from anna, bob",
             call=lambda: train.annotators("ana", data.load("folder", "all", own)))
-    refused("annotators bob", "'scan0'", "split_file",
+    refused("annotators bob", "'scan0'", "labelled_by",
             call=lambda: data.batches(data.load("folder", "all", own), 2, 0, annotators=[1]))
+    whole = data.load("folder", "all", own)
+    by_bob = data.labelled_by(whole, [1])  # who lacks scan0
+    assert by_bob.names == [name for name in whole.names if name != "scan0"]
+    assert "1 of 10 training cases are left out" in capsys.readouterr().err
+    assert len(data.labelled_by(whole, [0, 1])) == len(whole)
+
+
+@pytest.mark.parametrize("lines, fragments", [
+    ("scan0,p0\nscan0,p1", ["more than once", "'scan0'"]),
+    ("image,patient\n{}", ["no image of 'image'", "heading name,group"]),
+    ("scan0;p0", ["'scan0;p0'", "name,group"]), ("scan0,p0", ["does not list 'scan1'"])])
+def test_mistakes_in_the_table_of_groups(own, lines, fragments):
+    rest = "\n".join(f"scan{i}, p{i // 2} " for i in range(10))
+    (own / "groups.csv").write_text(f"name,group\n{rest}")
+    assert data.load("folder", "all", own).groups == [f"p{i // 2}" for i in range(10)]
+    (own / "groups.csv").write_text(lines.format(rest) if "{}" in lines or "," not in lines
+                                    or "does" in fragments[0] else f"{lines}\n{rest}")
+    refused(*fragments, call=lambda: data.load("folder", "all", own))
 
 
 # -------------------------------------------------------------------------------------- mistakes

@@ -101,7 +101,7 @@ def test_a_page_holds_everything_and_runs_nothing_of_its_cases(tmp_path):
     assert all(a["src"].startswith("data:") for a in page.attributes if "src" in a)
     assert set(re.findall(r"url\((.{5})", text)) == {"data:"} and "@import" not in text
     assert "run <i>" in page.text and "3 <cases>" in "".join(page.text)
-    assert "1 training steps in 0:00:03 h" in "".join(page.text)
+    assert "1 training steps in 0:00:03 (h:min:s)" in "".join(page.text)
 
 
 @pytest.mark.parametrize("size, shown", [((40,), (20, 40)), ((3, 24, 16), (24, 16)),
@@ -115,10 +115,12 @@ def test_pages_of_lines_volumes_and_large_images(tmp_path, size, shown):
 
 
 def test_every_number_is_in_a_table():
-    summary = {name: {"mean": mean, "stderr": 0.5} for name, mean in
+    summary = {name: {"mean": mean, "stderr": 0.5, "n": 4} for name, mean in
                {"ged_16": 2.0, "ged_4": 1.0, "dice": 123.46, "dice_q05": 3.0, "ece": 5.0,
                 "ece_band": 6.0, "new": 4.0}.items()}
-    html = numbers_html(summary)
+    summary["new"]["n"] = 3
+    html = numbers_html(summary, 4)
+    assert html.count("of 3 cases") == 1 and html.count(" cases</small>") == 1
     heads = re.findall(r"<h3>(.*?)</h3>", html)
     assert [list(MEASURES).index(head) for head in heads[:-1]] == [0, 2, 5, 7]
     assert heads[-1] == "Further measures"
@@ -141,10 +143,19 @@ def test_help_explains_every_measure_and_picture():
     ("ged_16", ("ged", "16")), ("dice", ("dice", "")), ("dice_q05", ("dice_q", "05")),
     ("ap50_16_4", ("ap50", "16_4")), ("hd95_class_3", ("hd95_class", "3")),
     ("mode_pooled_tv_100", ("mode_pooled_tv", "100")),
-    ("adaptive_ece_band", ("adaptive_ece", "band")),
+    ("ece_band", ("ece", "band")),
     ("ece", ("ece", "")), ("e_aurc_mutual_information", ("e_aurc", "mutual_information"))])
 def test_names_of_measures_are_split(name, parts):
     assert split_name(name) == parts
+
+
+def test_the_edge_of_what_is_ignored_is_no_outline():
+    label = np.zeros((4, 6), np.uint8)
+    label[:, 4:] = 255
+    assert outline_path(label) == ""
+    label[1:3, 2:5] = 1  # its right side lies in what is ignored: drawn to there, and open
+    label[:, 4:] = 255
+    assert sorted(outline_path(label).split("M")[1:]) == ["2 1h2", "2 1v2", "2 3h2"]
 
 
 def test_outlines_are_the_borders_between_classes():

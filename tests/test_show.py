@@ -55,8 +55,8 @@ def test_the_picture_shows_the_cases_of_most_disagreement(own, tmp_path, monkeyp
     data.show("npz", own, "all", tmp_path / "sheet.png")
     whole = data.load("npz", "all", own)
     # Eight of ten, those with an empty third map first; ties are in the set's order.
-    assert list(drawn) == [f"{i}\n{16 / 27:.2f}" for i in (1, 3, 5, 7, 9)] + [
-        f"{i}\n{1 / 3:.2f}" for i in (0, 2, 4)]
+    assert list(drawn) == [f"{i}\ndiversity {16 / 27:.2f}" for i in (1, 3, 5, 7, 9)] + [
+        f"{i}\ndiversity {1 / 3:.2f}" for i in (0, 2, 4)]
     assert [len(row) for row in drawn.values()] == [4] * 5 + [3] * 3
     for name, (image, *maps) in drawn.items():
         for picture, label in zip(maps, whole.labels[int(name.split()[0])]):
