@@ -411,7 +411,7 @@ class MissesLeft(torch.nn.Module):
 def test_the_scans_of_a_patient_are_volumes_of_their_own():
     images = torch.ones(4, 1, 6, 6)
     names = ["a/z0000", "a/z0001", "b/z0000", "b/z0001"]
-    split = Split(images, images.byte(), None, names, 9, ["patient"] * 4)
+    split = Split(images, images.byte(), None, ["patient"] * 4, 9, names)
     assert len(volume_rows(MissesLeft(), split, split.labels, 1)["class_dice"]) == 2
     split.names = list("abcd")  # nothing says which slices belong together but the group
     assert len(volume_rows(MissesLeft(), split, split.labels, 1)["class_dice"]) == 1
