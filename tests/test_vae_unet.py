@@ -137,7 +137,8 @@ def test_two_processes_do_what_one_does(tmp_path):
 @BOTH
 def test_loss_is_the_papers(backbone, latents):
     """CE and Dice at z of the mask (code) or the image (text); KL(image's || mask's), summed."""
-    model, (image, label) = small(backbone, latents=latents, **WEIGHTS), batch()
+    model = small(backbone, latents=latents, kl_scale="mean", **WEIGHTS)
+    image, label = batch()
     torch.manual_seed(3)
     loss, terms = model(image, label)
     features, of_image, of_mask, hot = distributions(model, image, label)
@@ -210,6 +211,22 @@ def test_only_reparameterised_draws_teach_the_latents_by_cross_entropy(reparamet
     assert (gradient(model(*batch())[0], model.skips) > 0) == reparameterised
     model = small(reparameterised=reparameterised)
     assert gradient(model(*batch())[0], model.skips) > 0  # by the KL
+
+
+def test_running_statistics_are_of_samples_of_q_and_p():
+    """A norm of the decoder that follows a convolution: its mean moves twice a step."""
+    model, (image, label), seen = small().train(), batch(), []
+    convolution, norm = model.backbone.decoder[-1][:2]
+    convolution.register_forward_hook(
+        lambda module, args, out: seen.append(out.detach().mean((0, 2, 3))))
+    expected = norm.running_mean.clone()
+    model(image, label)
+    assert len(seen) == 2 and not torch.allclose(*seen, atol=1e-3)
+    for mean in seen:
+        expected.lerp_(mean, norm.momentum)
+    torch.testing.assert_close(norm.running_mean, expected)
+    model.eval()(image, label)
+    assert len(seen) == 3
 
 
 def test_a_separate_mask_encoder_learns_from_the_kl_alone():
