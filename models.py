@@ -107,6 +107,12 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
     """
     check_fields(name, fields)
     Model, sizes = MODELS[name], []
+    for field, value in fields.items():
+        default = getattr(Model.Config(), field)
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(type(default), type(default))
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise UserError(f"{name} cannot be built: {field}={value!r}; give a value like "
+                            f"{default!r}")
 
     def limit(module, parameter_name, parameter):
         sizes.append(0 if parameter is None else parameter.numel())
@@ -120,6 +126,9 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
             if any(isinstance(number, int) and number > 10**6 for number in numbers):
                 raise ValueError("a number above 1,000,000")  # a constructor might loop forever
         config = Model.Config(**fields)
+        if config.in_channels < 1 or config.num_classes < 2:
+            raise ValueError(f"in_channels={config.in_channels}, num_classes={config.num_classes}: "
+                             "there are at least 1 and 2")
         with torch.device("meta"):
             model = Model(config)
     except Exception as error:  # constructors raise all kinds of errors on bad values
