@@ -423,7 +423,7 @@ def pick_device(name: str = "auto") -> torch.device:
     """Device "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; else a UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", name):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda":

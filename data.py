@@ -247,20 +247,23 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 def labelled_by(split: Split, annotators: Sequence[int]) -> Split:
     """Returns the cases that at least one of these annotators labelled, and says how many others
     there are. DataError if there are none."""
-    rows = _annotator_weights(split, annotators, gaps=True).sum(1).nonzero().flatten().tolist()
+    weights = _annotator_weights(split, annotators, gaps=True)
+    if split.flips is None:
+        weights = weights * split.present.cpu()
+    rows = weights.sum(1).nonzero().flatten().tolist()
     names = ", ".join(split.annotators[a] for a in annotators)
     if not rows:
         raise DataError(f"annotators {names}: none of them labelled any of the {len(split)} cases")
     if len(rows) < len(split):
-        warn(f"{len(split) - len(rows)} of {len(split)} training cases are left out: none of the "
-             f"annotators {names} labelled them")
+        warn(f"{len(split) - len(rows)} of {len(split)} training cases are left out, because they "
+             f"were not labelled by {names.replace(', ', ' or ')}")
         split = split.subset(rows)
     return split
 
 
 def _annotator_weights(split: Split, annotators: Sequence[int] | None, gaps=False) -> Tensor:
-    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`. DataError
-    where a case has no other weights, unless `gaps` are allowed."""
+    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`.
+    DataError where a case has no other weights, unless `gaps` are allowed."""
     weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
     weights = weights.double()
     if annotators is None:

@@ -20,8 +20,8 @@ run's test split, they are written to a folder inside it, which is named after t
 and further pictures. analysis/page.py explains the pictures and every measure in metrics.json;
 `python evaluate.py --help` ends with these explanations. --image writes a picture of samples
 (NAME_samples.png), the samples and maps (NAME_arrays.npz, or NIfTI files for a NIfTI), 16-bit PNGs
-and sizes in pixels or mm^3; analysis/predict.py explains their contents. analysis/uncertainty.py cites the sources
-of its measures, and says with which published numbers they must not be compared.
+and sizes in pixels or mm^3; analysis/predict.py explains their contents. analysis/uncertainty.py
+cites the sources of its measures, and says with which published numbers they must not be compared.
 """
 
 import argparse
@@ -69,11 +69,12 @@ PAGED = 20  # cases in report.html, at most
 LIKELIHOOD_SAMPLES = 16
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
-HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_present", "dice_mean", "iou_rec", "ece",
-             "log_likelihood", "mode_pooled_tv", "rand_error", "rand_error_components")  # printed
+HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_present", "dice_mean",
+             "iou_rec", "ece", "log_likelihood", "mode_pooled_tv", "rand_error",
+             "rand_error_components")  # printed
 # Options with their defaults, and which of them each mode takes; judging a split takes all.
-OPTIONS = dict(split="test", path=None, data_args=None, weights="best", cases="all", whole=False, per_class=False,
-               cluster=None)
+OPTIONS = dict(split="test", path=None, data_args=None, weights="best", cases="all", whole=False,
+               per_class=False, cluster=None)
 MODES = dict(image=("weights",), compare=(), ambiguous=("path", "weights"),
              ood=("split", "path", "weights"), per_volume=("split", "path", "weights"))
 FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_levels, "levels.png"),
@@ -85,8 +86,8 @@ FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_level
 
 @torch.no_grad()
 def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES, path=None,
-           data_args=None, whole=False, classes=False, cluster=None, likelihood_samples=LIKELIHOOD_SAMPLES,
-           device=None) -> dict:
+           data_args=None, whole=False, classes=False, cluster=None,
+           likelihood_samples=LIKELIHOOD_SAMPLES, device=None) -> dict:
     """Judge best.pt or last.pt of a run, write the files that the module lists, and return the
     content of metrics.json.
 
@@ -102,10 +103,15 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
         if not len(judged):
             raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
                             "marked by every annotator; use --cases all")
-    if rows := (~judged.present.any(1)).nonzero().flatten().tolist():
-        say(f"note: {len(rows)} of {len(judged)} cases are left out, such as "
-            f"{judged.names[rows[0]]!r}: all their pixels are ignored (255)")
-        judged = judged.subset(sorted({*range(len(judged))} - {*rows}))
+    labelled = judged.present.any(1)
+    if not labelled.all():
+        text = (f"{int((~labelled).sum())} of {len(judged)} cases of the {split} split are left "
+                "out: all their pixels are ignored (255)")
+        if not labelled.any():
+            raise UserError(text)
+        if process()[0] == 0:
+            say(f"note: {text}")
+        judged = judged.subset(labelled.nonzero().flatten().tolist())
     if cluster and judged.instances is None:
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     count, *alpha = cluster or (CLUSTERED,)
@@ -117,9 +123,9 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     n = max(samples) if judged.instances is None else max(*samples, cluster[0])
     first = process()[0] == 0
     out = folder_of(folder, split, cases, weights, path, whole) if first else None
-    if first and len(set(judged.groups)) == 1:
-        say("note: all cases are of one patient or other group, so standard errors are unknown; "
-            "they are printed as 0")
+    if first and len(set(judged.groups)) < 3:
+        say(f"note: the cases are of {len(set(judged.groups))} patients or other groups: too few "
+            "for standard errors, some of which are printed as 0")
     found = score(model, judged, samples, n, likelihood_samples,
                   lambda drawn: details(model, drawn, classes, cluster, shown))
     if not first:
@@ -351,8 +357,9 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--per-class", action="store_true",
                    help="judge every class by itself, too (default: for 2D and 3 to 20 classes)")
     p.add_argument("--per-volume", action="store_true",
-                   help="sets of slices (synapse, folder with slices=axial): Dice and Hausdorff distance of whole volumes, "
-                   "for the deterministic prediction and --samples N samples (default 10)")
+                   help="sets of slices (synapse, folder with slices=axial): Dice and Hausdorff "
+                   "distance of whole volumes, for the deterministic prediction and --samples N "
+                   "samples (default 10)")
     p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
                    help="sets with instances: cluster N samples (default 16) within a Hamming "
                    "distance of ALPHA (default N); choose it on --split val: a larger one breaks "
@@ -383,6 +390,8 @@ def check(args) -> None:
                     option.replace("_", "-"), mode.replace("_", "-")))
     if args.data_args and not (args.path and args.split == "all"):
         raise UserError("--data-args is for other data: give --split all and --path as well")
+    if unfit := {"path", "split_file"} & key_values("--data-args", args.data_args or []).keys():
+        raise UserError(f"--data-args {min(unfit)}=...: all cases at --path are judged; leave it out")
     if args.out and not args.image:
         raise UserError("--out is for --image: other results are written to the run's folder")
     if len(modes := [mode for mode in MODES if getattr(args, mode)]) > 1:
@@ -402,6 +411,11 @@ def check(args) -> None:
         raise UserError(f"--temperature {args.temperature:g}: a number from 0 up")
 
 
+def number(value: float) -> str:
+    """A size to read: 1,234,567 or 0.001235, never 1.2e+06."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def predict_images(args, device) -> None:
     """Draw samples for one image or for a folder of them, as --image asks."""
     folder, place = Path(args.run), Path(args.image)
@@ -419,8 +433,8 @@ def predict_images(args, device) -> None:
             samples=16 if len(args.samples) > 1 else args.samples[0],
             class_scales={int(k): factor for k, factor in scales.items()})
         say(f"{picture} (look at it), {arrays} (the samples and maps)")
-        say("\n".join(f"  {kind}: {size['mean']:,.0f} {sizes['unit']} on average, from "
-                      f"{size['q05']:,.0f} to {size['q95']:,.0f} in 90 % of the samples"
+        say("\n".join("  {}: {} {} on average, from {} to {} in 90 % of the samples".format(
+            kind, number(size["mean"]), sizes["unit"], number(size["q05"]), number(size["q95"]))
                       for kind, size in sizes["volume"].items()))
 
 
@@ -430,7 +444,7 @@ def judge_volumes(args, device) -> None:
     settings, model, (split,) = open_run(folder, (args.split,), args.path, device, args.weights,
                                          whole=True)
     if split.images.dim() != 4 or split.instances is not None:
-        raise UserError("--per-volume is for slices whose groups are volumes; "
+        raise UserError("--per-volume is for sets of slices of volumes; "
                         f"{settings['data']} has none")
     labels = split.all_maps().labels
     if settings["data"] == "synapse":  # its slices were resampled

@@ -22,7 +22,7 @@ of aleatoric uncertainty: the image alone does not determine the mask.
 Differences from the paper
   1. In the text, z_1 has the resolution of the image. In the authors' code (hence in the published
      numbers) and here, its resolution is 2^-(R-L) times the image's, for R resolution levels. With
-     `latent_levels=7` it is the image's, but there are 7 latent levels then instead of the text's 5.
+     `latent_levels=7` it is the image's, but then there are 7 latent levels, not the text's 5.
   2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D each
      coarser map has a quarter of the positions, so its KL counts four times as much.
   3. The code also upsamples every z to all finer levels and never uses the results; this is left
@@ -33,7 +33,7 @@ Differences from the paper
      in the code; padding and ignored pixels (255) are -0.5 in every class. 1D and 3D work as well.
   6. Training takes 500k steps and keeps the checkpoint of lowest validation GED, which is also what
      the code's test script takes; the paper trains for 48 hours and keeps that of lowest validation
-     loss. Initial weights are PyTorch's defaults; the code draws them from He's normal distribution.
+     loss. Initial weights are PyTorch's defaults; the code draws He's normal ones.
   7. The paper's single prediction is the mean of samples (`dice_mean` of evaluate.py); `predict`
      sets every level to its prior mean.
   8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because

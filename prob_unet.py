@@ -180,7 +180,7 @@ class ProbUNet(nn.Module):
 
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n logit maps, (n, B, K, *S). U-Net and prior net run once, if z enters after the U-Net."""
+        """n logit maps, (n, B, K, *S). U-Net and prior run once, if z enters after the U-Net."""
         return self.decode(image, draw(self.prior(image), n, generator))
 
     @torch.no_grad()

@@ -88,7 +88,7 @@ from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, con
 
 @dataclass(frozen=True)
 class VAEUNetConfig:
-    """The published code's settings for LIDC, with another loss and backbone (differences 1, 9)."""
+    """The published code's settings for LIDC, but for loss and backbone: differences 1, 3, 9."""
 
     in_channels: int = 1
     num_classes: int = 2
@@ -124,9 +124,11 @@ class VAEUNet(nn.Module):
     Config = VAEUNetConfig
     TRAINING = dict(optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, batch_size=24,
                     steps=60_000, poly_power=0.9)
-    # latent maps as small as 4 x 4 can set the class or size of a whole object
+    # latent maps as small as 4 x 4 can set the class or size of a whole object; the loss L, also
+    # where models.RECIPES has another
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64, 64), convs=1, width=24, depths=(2, 2, 2),
-                        heads=(2, 4, 8))
+                        heads=(2, 4, 8), kl_scale="pixel", ce_weight=1.0, dice_weight=0.0,
+                        kl_weight=1.0)
     QUICK_TRAINING = dict(optimizer="adam", lr=5e-3, batch_size=8, steps=500)
 
     def __init__(self, config: VAEUNetConfig = VAEUNetConfig()):
@@ -178,7 +180,8 @@ class VAEUNet(nn.Module):
         return padded.expand(-1, self.config.in_channels, *size)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """The loss L, its terms weighted, and Dice: (loss, terms). CE is a mean over pixels.
+        """ce_weight CE + dice_weight Dice + kl_weight KL, by default L: (loss, terms). CE is a
+        mean over pixels.
 
         image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         The term `kl` is the sum of `kl_0` (finest skip connection), `kl_1`, ...

@@ -35,7 +35,8 @@ def ambiguity(model, val, test, folder, n=16) -> dict:
     write_text(Path(folder) / "ambiguity.json", json.dumps(result, indent=2) + "\n")
     figure, ax = new_plot(size=(5, 3))
     ax.hist([counts[truth], counts[~truth]], bins=np.arange(n + 2) - 0.5,
-            color=[COLORS[6], COLORS[5]], label=["some annotators mark nothing", "all or none mark something"])
+            color=[COLORS[6], COLORS[5]],
+            label=["some annotators mark nothing", "all or none mark something"])
     ax.axvline(threshold - 0.5, color="black", linestyle="--", linewidth=1)
     ax.set(xlabel=f"samples of {n} that mark something", ylabel="test cases")
     ax.set_title(f"accuracy {result['accuracy']:.3f} (commoner answer {result['commoner']:.3f})",

@@ -59,8 +59,8 @@ def compare(folders, judged: str = "") -> str:
         p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases], patients)
         cells.append(f"{p:.2g}" if row else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "±: standard error over patients or other groups; in a line of several seeds, the "
-              "standard deviation over these."]
+    lines += ["", "±: standard error over patients or other groups; in a line of several seeds, "
+              "the standard deviation over these."]
     if len(rows) > 1:
         lines[-1] += (f" p: paired permutation test of ged_16 against {rows[0][0]}; it is about "
                       "these trained networks, and another seed may reverse it.")
@@ -127,7 +127,7 @@ def read_judged(folder: Path, judged: str = "") -> tuple[dict, tuple, dict]:
         geds = {name: float(row["ged_16"]) for name, row in cases.items()}
         groups = {name: row.get("group", name) for name, row in cases.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
-        raise UserError(f"{folder}: not judged yet, or without ged_16; run: "
+        raise UserError(f"{folder / judged}: not judged yet, or without ged_16; run: "
                         f"python evaluate.py {folder}") from None
     return settings, (folder.name, summary, geds), groups
 

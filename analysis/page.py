@@ -37,7 +37,7 @@ MEASURES = {
         "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
         "ncc": "↑ Correlation between where samples vary and where annotators contradict them.",
         "diversity": "Mean 1 - IoU of two of the n samples, each pair of a sample with itself "
-                     "included. Ideally as of the annotations (data.py show), for as many of them."},
+                     "included. Ideally that of as many annotations (data.py show)."},
     "Sets of samples against annotators": {
         "dice_max": "↑ Dice of the sample nearest to an annotator, averaged over annotators.",
         "dice_match": "↑ Dice when every annotator is matched with a sample of its own.",
@@ -102,8 +102,8 @@ PICTURES = {
                                 "are left out."),
     "dice.png": (False, "Spread of the samples' Dice in each case, beside the prediction's."),
     "overview.png": (False, "Annotators and samples of a few cases."),
-    "uncertainty.png": (False, "Where annotators differ and where samples do. PHiSeg's gamma map is "
-                               "the mean cross-entropy between the samples' mean and a sample."),
+    "uncertainty.png": (False, "Where annotators differ and where samples do. PHiSeg's gamma map "
+                               "is the mean cross-entropy between the samples' mean and a sample."),
     "maps.png": (False, "Does the model vary (gamma map) where annotators contradict it (PHiSeg, "
                         "Fig. 3)?"),
     "instances.png": (False, "Objects clustered from samples (HPU-Net, Fig. 4)."),
@@ -161,7 +161,8 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
         tiles="".join(f"<div><dt>{spoken(name)}</dt><dd>{value(summary[name], len(scores))}</dd>"
                       f"<dd class=better>{ARROWS[arrow]}</dd></div>"
                       for name, arrow in headline.items()),
-        classes=classes_html(cases), cases="".join(articles), numbers=numbers_html(summary, len(scores)),
+        classes=classes_html(cases), cases="".join(articles),
+        numbers=numbers_html(summary, len(scores)),
         pictures=pictures_html(out, folder)))
 
 

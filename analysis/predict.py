@@ -109,7 +109,8 @@ def volumes(samples, num_classes: int, source=None) -> dict:
 def sample_arrays(model, image, inside, samples, temperature, class_scales) -> dict:
     """The arrays that `predict_image` writes, as CPU tensors, for image (C, *S): the label maps
     samples (n, *S), prediction, by `model.predict`, and mean (*S), that of the samples' mean
-    probabilities (K, *S); uncertainty, the samples' variance, and entropy (*S).
+    probabilities (K, *S); uncertainty (*S), the variance over the samples, added over the classes,
+    and entropy (*S).
 
     Where inside (*S) is false, which training never saw, everything is background.
     """
@@ -151,7 +152,7 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
 
 def plot_prediction(path, image, arrays: dict) -> None:
     """Draw <name>_samples.png from image (C, *S) and the arrays of `sample_arrays`."""
-    top = {name: max(arrays[name].max().item(), 1e-10) for name in ("uncertainty", "entropy")}
+    top = {name: arrays[name].max().item() for name in ("uncertainty", "entropy")}
     if image.dim() == 4:
         fullest = fullest_slice(arrays["samples"])
         image = image[:, fullest]

@@ -87,8 +87,8 @@ TABLES = {
         "--data modes --steps 12000 --batch-size 4 --lr 1e-3", LAST,
         "mode_pooled_tv_100 mode_gap_100 ged_100"),
     "crops": Table(
-        "Real LIDC crops", "Every model in its default configuration, the paper's, at one size and "
-        f"one length; learned from all annotators and judged against all. {WHY_LAST} The last "
+        "Real LIDC crops", "Every model in its default configuration, the paper's (vae_unet: with "
+        "another loss), at one size and one length; learned from all annotators and judged against all. {WHY_LAST} The last "
         "measure is that of the checkpoint of lowest validation GED.", ALL, CROPS, LAST,
         f"{SCORES} best:ged_100"),
     "crops_small": Table(
@@ -147,7 +147,8 @@ TABLES = {
         "--data lesions3d --quick --steps 300 --batch-size 2 --lr 1e-3 --lr-drops 200:.3", QUICK,
         "ged_16 diversity_16 ece dice mode_gap_16"),
     "lidc": Table(
-        "LIDC, the full pickle", "Each method's model and schedule of its paper, on the split that "
+        "LIDC, the full pickle", "Each method's model and schedule of its paper (vae_unet: with "
+        "another loss), on the split that "
         "later works share (64/16/20 by series), judged at the checkpoint of lowest validation "
         "GED. The published figures are of other splits.",
         {name: options for name, options in MAIN.items() if name != "unet"},
@@ -171,4 +172,4 @@ WORDS = {"best:": "best.pt: ", "ged": "GED", "ncc": "NCC", "hungarian iou": "mat
          "dice mean": "Dice of the mean", "dice": "Dice", "iou rec": "IoU_rec", "ece": "ECE",
          "mode gap": "worst mode", "mode pooled tv": "total variation", "auroc variance ": "",
          "rand error": "Rand error", "volume crps": "volume CRPS", "brier": "Brier score",
-         "log likelihood": "log-likelihood", "e aurc disagreement": "E-AURC"}
+         "e aurc disagreement": "E-AURC"}

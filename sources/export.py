@@ -81,8 +81,8 @@ def export(whole: Split, out, layout: str = "") -> str:
     uniform = replace(whole, weights=None).probabilities
     if layout != "npz" and not np.allclose(whole.probabilities, uniform):
         how += " (the probabilities of its label maps have no place in this layout)"
-    note = (f"note: {IGNORE} in the label maps means ignored; images smaller than "
-            f"{size_text(images.shape[2:])} are padded by reflection, and ignored there\n"
+    note = (f"note: {IGNORE} in the label maps means ignored, also where smaller images are padded "
+            f"to {size_text(images.shape[2:])}\n"
             ) * bool((labels == IGNORE).any())
     return f"{note}wrote {out}, {len(whole)} cases, to be read with --data {how}"
 

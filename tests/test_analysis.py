@@ -48,6 +48,8 @@ def test_ambiguity_finds_the_threshold(tmp_path):
     result = analysis.ambiguity.ambiguity(Model(), split(6), split(9), tmp_path)
     assert result["accuracy"] == 1 and 8 < result["threshold"] <= 16
     assert result["commoner"] == 5 / 9 and (tmp_path / "ambiguity.png").exists()
+    with pytest.raises(UserError, match="in none of the 3 test cases"):
+        analysis.ambiguity.ambiguity(Model(), split(6), split(6).subset([0, 2, 4]), tmp_path)
 
 
 def test_an_image_of_ones_own(run, tmp_path, capsys):
@@ -71,7 +73,9 @@ def test_an_image_of_ones_own(run, tmp_path, capsys):
     assert (sizes["samples"], sizes["unit"]) == (5, "pixels")
     assert list(sizes["volume"]) == ["foreground", "class_1", "class_2", "class_3"]
     assert sizes["volume"]["class_2"]["mean"] == pytest.approx((arrays["samples"] == 2).sum() / 5)
-    assert f"class_3: {sizes['volume']['class_3']['mean']:,.0f} pixels" in capsys.readouterr().out
+    assert f"class_3: {sizes['volume']['class_3']['mean']:.4g} pixels" in capsys.readouterr().out
+    assert list(map(evaluate.number, (0.00123456, 999.5, 1234567.8))) == [
+        "0.001235", "999.5", "1,234,568"]
 
 
 def test_volumes_by_hand():

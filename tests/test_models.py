@@ -79,6 +79,23 @@ def test_a_method_of_your_own(tmp_path, monkeypatch):
     assert isinstance(models.load(run), Shift) and (run / "report.html").exists()
 
 
+@dataclasses.dataclass(frozen=True)
+class LooseConfig(ShiftConfig):
+    width: int | None = None
+    weight: float = 1
+
+
+def test_the_type_of_an_option_is_that_of_its_annotation(monkeypatch):
+    for name, field, value in (("prob_unet", "beta", "x"), ("ssn", "mc_samples", 2.5),
+                               ("vae_unet", "reparameterised", 1), ("ssn", "channels", 3)):
+        with pytest.raises(UserError, match=f"{field}={value!r}; give a value like "):
+            models.build(name, {field: value}, "meta")
+    assert models.build("prob_unet", dict(beta=1, channels=[4, 4]), "meta").config.beta == 1
+    Loose = type("Loose", (Shift,), dict(Config=LooseConfig))
+    monkeypatch.setitem(models.MODELS, "loose", Loose)
+    assert models.build("loose", dict(width=3, weight=0.5), "meta").config.weight == 0.5
+
+
 @pytest.mark.parametrize("name, value", [*((name, value) for name in models.MODELS
                                            for value in ("x", ())), ("phiseg", 10**30)])
 def test_nonsense_is_one_line(name, value):

@@ -123,6 +123,12 @@ def test_rows_of_a_kind_are_tested_among_themselves(made):
         "best", "0.12", ""]  # the last one has no rival
 
 
+def test_pictures_are_of_the_checkpoint_that_the_table_is_of(made, tmp_path):
+    _, text = made("good", "worse")
+    compared = (tmp_path / "out" / "toy" / "good-0" / "compare.md").read_text(encoding="utf-8")
+    assert f"| good-0 | {cells(text, 'good')[4][:5]} " in compared  # 0.1 less than best.pt's
+
+
 def test_a_pooled_measure_has_no_test(made):
     """It has no value for a case, so nothing can be paired."""
     _, text = made("good", "worse", columns="mode_gap_16")

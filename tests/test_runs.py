@@ -111,8 +111,11 @@ def test_unreadable_checkpoints_are_one_line(tmp_path, content):
 
 def test_a_missing_checkpoint_is_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "x.pt", "/dev/zero"):
-        with pytest.raises(UserError, match="no such checkpoint"):
+        with pytest.raises(UserError, match="no such checkpoint; train one"):
             models.load(path)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match="not been validated yet; .* --weights last"):
+        models.load(tmp_path)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
