@@ -42,7 +42,7 @@ Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Visi
      samples from their q. The paper's 0.289 may therefore not be comparable with samples of p.
   5. In training, the U-Net's decoder also sees a sample of p, without gradients, because its batch
      norm has to know the statistics of what it reads at test time (GED 16 of quick runs on
-     `shapes`, three seeds: .32 instead of .35). The authors' Swin has layer norm.
+     `shapes`, three seeds: .33 instead of .37). The authors' Swin has layer norm.
   6. Grey values of the mask: class numbers 0 .. K - 1 in the code; here k / (K - 1), and -1 where
      it is ignored. Image and mask pass the encoder in one batch, because batch norm has to know the
      statistics of both.
