@@ -107,7 +107,7 @@ def test_classes_in_files_of_their_own(tmp_path, capsys):
     whole = data.load("folder", "all", tmp_path, **templates)
     said = capsys.readouterr()
     assert "1 label maps have files of some of the classes liver, spleen only ('0'" in said.err
-    assert "4 images of 4 groups (patients)" in said.out
+    assert "4 images without groups: each counts as a patient of its own" in said.out
     assert [int(label.max()) for label in whole.labels] == [1, 2, 2, 2]
 
 
