@@ -22,7 +22,7 @@ def compare(folders, judged: str = "") -> str:
     """Compare judged runs in a table, a line for each run, and in two pictures.
 
     The table is returned and written as compare.md to the first run's folder. There, compare.png
-    shows GED against the number of samples, and compare_curves.png the validation GED against the
+    shows GED against the number of samples (if there are several), and compare_curves.png the validation GED against the
     steps and the time of training. Runs that differ only in their seeds share a line, with the mean
     and the standard deviation over them; for a single run, the standard error over patients follows
     the mean. p is that of a paired permutation test of `ged_16` against the first line, in which
@@ -64,7 +64,8 @@ def compare(folders, judged: str = "") -> str:
     if len(rows) > 1:
         lines[-1] += (f" p: paired permutation test of ged_16 against {rows[0][0]}; it is about "
                       "these trained networks, and another seed may reverse it.")
-    drawn = [{name for name in summary if name.startswith("ged_")} for _, summary, _ in rows]
+    drawn = [{name for name in summary if name.startswith("ged_") and name[4:].isdigit()}
+             for _, summary, _ in rows]
     if any(names != drawn[0] for names in drawn):
         lines += ["", "The runs were judged with different numbers of samples: compare only "
                   "measures that name one number, such as ged_16."]
@@ -76,7 +77,8 @@ def compare(folders, judged: str = "") -> str:
               f"{2 ** (1 - count):.2g}."] if count < 8 and len(rows) > 1 else []
     text = "\n".join(lines) + "\n"
     write_text(folders[0] / "compare.md", text)
-    plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])
+    if len(set.union(*drawn)) > 1:  # a curve needs several numbers of samples
+        plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])
     curves = [(row[0], *validations(read_log(folder)))
               for row, group in zip(rows, groups.values()) for folder, _ in group]
     if any(scores for *_, scores in curves):
