@@ -88,8 +88,9 @@ TABLES = {
         "mode_pooled_tv_100 mode_gap_100 ged_100"),
     "crops": Table(
         "Real LIDC crops", "Every model in its default configuration, the paper's (vae_unet: with "
-        "another loss), at one size and one length; learned from all annotators and judged against all. {WHY_LAST} The last "
-        "measure is that of the checkpoint of lowest validation GED.", ALL, CROPS, LAST,
+        "another loss), at one size and one length; learned from all annotators and judged against "
+        f"all. {WHY_LAST} The last measure is that of the checkpoint of lowest validation GED.",
+        ALL, CROPS, LAST,
         f"{SCORES} best:ged_100"),
     "crops_small": Table(
         "Real LIDC crops, small models", "The narrow models of `--quick`, which take minutes on a "

@@ -249,6 +249,10 @@ def test_figures_beside_are_of_rows():
             assert published.keys() <= table.rows.keys()
 
 
+def test_no_text_has_a_name_in_braces():
+    assert not [t.title for t in reproduce.TABLES.values() if "{" in t.title + t.text]
+
+
 def test_every_table_is_listed_in_the_readme():
     text = FILE.with_name("README.md").read_text(encoding="utf-8")
     listed = text.partition("## The tables")[2].partition("<!--")[0]
