@@ -167,14 +167,14 @@ def write_page(out: Path, folder: Path, judged: str, cases: list, shown: dict) -
 
 
 def classes_html(cases: list) -> str:
-    """What the colours of label maps mean, and that a volume is shown by a slice."""
+    """That a volume is shown by a slice, and what the colours of label maps mean."""
     count = int(max(maps[maps != IGNORE].max(initial=0) for case in cases
                     for maps in (case.labels.numpy(), case.prediction.numpy())))
     key = " ".join(f"<span class=key><span style='color: {COLORS[k % len(COLORS)]}'>&#9632;</span> "
                    f"class {k + 1}</span>" for k in range(min(count, len(COLORS))))
-    text = f"In all other label maps, colours are classes: {key}. " if count > 1 else ""
-    return text + "Of each volume, the slice with the most annotated foreground is shown. " * any(
+    text = "Of each volume, the slice with the most annotated foreground is shown. " * any(
         case.of_volume for case in cases)
+    return text + f"In samples and predictions, colours are classes: {key}" * (count > 1)
 
 
 def split_name(name: str) -> tuple[str, str]:
