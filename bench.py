@@ -132,14 +132,16 @@ def convolutions_alone(function, backward: bool, autocast=contextlib.nullcontext
     for convolution, args, options, out in noted.calls:
         inputs = [torch.randn_like(x).requires_grad_(x.requires_grad)
                   if isinstance(x, torch.Tensor) else x for x in args]
-        wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad
+                  and out.requires_grad]  # none of a pass under no_grad
         calls.append((convolution, inputs, options, wanted, torch.randn_like(out)))
 
     def run():
-        with autocast(), torch.set_grad_enabled(backward):
+        with autocast():
             for convolution, inputs, options, wanted, gradient in calls:
-                out = convolution(*inputs, **options)
-                if backward:
+                with torch.set_grad_enabled(backward and bool(wanted)):
+                    out = convolution(*inputs, **options)
+                if backward and wanted:
                     torch.autograd.grad(out, wanted, gradient)
 
     return run
