@@ -484,7 +484,7 @@ def main(argv=None) -> int:
             predict_images(args, device)
         elif args.compare:
             print(compare([args.run, *args.compare]), end="")
-            say(f"also in {Path(args.run, 'compare.md')}, with compare_curves.png and compare.png")
+            say(f"also in {Path(args.run, 'compare.md')}, with pictures of the curves beside it")
         elif args.ambiguous:
             folder = Path(args.run)
             _, model, splits = open_run(folder, ("val", "test"), args.path, device, args.weights)

@@ -207,7 +207,7 @@ def test_compare_tabulates_and_tests_runs(judged, tmp_path, capsys):
     assert table[0].endswith("| p (ged_16) |") and table[3].startswith("| better |")
     assert "paired permutation test of ged_16 against run;" in table[5]
     assert table[7].startswith("p compares 4 patients") and table[7].endswith("below 0.12.")
-    assert table[8].endswith("compare_curves.png and compare.png") and len(table) == 9
+    assert table[8].endswith("pictures of the curves beside it") and len(table) == 9
     assert table[3].endswith("| 0.12 |")  # 4 cases, all better: 2 of 2^4 sign patterns
     assert (run / "compare.md").exists() and not (run / "compare.png").exists()  # of 16 alone
     for folder in (run, better):
