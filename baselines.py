@@ -12,8 +12,8 @@ outputs, each a logit map, and CE_m = -sum_i log softmax(eta_m)[i, y_i] for thei
 Samples that vary with the weights show epistemic uncertainty, which more data would reduce, and not
 how annotators differ. The probabilities of a deterministic U-Net show aleatoric uncertainty, but of
 each pixel separately. M-Heads learn how annotators differ, because the loss mainly trains the best
-head, so that heads specialise. They cannot learn how often each annotation occurs, because every
-head counts as equally likely.
+head, so that heads specialise; eps also trains the heads that are never the best. They cannot learn
+how often each annotation occurs, because every head counts as equally likely.
 The Image2Image VAE, the paper's other baseline, is a configuration of prob_unet.py.
 
 The SSN paper's baselines (Monteiro et al. 2020) are the backbones of SSN without the method:
@@ -52,8 +52,8 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.deepmedic import DeepMedic, DeepMedicConfig
 from backbones.unet import DetUNet, UNet
-from common import (CONV, center_crop, check_choice, cross_entropy, double, dropout, halve,
-                    init_orthogonal, pad_to_multiple, run_encoder, valid_label)
+from common import (CONV, center_crop, check_choice, cross_entropy, downsample, dropout,
+                    init_orthogonal, pad_to_multiple, run_encoder, upsample, valid_label)
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,14 @@ class EnsembleUNet(Mixture):
         DeepMedic's random patches would not compute the same twice, so they keep theirs.
         """
         repeatable = self.config.norm == "none" and self.config.backbone == "unet"
-        losses = [checkpoint(member, image, label, mask, use_reentrant=False,
-                             preserve_rng_state=False)[0] if repeatable
-                  else member(image, label, mask)[0] for member in self.members]
+        losses = []
+        for member in self.members:
+            if repeatable:
+                loss, _ = checkpoint(member, image, label, mask, use_reentrant=False,
+                                     preserve_rng_state=False)
+            else:
+                loss, _ = member(image, label, mask)
+            losses.append(loss)
         loss = torch.stack(losses).sum()
         return loss, {"cross_entropy": loss.detach() / self.count}
 
@@ -251,8 +256,9 @@ class MHeads(Mixture):
 class DropoutUNet(DeterministicUNet):
     """One U-Net with dropout; every sample is computed under a random dropout mask, as in training.
 
-    `predict` uses no dropout, the usual approximation of the mean over masks. The encoder's levels
-    before the first dropout are computed once for all samples, the rest once per sample.
+    `outputs` and `predict` use no dropout, the usual approximation of the mean over dropout masks.
+    The encoder's levels before the first dropout are computed once for all samples, the rest once
+    per sample.
     """
 
     Config = DropoutUNetConfig
@@ -279,10 +285,10 @@ class DropoutUNet(DeterministicUNet):
         c = self.config
         features = list(features)
         for block in self.unet.encoder[-c.dropout_blocks :]:
-            features.append(block(dropout(halve(features[-1]), c.p, generator)))
+            features.append(block(dropout(downsample(features[-1]), c.p, generator)))
         *skips, x = features
         for depth, (block, skip) in enumerate(zip(self.unet.decoder, reversed(skips))):
-            x = torch.cat([skip, double(x)], 1)
+            x = torch.cat([skip, upsample(x)], 1)
             if depth < c.dropout_blocks:
                 x = dropout(x, c.p, generator)
             x = block(x)

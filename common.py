@@ -3,6 +3,7 @@
 All files write shapes with the same letters:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
     A annotators · R rank · N cases
+Equations keep the letters of their papers.
 A "3-wide" convolution has a kernel of 3 pixels along every spatial axis.
 
 Sections: noise and Gaussians / losses / convolutions / padding / initialisation / device /
@@ -132,7 +133,8 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 def hierarchy_noise(channels: dict[int, int], multiple: int, image: Tensor, n: int,
                     generator: torch.Generator | None, width: int):
     """Yield standard normal noise for n samples of a hierarchy of latent maps (PHiSeg, HPU-Net), in
-    chunks of m samples: {level i: (m * B, D_i, *S_i)}, the B cases of a sample side by side.
+    chunks of m samples: {level i: (m * B, D_i, *S_i)}, the B cases of a sample side by side. All of
+    it is drawn before the first chunk, so that the samples do not depend on m.
 
     channels: {i: D_i}, coarse to fine; a level with D_i = 0 has no latents.
     multiple: side, in pixels, of one position of the coarsest map; it halves at every finer level.
@@ -227,15 +229,15 @@ class LowRankNormal:
         drawn = (n + 1) // 2 if antithetic else n
         batch, mean = len(self.mean), self.mean.unsqueeze(1)
         shape = (batch, drawn, *self.mean.shape[1:])
-        deviation = standard_normal(shape, mean, generator)  # (B, n, K, *S)
+        e2 = standard_normal(shape, mean, generator)  # (B, n, K, *S)
         std = self.diagonal.sqrt().unsqueeze(1)
-        # Operations in place save memory, but the backward pass needs this noise unchanged.
-        deviation = deviation * std if torch.is_grad_enabled() else deviation.mul_(std)
+        # sqrt(D) e2; in place it saves memory, but the backward pass needs e2 unchanged
+        deviation = e2 * std if torch.is_grad_enabled() else e2.mul_(std)
         if self.factor is not None:
-            noise = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
-            # adds P e1; under autocast, this product in bfloat16 would round every sample
+            e1 = standard_normal((batch, drawn, self.factor.shape[1]), mean, generator)
+            # adds P e1 in place, through a view; bfloat16 (autocast) would round every sample
             with torch.autocast(mean.device.type, enabled=False):
-                deviation.view(batch, drawn, -1).baddbmm_(noise, self.factor.flatten(2))
+                deviation.view(batch, drawn, -1).baddbmm_(e1, self.factor.flatten(2))
         if temperature != 1:
             deviation *= temperature**0.5
         if antithetic:
@@ -315,20 +317,20 @@ def conv_block(dims: int, in_channels: int, out_channels: int, *, convs: int = 1
 
 
 def run_encoder(blocks, x: Tensor) -> list[Tensor]:
-    """Apply `blocks` with `halve` in between; returns every level's features, fine to coarse."""
+    """Apply `blocks`, with `downsample` in between; returns all features, fine to coarse."""
     features = []
     for block in blocks:
-        x = block(halve(x) if features else x)
+        x = block(downsample(x) if features else x)
         features.append(x)
     return features
 
 
-def halve(x: Tensor) -> Tensor:
+def downsample(x: Tensor) -> Tensor:
     """Halve the size by average pooling; for even sizes this equals bilinear down-sampling."""
     return AVERAGE_POOL[x.dim() - 2](x, 2)
 
 
-def double(x: Tensor) -> Tensor:
+def upsample(x: Tensor) -> Tensor:
     """Double the size of x (B, C, *S) by linear interpolation."""
     return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2], align_corners=False)
 

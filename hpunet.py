@@ -1,38 +1,44 @@
 """Hierarchical Probabilistic U-Net, HPU-Net (Kohl et al. 2019, arXiv:1905.13077).
 
 One image, many plausible masks, made from coarse to fine. The coarsest levels i = 0 .. L of a
-U-Net's decoder each have a latent map z_i, one number per position. It is sampled given the image X
-and the coarser latent maps z_<i, and concatenated to the features that predicted it:
+U-Net's decoder (L = 3) each have a latent map z_i, one number per position. It is sampled given the
+image X and the coarser latent maps z_<i, and concatenated to the features that predicted it:
         z_i ~ N(mu_i(z_<i, X), sigma_i(z_<i, X)^2) =: p(z_i | z_<i, X).                      (Eq. 1)
-A sample S(X, z) therefore costs a pass of the decoder. Coarse latents learn to decide about whole
-objects, fine ones about outlines. It is unknown which z belongs to an annotator's mask Y. In
-training, a posterior net q of the same form therefore reads Y as well (Eq. 3); its samples of z are
-given to the U-Net, and the loss, called GECO, is
-        lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
-            + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ].                    (Eq. 6)
-lambda is learned: it rises until the cross-entropy has fallen to its target kappa, and falls after
-that, so that the KL gets more weight. The cross-entropy is summed over 2 % of the batch's pixels,
-sampled in proportion to their loss, and its target is kappa nats times their number. Samples
-differ because of aleatoric uncertainty: the image alone does not determine the mask.
+A sample S(X, z) therefore costs a pass of the decoder. Given the coarser maps, the values of z_i
+are independent, so only coarse latents can make distant pixels vary together: they learn to decide
+about whole objects, fine ones about outlines.
 
-If the masks of training give every object a random class number, the model segments instances:
-pixels of one object change together from sample to sample (analysis/instances.py, with a recipe).
-If it is also given the labels around a hidden region, it extrapolates them (`--data-args hide=50`).
+It is unknown which z belongs to an annotator's mask Y. In training, a posterior net q of the same
+form therefore reads Y as well (Eq. 3), and its samples of z are given to the U-Net. With the
+negative ELBO as the loss (Eq. 5), the authors found worse priors, so theirs, called GECO, is
+        lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
+            + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ],                    (Eq. 6)
+where P_c is the softmax in every pixel. lambda is a learned Lagrange multiplier: it rises until the
+cross-entropy has fallen to its target kappa, and falls after that, so that the KL gets more weight.
+Choose kappa for your data: if it is too low to be reached, lambda keeps rising and the KL hardly
+counts. As most pixels are easy, the cross-entropy is summed over 2 % of the batch's pixels only,
+sampled in proportion to their loss; its target is kappa nats times their number. Samples differ
+because of aleatoric uncertainty: the image alone does not determine the mask.
+
+If every object of the training masks has a random class number, the model segments instances:
+pixels of one object change together from sample to sample (analysis/instances.py has a recipe).
+Separately, `--data-args hide=50` gives it the labels around a hidden region, which it completes.
 
 Differences from the paper
-  1. App. D says that lambda keeps rising if kappa is too high. It does if kappa is too low to be
-     reached: the term `constraint` then never falls below 0, and train.py says so. kappa depends on
-     the data; 0.05 is LIDC's, and models.RECIPES has the paper's other values.
-  2. The moving average in the loss is that of the whole constraint; in the code it is that of the
+  1. App. D says that lambda keeps rising if kappa is too high; it must mean too low. The term
+     `constraint` then never falls below 0, and train.py says so. 0.05 is the kappa of LIDC;
+     models.RECIPES has the paper's other values.
+  2. For instances, the demo below and `--quick` use Eq. 5 with a large beta instead of Eq. 6, as
+     analysis/instances.py explains; the recipe for `em` is the paper's.
+  3. The moving average in the loss is that of the whole constraint; in the code it is that of the
      reconstruction. They differ only where pixels are ignored.
-  3. The posterior net ends at its last latents; the authors' has one more level, which is unused.
   4. log sigma is bounded (common.bounded_log_std).
   5. The paper does not name its optimiser; here it is Adam, as in the Probabilistic U-Net. It gives
-     the first and last learning rate and "in 4 steps"; here these have equal factors and are 48k
-     steps of training apart.
+     the first and last learning rate and "in 4 steps"; here the rate is multiplied by 0.05^(1/4)
+     every 48k steps.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, adds twice as
-     much. Here it acts on lambda as well, but lambda's own gradient is far larger.
+     much.
   8. The checkpoint of lowest validation GED is kept; the paper does not say which one it keeps.
   9. Images of any size are padded by reflection. In the posterior's one-hot mask, the padding and
      ignored pixels (255) are zero in every class. 1D and 3D work as well (`dims`).
@@ -79,14 +85,16 @@ class HPUNet(nn.Module):
     `loss`, which is also `forward`, draws latents from the posterior and returns Eq. 6 or 5.
     `sample` draws latents from the prior and returns logit maps; `predict` uses the prior's means,
     `reconstruct` the posterior's for a given mask. Keys of dicts {i: ...} number the latent maps
-    as in the paper: 0 is the coarsest.
+    as in the paper: 0 is the coarsest. For an image of 128 x 128, z_0 .. z_3 have sides of 1, 2, 4,
+    8.
     """
 
     Config = HPUNetConfig
     TRAINING = dict(optimizer="adam", lr=1e-4, weight_decay=1e-5, batch_size=32, steps=240_000,
                     lr_drops=tuple((48_000 * k, 0.05 ** (k / 4)) for k in range(1, 5)))
     # 2 % of a small image are too few pixels. A small net reaches this kappa early; with a lower
-    # one, lambda would keep rising, the KL would hardly count, and z encode what X can predict.
+    # one, lambda would keep rising, the KL would hardly count, and z would encode even what X can
+    # predict.
     QUICK_CONFIG = dict(channels=(16, 32, 48, 48, 48, 48, 48), blocks=1, convs=2, top_k=0.1,
                         kappa=0.35)
     # for sets with instances: z_0 has a position for every 16 x 16 pixels, see analysis/instances
@@ -114,7 +122,7 @@ class HPUNet(nn.Module):
         init_orthogonal(self)
         if c.objective == "geco":  # lambda = softplus(rho)^2 is 1 at first
             self.rho = nn.Parameter(torch.tensor(math.log(math.e - 1)))
-            self.register_buffer("constraint", torch.zeros(()))  # its moving average
+            self.register_buffer("constraint", torch.zeros(()))  # the constraint's moving average
             self.register_buffer("steps_seen", torch.zeros((), dtype=torch.long))
 
     def encode(self, image: Tensor, label: Tensor | None = None) -> list:
@@ -141,7 +149,7 @@ class HPUNet(nn.Module):
         `constraint`, reconstruction - kappa * kept pixels (in training, its moving average).
         """
         c, label = self.config, valid_label(label, mask)
-        (noise,) = self.noise(image, 1)
+        noise = next(self.noise(image, 1))
         latents, q, _ = self.posterior(self.encode(image, label), noise=noise)
         _, p, x = self.unet(self.encode(image), latents=latents)
         kls = {f"kl_{i}": q[i].kl(p[i]).mean() for i in latents}
@@ -153,6 +161,7 @@ class HPUNet(nn.Module):
         reconstruction = (error * kept).sum() / len(label)  # nats per case
         count = kept.sum() / len(label)  # kept pixels per case
         both = torch.stack([reconstruction.detach(), count])
+        # under torchrun, over the pixels of all processes
         total, pixels = process_mean(both) if self.training else both
         terms = dict(reconstruction=reconstruction, kl=kl, **kls,
                      reconstruction_per_pixel=total / pixels.clamp(min=1e-6))
@@ -183,7 +192,7 @@ class HPUNet(nn.Module):
         return constraint + (average - constraint).detach()
 
     def _logits(self, x, image):
-        """The U-Net's finest features (m * B, C, *s) -> logits (m, B, K, *S)."""
+        """The U-Net's finest features (m * B, C, *padded S) -> logits (m, B, K, *S)."""
         return center_crop(self.out(x), image.shape[2:]).float().unflatten(0, (-1, len(image)))
 
     @torch.no_grad()
@@ -225,8 +234,9 @@ class HPUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats by importance sampling, (B,), over all pixels; half
-        of the draws from the posterior, half from the prior: see common.importance_log_ratio."""
+        """Estimate of log p(Y | X) in nats, (B,), over all pixels, on average a lower bound, by
+        importance sampling with n sets of latents, half from the posterior, half from the prior:
+        common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         shared_p, shared_q = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
@@ -256,15 +266,15 @@ class LatentUNet(nn.Module):
             res_blocks(c.dims, before, after, c.blocks, c.convs)
             for before, after in zip((in_channels, *c.channels), c.channels))
         self.heads, self.joins, self.decoder = nn.ModuleDict(), nn.ModuleList(), nn.ModuleList()
-        coarser = 0  # channels that come from the level before
+        coarser_channels = 0
         for i, width in enumerate(c.channels[::-1][:levels]):
             if i > 0:
-                self.joins.append(UpBlock(c.dims, coarser + width, width, c.convs))
+                self.joins.append(UpBlock(c.dims, coarser_channels + width, width, c.convs))
                 self.decoder.append(res_blocks(c.dims, width, width, c.blocks - 1, c.convs))
-            coarser = width
+            coarser_channels = width
             if i < len(c.latents) and c.latents[i]:
                 self.heads[str(i)] = CONV[c.dims](width, 2 * c.latents[i], 1)  # mean and log std
-                coarser += c.latents[i]
+                coarser_channels += c.latents[i]
 
     def encode(self, x: Tensor) -> list:
         """Image (B, C, *S), sides multiples of 2^(encoder levels - 1) -> what all samples share:

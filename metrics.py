@@ -50,19 +50,20 @@ def _overlaps(maps, num_classes):
     inter[i, j]: pixels that are k in both maps. size[i, j]: pixels that are k in i and valid in j.
     """
     highest = maps.amax((0, 1))  # (P,); where it is 0, a pixel counts for no class
-    clear = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
-    mixed = maps.mT[:, highest == IGNORE]  # (B, P'', N), ignored by some map
+    # Pixels that no map ignores, nearly all of them, need only one of the two products below.
+    never_ignored = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
+    ignored = maps.mT[:, highest == IGNORE]  # (B, P'', N), by at least one map
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
     inters, sizes = [], []
     for k in range(1, num_classes):
         inter = maps.new_zeros(len(maps), maps.shape[1], maps.shape[1], dtype=torch.long)
         # Autocast would round the products, which are counts, to 8 or 11 bits.
         with torch.autocast(maps.device.type, enabled=False):
-            for pixels in clear.split(step, 1):
+            for pixels in never_ignored.split(step, 1):
                 is_k = pixels.float().eq_(k)
                 inter += (is_k.mT @ is_k).long()
             size = inter.diagonal(dim1=1, dim2=2)[:, :, None].expand_as(inter)  # valid in every j
-            for pixels in mixed.split(step, 1):
+            for pixels in ignored.split(step, 1):
                 is_k, valid = pixels.float().eq_(k), pixels.float().ne_(IGNORE)
                 inter = inter + (is_k.mT @ is_k).long()
                 size = size + (is_k.mT @ valid).long()
@@ -73,7 +74,8 @@ def _overlaps(maps, num_classes):
 
 def _iou(inter, size, empty):
     """Mean foreground IoU (B, N, N) of all pairs of maps, from what `_overlaps` returns."""
-    iou = (inter / (size + size.mT - inter)).nan_to_num(nan=empty)  # 0 / 0: absent in both
+    union = size + size.mT - inter  # of i and j, over the pixels that are valid in both
+    iou = (inter / union).nan_to_num(nan=empty)  # 0 / 0: absent in both
     return iou.nanmean(0).nan_to_num(nan=1.0)  # all left out: the maps agree
 
 
@@ -110,7 +112,7 @@ class Pairs:
         joint = _joint(maps, labels)  # (B, N, P)
         missing = (self.weights == 0)[:, :, None]
         lowest = joint[:, self.n :].masked_fill(missing, IGNORE).amin(1, keepdim=True)
-        joint[:, : self.n] |= (lowest == IGNORE).byte() * IGNORE
+        joint[:, : self.n].masked_fill_(lowest == IGNORE, IGNORE)  # where nobody labelled the pixel
         self.inter, self.size = _overlaps(joint, num_classes)
         self.iou = _iou(self.inter, self.size, empty)
         self.dice = (2 * self.inter / (self.size + self.size.mT)).nan_to_num(nan=1.0)
@@ -127,9 +129,10 @@ class Pairs:
         """{"ged_<n>", "diversity_<n>", "hungarian_iou_<n>"} of the first n maps, for n in counts.
 
         diversity is E[1 - IoU(s, s')] over all n^2 pairs of samples (Monteiro et al. 2020, Sec. 4).
-        hungarian_iou is the mean IoU of the best 1:1 matching of samples and annotators (Kohl et
-        al. 2019, App. B.1). In the paper both sets are repeated to their least common multiple.
-        The optimal transport of the samples, 1/n each, to the annotators' weights gives the same.
+        hungarian_iou (matched IoU) is the mean IoU of the best 1:1 matching of samples and
+        annotators (Kohl et al. 2019, App. B.1). In the paper both sets are repeated to their least
+        common multiple. The optimal transport of the samples, 1/n each, to the annotators' weights
+        gives the same.
         """
         scores, weights = {}, self.weights.double().cpu().numpy()
         iou = self.iou[:, self.n :, : max(counts)].double().cpu().numpy()  # (B, A, n)
@@ -155,71 +158,19 @@ class Pairs:
 def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
     """Squared generalised energy distance, d = 1 - IoU (Kohl et al. 2018, Eq. 6; weighted: Eq. 7).
 
-        D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')] = u^T IoU u,  u = (1/n .. 1/n, -w_1 .. -w_A)
+        D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')]
 
-    This is the V-statistic: the pairs of a map with itself are counted. Pixels that no annotator
-    labelled are left out of the pairs of samples, too.
+    The distance of samples s from annotations y, less the distances among samples and among
+    annotations: to score well, a model has to be right and to vary as the annotators do. Pairs of a
+    map with itself are counted, at distance 0 (the V-statistic). Even if samples and annotations
+    are independent draws of one distribution, D^2 is therefore d (1/n + 1/A) on average, where d is
+    the mean distance of two draws: compare only equal n and A. As D^2 rewards diversity even of
+    poor samples (Kohl et al. 2019, App. B.1), look at the matched IoU, too.
+
+    With u = (1/n .. 1/n, -w_1 .. -w_A), whose sum is 0, D^2 = u^T IoU u, which is how it is
+    computed. Pixels that no annotator labelled are left out of the pairs of samples, too.
     """
     return Pairs(samples, labels, num_classes, weights, empty).ged()
-
-
-def transport(value, weights):
-    """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
-
-    T[a, i] is the mass that sample i sends to annotator a: each sample sends 1/n, and annotator a
-    receives weights[:, a]. First, every sample goes where value - price is highest. Prices do not
-    change the optimum, because sum(T * price) is the same for every such T, and those of Sinkhorn's
-    iterations put nearly all mass in the right place. The rest moves along successive shortest
-    paths: from an annotator with too much to one with too little, through others if that is best.
-    """
-    B, A, n = value.shape
-    weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)
-    share = np.nan_to_num(weights / weights.sum(1, keepdims=True), nan=1 / A)
-    price = np.zeros((B, A, 1))
-    for heat in np.geomspace(0.3, 0.01, 12):
-        soft = np.exp((value - price - (value - price).max(1, keepdims=True)) / heat)
-        load = (soft / soft.sum(1, keepdims=True)).mean(2, keepdims=True)
-        price += heat * np.log(load / share[:, :, None].clip(1e-9) + 1e-9)
-    net = value - price
-    sent = (net.argmax(1)[:, None] == np.arange(A)[:, None]).astype(float)  # in samples
-    room = n * share - sent.sum(2)  # negative: too much
-    eps = 1e-9  # of a sample; what rounding leaves
-    while len(b := np.flatnonzero((room < -eps).any(1) & (room > eps).any(1))):
-        case = np.arange(len(b))
-        held = np.where(sent[b] > eps, net[b], np.inf)
-        moves = held[:, :, None] - net[b, None]  # (b, from, to, n): what a sample loses by it
-        mover = moves.argmin(3)
-        step = np.take_along_axis(moves, mover[..., None], 3)[..., 0]
-        loss, previous = _shortest_paths(room[b] < -eps, step)
-        at = end = np.where(room[b] > eps, loss, np.inf).argmin(1)
-        amount, path = room[b, end], []  # the path is followed back from its end
-        before = previous[case, at]
-        while (before >= 0).any():
-            on, sample = before >= 0, mover[case, before, at]  # on: not at the path's start yet
-            amount = np.where(on, np.minimum(amount, sent[b, before, sample]), amount)
-            path.append((on, before, at, sample))
-            at = np.where(on, before, at)
-            before = previous[case, at]
-        amount = np.minimum(amount, -room[b, at])
-        for on, before, after, sample in path:
-            sent[b, before, sample] -= amount * on
-            sent[b, after, sample] += amount * on
-        room[b, end] -= amount
-        room[b, at] += amount
-    return (sent * value).sum((1, 2)) / n + 0 * weights.sum(1)
-
-
-def _shortest_paths(sources, step):
-    """Bellman-Ford from the sources (B, A) bool, where going from j to k costs step[:, j, k]: the
-    least loss (B, A) of reaching each annotator, and the one before it on that path, or -1."""
-    loss, previous = np.where(sources, 0, np.inf), np.full(sources.shape, -1)
-    while True:
-        through = loss[:, :, None] + step
-        better = through.min(1) < loss - 1e-12  # the margin keeps rounding from cycling
-        if not better.any():
-            return loss, previous
-        previous = np.where(better, through.argmin(1), previous)
-        loss = np.where(better, through.min(1), loss)
 
 
 def mode_frequencies(samples, modes, num_classes=2):
@@ -287,12 +238,13 @@ def gamma_map(probs):
 
 
 def ncc(probs, labels, weights=None):
-    """PHiSeg's S_NCC: does the model vary where annotators contradict its samples? In -1..1.
+    """PHiSeg's S_NCC: do the samples vary where they disagree with the annotators? In -1..1.
 
         E_y[NCC(E_s[CE(mean, s)], E_s[CE(y, s)])]          (Baumgartner et al. 2019, Eq. 5)
 
-    NCC is Pearson's correlation over the pixels that the annotator y does not ignore; 0 where one
-    of the maps is constant.
+    Here s are a sample's probabilities, mean is E_s[s], and y is an annotator's one-hot map. NCC is
+    Pearson's correlation over the pixels that the annotator does not ignore; 0 where one of the
+    maps is constant.
     """
     moments = Moments.of(probs)
     error, valid = _annotator_errors(moments, labels)
@@ -491,3 +443,58 @@ def _numbers(groups):
     """The groups of the cases (N,) as numbers, in the order in which they first appear."""
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     return np.array([number[group] for group in groups], dtype=int)
+
+
+# ---- matching samples with annotators ------------------------------------------------------------
+
+def transport(value, weights):
+    """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
+
+    T[a, i] is the mass that sample i sends to annotator a: each sample sends 1/n, and annotator a
+    receives weights[:, a]. First, every sample goes to its best annotator. Then samples move along
+    successive shortest paths: from an annotator with too many to one with too few, through others
+    if that is best.
+    """
+    B, A, n = value.shape
+    weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)
+    share = np.nan_to_num(weights / weights.sum(1, keepdims=True), nan=1 / A)  # (B, A)
+    # in samples: sent (B, A, n), and room (B, A), which is negative where there are too many
+    sent = (value.argmax(1)[:, None] == np.arange(A)[:, None]).astype(float)
+    room = n * share - sent.sum(2)
+    eps = 1e-9  # of a sample; what rounding leaves
+    while len(b := np.flatnonzero((room < -eps).any(1) & (room > eps).any(1))):
+        case = np.arange(len(b))
+        held = np.where(sent[b] > eps, value[b], np.inf)
+        moves = held[:, :, None] - value[b, None]  # (b, from, to, n): what a sample loses by it
+        mover = moves.argmin(3)
+        step = np.take_along_axis(moves, mover[..., None], 3)[..., 0]  # (b, from, to)
+        loss, previous = _shortest_paths(room[b] < -eps, step)
+        at = end = np.where(room[b] > eps, loss, np.inf).argmin(1)
+        amount, path = room[b, end], []  # the path is followed back from its end
+        before = previous[case, at]
+        while (before >= 0).any():
+            moving, sample = before >= 0, mover[case, before, at]  # False at the path's start
+            amount = np.where(moving, np.minimum(amount, sent[b, before, sample]), amount)
+            path.append((moving, before, at, sample))
+            at = np.where(moving, before, at)
+            before = previous[case, at]
+        amount = np.minimum(amount, -room[b, at])
+        for moving, before, after, sample in path:
+            sent[b, before, sample] -= amount * moving
+            sent[b, after, sample] += amount * moving
+        room[b, end] -= amount
+        room[b, at] += amount
+    return (sent * value).sum((1, 2)) / n + 0 * weights.sum(1)
+
+
+def _shortest_paths(sources, step):
+    """Bellman-Ford from the sources (B, A) bool, where going from j to k costs step[:, j, k]: the
+    least loss (B, A) of reaching each annotator, and the one before it on that path, or -1."""
+    loss, previous = np.where(sources, 0, np.inf), np.full(sources.shape, -1)
+    while True:
+        through = loss[:, :, None] + step
+        better = through.min(1) < loss - 1e-12  # the margin keeps rounding from cycling
+        if not better.any():
+            return loss, previous
+        previous = np.where(better, through.argmin(1), previous)
+        loss = np.where(better, through.min(1), loss)

@@ -6,8 +6,10 @@ channels each, at L resolutions, so that large and small structures of a mask ca
 Levels are numbered from the finest, 1, to the coarsest, L. The latent map z_l of a level is drawn
 given the image x and the coarser map z_{l+1}:
         p(s | x) = int p(s | z_1 .. z_L) p(z_1 | z_2, x) ... p(z_L | x) dz_1 .. dz_L        (Eq. 1)
-The mask s is built like a Laplacian pyramid: every level adds a residual to the logits of the
-coarser levels. The image influences the mask through the latents alone.
+Given the coarser map, the values of z_l are independent, so only coarser latents can make distant
+pixels vary together. The mask s is built like a Laplacian pyramid: every level adds a residual to
+the logits of the coarser levels. Unlike in a Probabilistic U-Net, the image influences the mask
+through the latents alone: no features of the image bypass them.
 
 Three networks are trained together. The prior net p(z | x) encodes the image and predicts a normal
 distribution of z_l at each of its L coarsest levels (Eq. 3). The posterior net q(z | s, x) has the
@@ -15,18 +17,19 @@ same form but also reads an annotator's mask, so it can find the latents that st
 (Eq. 4). The likelihood net p(s | z) turns latents into masks. The loss is
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
         + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_{l+1}, s, x) || p(z_l | z_{l+1}, x) ) ]     (Eq. 2)
-plus the cross-entropies of the coarser levels' masks (deep supervision), without which a level may
-ignore the mask. With all alpha_l = 1, Eq. 2 alone is the negative ELBO. Samples differ because
-of aleatoric uncertainty: the image alone does not determine the mask.
+with weights alpha_l = 4^(l-1); if all were 1, Eq. 2 would be the negative ELBO. To Eq. 2 are added
+the cross-entropies of the coarser levels' masks (deep supervision). Without them, a coarse level
+may merely agree with the prior and say nothing about the mask. Samples differ because of aleatoric
+uncertainty: the image alone does not determine the mask.
 
 Differences from the paper
   1. In the text, z_1 has the resolution of the image. In the authors' code (hence in the published
-     numbers) and here, its resolution is 2^-(R-L) times the image's, for R resolution levels. With
-     `latent_levels=7` it is the image's, but then there are 7 latent levels, not the text's 5.
-  2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D each
-     coarser map has a quarter of the positions, so its KL counts four times as much.
-  3. The code also upsamples every z to all finer levels and never uses the results; this is left
-     out. Its mean of z_L comes from a 3-wide convolution; here every mean and std has a 1-wide one.
+     numbers) and here, the encoders have R = 7 resolutions, and the L = 5 coarsest have latents, so
+     z_1 has a quarter of the image's side.
+  2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D, a coarser
+     map has a quarter of the positions, hence a smaller KL; the weight makes up for it.
+  3. The mean of z_L comes from a 3-wide convolution in the code; here every mean and std has a
+     1-wide one.
   4. The nets predict log sigma, and it is bounded (common.bounded_log_std). In the code, sigma is
      the softplus of the prediction.
   5. Images of any size are padded by reflection. The posterior gets the one-hot mask minus 0.5, as
@@ -38,8 +41,7 @@ Differences from the paper
      sets every level to its prior mean.
   8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
      slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
-  9. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
- 10. LIDC is augmented as in the HPU-Net's paper (data.DATASETS), which is more than the authors do:
+  9. LIDC is augmented as in the HPU-Net's paper (data.DATASETS), which is more than the authors do:
      they rotate half of the images by up to 10 degrees and magnify them.
 
     python phiseg.py                 # a small one, about a minute on two CPU cores
@@ -55,9 +57,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy, double,
+from common import (CONV, center_crop, check_choice, concatenate, conv_block, cross_entropy,
                     hierarchy_noise, importance_log_ratio, one_hot, pad_to_multiple, predict_normal,
-                    run_encoder, valid_label)
+                    run_encoder, upsample, valid_label)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class PHiSeg(nn.Module):
     `loss`, which is also `forward`, draws latents from the posterior and returns Eq. 2 plus deep
     supervision. `sample` draws latents from the prior and returns the logits of their masks.
     `predict` uses the prior's means, and `reconstruct` the posterior's for a given mask.
-    Dicts {l: ...} have the paper's level numbers as keys and run from the coarsest, L, to 1.
+    Dicts {l: ...} have the paper's level numbers as keys and run from the coarsest, L, to 1. For an
+    image of 128 x 128, z_5 .. z_1 have sides of 2, 4, 8, 16, 32, and their residuals 8 .. 128.
     """
 
     Config = PHiSegConfig
@@ -116,16 +119,16 @@ class PHiSeg(nn.Module):
         width = 6 * c.channels[-c.latent_levels]  # about six maps at once in the likelihood net
         return hierarchy_noise(channels, self.multiple, image, n, generator, width)
 
-    def masks(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
+    def level_logits(self, latents: dict[int, Tensor], size) -> dict[int, Tensor]:
         """Logits {l: (B, K, *size)} of every level's mask, the sum of the residuals of L .. l."""
-        total, masks = 0.0, {}
+        total, logits = 0.0, {}
         residuals = self.likelihood(latents)
         full = residuals[1].shape[2:]
         for l, residual in residuals.items():
             # in float32, because under autocast every sum would be rounded
             total = total + F.interpolate(residual.float(), full)  # nearest neighbour
-            masks[l] = center_crop(total, size)
-        return masks
+            logits[l] = center_crop(total, size)
+        return logits
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
         """Eq. 2 plus deep supervision, in nats, summed over pixels and averaged over the batch:
@@ -136,15 +139,17 @@ class PHiSeg(nn.Module):
         the coarser levels'; `kl_<l>`, the KL of z_l without its weight alpha_l; `kl`, their sum.
         """
         label, features = valid_label(label, mask), self.encode(image)
-        (noise,) = self.noise(image, 1)
+        noise = next(self.noise(image, 1))
         latents, q = self.posterior(self.encode(image, label), noise=noise)
         _, p = self.prior(features, latents=latents)  # at the posterior's z, as Eq. 2 asks
         kls = {l: q[l].kl(p[l]).mean() for l in latents}
         errors = {l: cross_entropy(logits, label).mean()
-                  for l, logits in self.masks(latents, label.shape[1:]).items()}
+                  for l, logits in self.level_logits(latents, label.shape[1:]).items()}
         if self.training:
-            (noise,) = self.noise(image, 1)
-            with torch.no_grad():  # batch norm's running statistics must know prior samples too
+            noise = next(self.noise(image, 1))
+            # At test time, this net reads samples of the prior, so batch norm's running statistics
+            # must know them too.
+            with torch.no_grad():
                 self.likelihood(self.prior(features, noise=noise)[0])
         loss = sum(errors.values()) + sum(
             self.config.kl_base ** (l - 1) * kl for l, kl in kls.items())
@@ -165,7 +170,7 @@ class PHiSeg(nn.Module):
 
     def _finest(self, latents, image):
         """Logits (m, B, K, *S) of the finest masks for latents of m samples."""
-        return self.masks(latents, image.shape[2:])[1].unflatten(0, (-1, len(image)))
+        return self.level_logits(latents, image.shape[2:])[1].unflatten(0, (-1, len(image)))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
@@ -182,8 +187,9 @@ class PHiSeg(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
-        half from the posterior and half from the prior: see common.importance_log_ratio."""
+        """Estimate of log p(s | x) in nats, (B,), on average a lower bound, by importance sampling
+        with n sets of latents, half from the posterior, half from the prior:
+        common.importance_log_ratio."""
         label, log_weights = valid_label(label, mask), []
         of_image, of_both = self.encode(image), self.encode(image, label)
         n_q, n_p = n - n // 2, n // 2
@@ -212,10 +218,9 @@ class LatentNet(nn.Module):
         features = c.channels[-c.latent_levels :]  # widths of the encoder at levels 1 .. L
         expanded = latents * c.channels[0]  # channels that z_{l+1} is expanded to
         for l in range(1, c.latent_levels):
-            width = c.channels[l - 1]
+            width = c.channels[l - 1]  # as the authors', although this level's encoder has another
             self.up[str(l)] = conv_block(c.dims, latents, expanded, convs=2)
-            self.join[str(l)] = conv_block(c.dims, features[l - 1] + expanded, width,
-                                           convs=2)
+            self.join[str(l)] = conv_block(c.dims, features[l - 1] + expanded, width, convs=2)
             self.heads[str(l)] = CONV[c.dims](width, 2 * latents, 1)  # mean and log std
         self.heads[str(c.latent_levels)] = CONV[c.dims](features[-1], 2 * latents, 1)
 
@@ -228,15 +233,15 @@ class LatentNet(nn.Module):
         """From coarse to fine: the normal of z_L, then z_L, the normal of z_{L-1} given z_L, ...
 
         z_l is `latents[l]` if latents are given (say, those of the other net), else a sample made
-        with noise[l], and without either the mean. Both dicts hold (n * B, D, *S_l).
+        with noise[l], and without either the mean. Both dicts hold (m * B, D, *S_l).
         Returns ({l: z_l}, {l: normal of z_l}).
         """
         chosen, normals, given = {}, {}, latents or noise
         for l, x in features.items():
             if given:
-                x = torch.cat([x] * (len(given[l]) // len(x)))  # (n * B, C_l, *S_l)
-            if chosen:
-                x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(chosen[l + 1]))], 1))
+                x = torch.cat([x] * (len(given[l]) // len(x)))  # (m * B, C_l, *S_l)
+            if l < self.latent_levels:
+                x = self.join[str(l)](torch.cat([x, self.up[str(l)](upsample(chosen[l + 1]))], 1))
             normals[l] = predict_normal(self.heads[str(l)], x)
             if latents:
                 chosen[l] = latents[l]
@@ -259,29 +264,29 @@ class Likelihood(nn.Module):
         doublings = len(c.channels) - c.latent_levels
         self.enter, self.finer, self.up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.join, self.out = nn.ModuleDict(), nn.ModuleDict()
-        coarser = 0  # channels that come from the coarser level
+        coarser_channels = 0
         for l in range(c.latent_levels, 0, -1):
             name, width = str(l), c.channels[l - 1]
             self.enter[name] = conv_block(c.dims, c.latent_channels, width, convs=2)
             self.finer[name] = nn.ModuleList(
                 conv_block(c.dims, width, width) for _ in range(doublings))
-            if coarser:
-                self.up[name] = conv_block(c.dims, coarser, width)
+            if coarser_channels:
+                self.up[name] = conv_block(c.dims, coarser_channels, width)
                 joined = c.channels[l - 1 + doublings]
                 self.join[name] = conv_block(c.dims, 2 * width, joined, convs=2)
                 width = joined
             self.out[name] = CONV[c.dims](width, c.num_classes, 1)
-            coarser = width
+            coarser_channels = width
 
     def forward(self, latents: dict[int, Tensor]) -> dict[int, Tensor]:
         residuals, coarser = {}, None
         for l, z in latents.items():
-            x = self.enter[str(l)](z)
+            x = self.enter[str(l)](z)  # (B, C, *S_l)
             for block in self.finer[str(l)]:
-                x = block(double(x))
+                x = block(upsample(x))
             if coarser is not None:
-                x = self.join[str(l)](torch.cat([x, self.up[str(l)](double(coarser))], 1))
-            residuals[l], coarser = self.out[str(l)](x), x
+                x = self.join[str(l)](torch.cat([x, self.up[str(l)](upsample(coarser))], 1))
+            residuals[l], coarser = self.out[str(l)](x), x  # 2^(R-L) times as large as z
         return residuals
 
 

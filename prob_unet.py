@@ -3,21 +3,28 @@ Image2Image VAE that the paper compares it with.
 
 One image, many plausible masks: a conditional variational autoencoder on top of a U-Net. A latent
 vector z of a few numbers encodes which of the masks is meant. A prior net predicts from the image X
-how likely each z is, and f_comb, three 1x1 convolutions, turns U-Net features and z into a mask:
+how likely each z is. z is repeated at every pixel and concatenated to the U-Net's last features,
+and f_comb, three 1x1 convolutions, turns both into a logit map S. For sample i:
         z_i ~ P(. | X) = N(mu_prior(X), diag(sigma_prior(X)^2)),                       (Eq. 1)
         S_i = f_comb(f_U-Net(X), z_i).                                                 (Eq. 2)
-U-Net and prior net run once for an image; a further sample i only costs a pass of f_comb.
+U-Net and prior net run once for an image; a further sample only costs a pass of f_comb. All pixels
+share one z, so a mask is coherent, but a few numbers have to encode all that annotators vary;
+PHiSeg and the HPU-Net have maps of latents instead.
 
-It is unknown which z belongs to which mask. In training, a posterior net therefore reads X and
-an annotator's mask Y, and predicts a normal Q(z | Y, X) of the z for this mask (Eq. 3). The loss
+It is unknown which z belongs to which mask. In training, a posterior net therefore reads X and the
+mask Y of one annotator, drawn anew whenever X is used, and predicts a normal Q(z | Y, X) of the z
+for this mask (Eq. 3). The loss
         L = E_{z ~ Q(.|Y,X)}[ -log P_c(Y | S(X, z)) ] + beta KL( Q(z|Y,X) || P(z|X) )     (Eq. 4)
 asks that such a z reproduces Y (P_c is the softmax of S in every pixel), and that prior and
 posterior agree, so the prior learns to cover the z of all masks that annotators draw on an image.
-For beta = 1 it is the negative ELBO. Samples differ because of aleatoric uncertainty: the image
-alone does not determine the mask.
+For beta = 1 it is the negative ELBO. With a small beta, the posterior encodes more than the prior
+can predict, so masks of the prior's z are worse than those of the posterior's; with a large one, z
+encodes little. Samples differ because of aleatoric uncertainty: the image alone does not determine
+the mask.
 
 The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) change three things, which are the
-last three fields of the config: what prior and posterior are given, and where z enters the U-Net.
+last three fields of the config: what the prior is given (`prior=fixed`), what the posterior is
+given (`posterior=mask`), and where z enters the U-Net (`z_enters=input`).
 
 Differences from the paper
   1. f_comb is three 1x1 convolutions in all, as the text says; the authors' code has three and then
@@ -112,8 +119,8 @@ class ProbUNet(nn.Module):
         image_channels = c.in_channels if c.posterior == "image_and_mask" else 0
         self.posterior_net = GaussianNet(c, image_channels + c.num_classes)
 
-        # f_comb, whose first layer is split in two: difference 1
-        self.from_features = CONV[c.dims](width, width, 1)
+        # conv(concat(features, z)) = conv(features) + linear(z), and samples share the first term
+        self.z_at_input, self.from_features = at_input, CONV[c.dims](width, width, 1)
         self.from_z = None if at_input else nn.Linear(c.latent_dim, width, bias=False)
         self.comb = nn.Sequential()
         for out in [width] * (c.comb_layers - 2) + [c.num_classes]:
@@ -152,19 +159,18 @@ class ProbUNet(nn.Module):
 
     def _shared(self, image):
         """What all samples of an image share: U-Net features, or the image if z_enters="input"."""
-        return self.from_features(self.unet(image)) if self.from_z is not None else image
+        return image if self.z_at_input else self.from_features(self.unet(image))
 
     def _logits(self, shared, z):
         """Output of `_shared` (B, ., *S) and latents z (n, B, N) -> logits (n, B, K, *S)."""
-        if self.from_z is not None:
-            bias = self.from_z(z).unsqueeze(3)  # (n, B, width, 1)
-            x = shared.flatten(2) + bias  # (n, B, width, pixels)
-            x = x.unflatten(3, shared.shape[2:]).flatten(0, 1)  # (n * B, width, *S)
-        else:
-            size = shared.shape[2:]
-            z_map = z[..., None].expand(*z.shape, size.numel()).unflatten(3, size)
+        size, one_pixel = shared.shape[2:], [1] * (shared.dim() - 2)
+        if self.z_at_input:
+            z_map = z.view(*z.shape, *one_pixel).expand(*z.shape, *size)  # (n, B, N, *S)
             x = torch.cat([shared.expand(len(z), *shared.shape), z_map], 2).flatten(0, 1)
-            x = self.from_features(self.unet(x))
+            x = self.from_features(self.unet(x))  # (n * B, width, *S)
+        else:
+            bias = self.from_z(z).unflatten(2, (-1, *one_pixel))  # (n, B, width, 1, 1)
+            x = (shared + bias).flatten(0, 1)  # (n * B, width, *S)
         return self.comb(x).unflatten(0, z.shape[:2])
 
     def _chunks(self, shared, z):
@@ -196,8 +202,9 @@ class ProbUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n latents, half
-        from the posterior and half from the prior: see common.importance_log_ratio."""
+        """Estimate of log p(y | x) in nats, (B,), on average a lower bound, by importance sampling
+        with n latents, half from the posterior and half from the prior: see
+        common.importance_log_ratio."""
         label, shared = valid_label(label, mask), self._shared(image)
         prior, posterior = self.prior(image), self.posterior(image, label)
         n_q, n_p = n - n // 2, n // 2
@@ -245,6 +252,7 @@ class GaussianNet(nn.Module):
 def draw(normal: DiagonalNormal, n: int, generator: torch.Generator | None = None) -> Tensor:
     """n samples of each case's latents, (n, B, N)."""
     batch, latents = normal.mean.shape
+    # `standard_normal` wants the batch as the first axis
     noise = standard_normal((batch, n, latents), normal.mean, generator).transpose(0, 1)
     return normal.mean + normal.std * noise
 

@@ -2,13 +2,17 @@
 
 One image, many plausible masks. An ordinary network predicts one logit map, and its softmax treats
 the pixels as independent, so labels drawn from it are grainy noise. An SSN predicts a normal
-distribution over the whole logit map eta:
+distribution over the whole logit map eta, a vector of K logits for every pixel:
         eta | x ~ N(mu(x), P(x) P(x)^T + D(x)).                                        (Eq. 5)
-Mean mu, factor P and diagonal D are the outputs of three 1-wide convolutions (1x1 in 2D) on the
-features of any network. Each of the R = 10 columns of P is a logit map along which all logits vary
-together, so samples are spatially coherent. The network runs once for an image; a further sample
-costs only a matrix-vector product. Training minimises the negative log-likelihood of an annotator's
-mask y, estimated from M = 20 samples eta^m of the distribution, with pixels i:
+A full covariance would be too large: 128 x 128 pixels and K = 2 have 32,768 logits, so 10^9
+covariances. Therefore it has a low rank, apart from the diagonal D: P has R = 10 columns, each of
+which is a map along which all logits vary together, so samples are spatially coherent. Mean mu,
+factor P and diagonal D are the outputs of three 1-wide convolutions (1x1 in 2D) on the features of
+any network. It runs once for an image; a further sample costs only a matrix-vector product.
+
+Training minimises the negative log-likelihood of a mask y, which is drawn anew from the image's
+annotators whenever the image is used. p(y | x), the mean of prod_i softmax(eta_i)[y_i] over eta
+(Eq. 6), where i are the pixels, has no closed form, so M = 20 samples eta^m estimate it:
         -log p(y | x) ~= -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.     (Eq. 7)
 Samples differ because of aleatoric uncertainty: the image alone does not determine the mask.
 
@@ -22,9 +26,9 @@ To put the method on a network of your own, call `SSN(config, backbone=net)`.
 Differences from the paper
   1. A sample is mu + P e1 + sqrt(D) e2 with standard normal e1 and e2, as in the authors' code for
      LIDC and for the toy. Their code for BraTS uses torch's LowRankMultivariateNormal, which
-     factorises a matrix, and falls back to independent normals where that fails. In training, half
-     of the M samples mirror the other half about the mean, as in their code for BraTS; elsewhere
-     they draw all of them independently.
+     factorises a matrix; where that fails, their code takes independent normals instead. In
+     training, half of the M samples mirror the other half about the mean, as in their code for
+     BraTS; elsewhere they draw all of them independently.
   2. The log of the diagonal is bounded (common.bounded_log_std), so it cannot overflow. The authors
      stop the toy's training before it overflows.
   3. If the covariance outgrows the mean, training ends in bad optima (Sec. 5.1). As in the paper,
@@ -32,18 +36,10 @@ Differences from the paper
      the covariance and trains the mean alone; here such pixels have no loss at all. In addition,
      the covariance here starts small. With a large one, the background turns to foreground in whole
      samples. Eq. 7 barely notices, because the best of the M samples dominates it, so this takes
-     long to unlearn (`shapes`, 300 steps: GED .37 instead of .23). Apart from that, the three
-     convolutions start from PyTorch's initial weights; those of the code for LIDC start 2.5 times
-     as large.
-  4. DeepMedic's coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or
-     fifth voxel. Beyond the volume, the image is reflected; theirs repeats its border. BraTS is
-     trained with the authors' recipe (models.RECIPES), and as in theirs, a batch has 10 patches, of
-     10 volumes. Because reading is slow, they read 50 volumes at a time and use each in 20 batches;
-     here all volumes are in memory and take turns, one patch each. Augmentation turns the axial
-     plane by quarter turns like theirs and also mirrors it (their flip is of both axes, which is a
-     half turn); it deforms neither the volume nor the histogram. Air and
-     voxels beyond the volume have no loss here, whereas theirs learns that they are background;
-     samples are arbitrary there, and `analysis/predict.py` masks them.
+     long to unlearn (`shapes`, 300 steps: GED .37 with a large one, .23 with this one). Apart from
+     that, the three convolutions start from PyTorch's initial weights; those of the code for LIDC
+     start 2.5 times as large.
+  4. The differences of the experiment with BraTS are listed in backbones/deepmedic.py.
   5. The temperature T scales the covariance, N(mu, T Sigma); the authors' scales the deviation.
   6. The U-Net's batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of
      0.01, because slower averages lag behind the weights in runs of hundreds of steps
@@ -83,7 +79,7 @@ class SSNConfig:
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    rank: int = 10  # R, columns of the covariance factor P; 0 is the paper's diagonal model
+    rank: int = 10  # R, columns of P; 0: none, the paper's diagonal model (GED .622, not .225)
     mc_samples: int = 20  # M of Eq. 7, in training
     diagonal_min: float = 1e-5  # added to every variance
     backbone: str = "auto"  # "unet" or "deepmedic"; auto: deepmedic if dims=3, else unet
@@ -162,6 +158,7 @@ class SSN(nn.Module):
         label = valid_label(label, mask)
         if isinstance(self.backbone, DeepMedic):
             image, label = self.backbone.random_patches(image, label)
+        # not `distribution`, which with DeepMedic puts a whole volume together from tiles
         normal = self._normal(*self._maps(self.backbone(image)))
         # M/2 draws and their mirror images about the mean, difference 1: less variance
         samples = normal.sample(self.config.mc_samples, antithetic=True)
@@ -185,7 +182,7 @@ class SSN(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
-        """log p(y | x) in nats, (B,), by Eq. 6 with n samples: on average a lower bound."""
+        """log p(y | x) in nats, (B,), by Eq. 7 with n samples: on average a lower bound."""
         normal, label = self.distribution(image), valid_label(label, mask)
         chunk = samples_at_once(normal.mean.numel(), image.device)
         parts = [-cross_entropy(normal.sample(min(chunk, n - i), generator), label)
@@ -255,6 +252,7 @@ if __name__ == "__main__":
         models[name] = train_toy(image, label, rank)
         nats = models[name].log_likelihood(image, label, 200_000).mean()
         print(f"{name}: log-likelihood {nats:.3f}", flush=True)
+    # The two maps differ in 7 pixels. Independent pixels pay log 1/2 for each, a joint choice once.
     print(f"the best possible: diagonal 7 log 1/2 = {7 * math.log(0.5):.3f}, "
           f"low-rank log 1/2 = {math.log(0.5):.3f}")
     plot_toy(models, image, label, "ssn_toy.png")

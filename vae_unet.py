@@ -2,47 +2,49 @@
 Estimation for Medical Image Segmentation Networks", arXiv:2308.08465).
 
 One image, many plausible masks: a conditional variational autoencoder whose latents sit on the skip
-connections of a U-Net. On skip connection i, a 1-wide convolution turns the encoder's features of
-the image x into the normal of one number at every position. A sample z_i of these numbers is
-concatenated to the features before the decoder reads them:
-    p(z_i | x) = N(mu_i(x), diag(sigma_i(x)^2)),    logits = decoder(features(x), z_0 .. z_{L-1}).
+connections of a U-Net. On skip connection i, numbered from the finest, a 1-wide convolution turns
+the encoder's features of the image x into the normal of one number at every position. A sample z_i
+of these numbers is concatenated to the features before the decoder reads them:
+    p(z_i | x) = N(mu_i(x), diag(sigma_i(x)^2)),    logits = decoder(features(x), z_0, z_1, ..).
 In training, the same encoder and convolutions also read an annotator's mask y as if it were a grey
-image, which gives q(z_i | y). The decoder learns from samples of q, and a KL makes p, which does
-not know y, similar to q. The loss, in nats per pixel, is
-        L = E_{z ~ q(z|y)}[ CE(y, z) ] + sum_i KL( p(z_i|x) || q(z_i|y) ),
-the negative ELBO but for the direction of the KL. At test time z comes from p. The encoder runs
-once; a sample costs a pass of the decoder. This is not the published loss: with that of the paper's
-text or of its code, samples hardly vary. Differences 1 and 2 say why, and how to set them.
+image, which gives q(z_i | y). (The paper writes q(z | X) for this p, and p(z | Y) for this q.) The
+decoder learns from samples of q, and a KL makes p, which does not know y, similar to q. The loss is
+the negative ELBO, in nats per pixel:
+        E_{z ~ q(z|y)}[ CE(y, logits) ] + sum_i KL( q(z_i|y) || p(z_i|x) ).
+At test time z comes from p. The encoder runs once; a sample costs a pass of the decoder. This loss
+is not the published one: with that of the paper's text or of its code, samples hardly vary.
+Differences 1 to 3 say why, and how to set them.
 
 Samples differ because of aleatoric uncertainty: the image alone does not determine the mask. The
 authors also leave DropPath on when they sample, which adds epistemic uncertainty, that of the
 weights; for this, set `backbone=swin sample_drop_path=True`.
 
 Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Vision_Transformer
-  1. The code's loss for LIDC is
+  1. The authors' KL is the reverse, KL(p||q) (`reverse_kl=True`). It does not ask p to cover the q
+     of every annotator: for q of N(-2, 0.5^2) and N(2, 0.5^2), the best p has a std of 2.06 by the
+     ELBO's KL, but of 0.50 by theirs. Quick runs on `shapes` have a GED 16 of GED_FORWARD with
+     the ELBO's and of 0.33 with theirs. The paper has 0.289 on LIDC, but the code's only script for
+     it gives the network the test masks and samples from their q.
+  2. The code's loss for LIDC is
         E_{z ~ q(z|y)}[ 0.6 CE + 0.4 Dice ] + 1e-5 sum_i KL( p(z_i|x) || q(z_i|y) ),
-     with `dice_loss`, a KL that is a mean over positions, and no gradient from z to q. (For Synapse
-     the weights are 0.4, 0.5 and 0.1; LIDC's last one was 1e-3 at first.) For this loss set
-     `reparameterised=False kl_scale=mean ce_weight=0.6 dice_weight=0.4 kl_weight=1e-5`. The convolutions that predict q then learn from the KL alone,
-     which is lowest if z says nothing about y, so the decoder learns to ignore z: after 700 steps
-     on LIDC crops, a narrow model has a diversity of .02 (annotators: .28) and a GED 16 of .39.
-     With gradients (`reparameterised=True`), a weight of 1e-5 is too low: q encodes the whole mask,
-     p cannot follow, and GED 16 is 1.19. (Both were measured without difference 5.) For Synapse,
-     models.RECIPES has the code's weights, but lets gradients flow.
-  2. The text's loss draws z from the image's own distribution, and the mask has its own encoder:
+     with `dice_loss`, a KL that is a mean over positions, and no gradient from z to q:
+     `reparameterised=False reverse_kl=True kl_scale=mean ce_weight=0.6 dice_weight=0.4
+     kl_weight=1e-5`. The convolutions that predict q then learn from the KL alone, which is lowest
+     if z says nothing about y, so the decoder learns to ignore z. With gradients, a weight of 1e-5
+     is too low: q encodes the whole mask, and p cannot follow (results/README.md has figures). For
+     Synapse, models.RECIPES has the code's weights, 0.4, 0.5 and 0.1, but lets gradients flow.
+  3. The text's loss draws z from the image's own distribution, and the mask has its own encoder:
         E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ) (Eq. 15, App. C)
-     for which set `latents=image kl_scale=mean ce_weight=0.4 dice_weight=0.6 kl_weight=0.025` (our
-     KL is a sum over levels, here four). This z is drawn without knowledge of y, so the CE is
-     lowest if z has no effect on the mask. (The text writes q(z|X) for our p, p(z|Y) for our q.)
-  3. CE and KL are in nats per pixel (`kl_scale=pixel`), so that both count as in an ELBO. Level i
+     for which set `latents=image reverse_kl=True kl_scale=mean ce_weight=0.4 dice_weight=0.6
+     kl_weight=0.025` (our KL is a sum over levels, here four). This z is drawn without knowledge of
+     y, so the CE is lowest if z has no effect on the mask.
+  4. CE and KL are in nats per pixel (`kl_scale=pixel`), so that both count as in an ELBO. Level i
      has 4^i times fewer positions than the finest one, so in a mean over positions each of its nats
      costs 4^i times as much: the cheapest latents are then those of the finest level, which can
      only vary single pixels.
-  4. The code's only script for GED and NCC on LIDC gives the network the four test masks and
-     samples from their q. The paper's 0.289 may therefore not be comparable with samples of p.
   5. In training, the U-Net's decoder also sees a sample of p, without gradients, because its batch
-     norm has to know the statistics of what it reads at test time (GED 16 of quick runs on
-     `shapes`, three seeds: .33 instead of .37). The authors' Swin has layer norm.
+     norm has to know the statistics of what it reads at test time. The authors' Swin has layer
+     norm.
   6. Grey values of the mask: class numbers 0 .. K - 1 in the code; here k / (K - 1), and -1 where
      it is ignored. Image and mask pass the encoder in one batch, because batch norm has to know the
      statistics of both.
@@ -52,18 +54,12 @@ Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Visi
      z_i are independent given x.
   8. The nets predict log sigma, and it is bounded (common.bounded_log_std).
   9. The default backbone is the other methods' U-Net. `backbone=swin` is the authors' (20.08 M
-     parameters, depths 2, 2, 2, 1, DropPath 0.2), without pre-trained weights. From random weights,
-     the latents of short runs collapse unless the KL has a small weight: on `organs` of 48 px, 500
-     steps with a KL weight of 0.3 give samples of diversity .02 and a GED of .27; with 0.1, the
-     diversity is .24 (annotators: .28), but the GED is .62.
+     parameters, depths 2, 2, 2, 1, DropPath 0.2), without pre-trained weights.
  10. The code's learning rate falls polynomially, as here; the text says "decay 1e-4". LIDC is
      augmented as in the HPU-Net's paper (data.DATASETS); the code does not augment it, resizes it
      to 224 pixels, and trains for 150 epochs, which are 60,000 steps if each image counts once.
  11. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
- 12. Scores of volumes (`evaluate.py --per-volume`): in the code, a class without annotation or
-     without prediction has a Dice of 1 and a distance of 0. Here a class counts only where it is
-     annotated; if it is missed there, its Dice is 0 and it has no distance. Distances are in
-     voxels, also in the code, although the paper says mm.
+ 12. `evaluate.py --per-volume` says how its scores differ from the code's.
 
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png
@@ -88,17 +84,19 @@ from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, con
 
 @dataclass(frozen=True)
 class VAEUNetConfig:
-    """The published code's settings for LIDC, but for loss and backbone: differences 1, 3, 9."""
+    """The published code's settings for LIDC, but for the loss (differences 1 to 4) and the
+    backbone (9)."""
 
     in_channels: int = 1
     num_classes: int = 2
     dims: int = 2  # spatial axes, 1 to 3
-    latents: str = "mask"  # training draws z from q(z|y) of the mask; "image": Eq. 15
+    latents: str = "mask"  # training draws z from q(z|y) of the mask; "image": from p(z|x), Eq. 15
     reparameterised: bool = True  # gradients flow through z to its distribution
     latent_dim: int = 1  # latents per position of every skip connection
     ce_weight: float = 1.0
     dice_weight: float = 0.0
     kl_weight: float = 1.0
+    reverse_kl: bool = False  # KL(p||q), the published one, instead of KL(q||p)
     kl_scale: str = "pixel"  # nats per pixel of the image; or "mean" over each level's positions
     backbone: str = "unet"  # or "swin" (2D)
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # U-Net: width of each level
@@ -115,19 +113,21 @@ class VAEUNetConfig:
 class VAEUNet(nn.Module):
     """A U-Net (or Swin-Unet) with a `LatentSkip` on every skip connection.
 
-    `loss`, which is also `forward`, draws the latents from the mask's q and returns the loss L.
+    `loss`, which is also `forward`, draws the latents from the mask's q and returns the loss above.
     `sample` draws them from the image's p and returns logit maps; `predict` uses the means of p,
     `reconstruct` those of the q of a given mask.
+    For an image of 128 x 128, z_0 .. z_3 have sides of 128, 64, 32, 16.
     Default: 11.78 M parameters.
     """
 
     Config = VAEUNetConfig
     TRAINING = dict(optimizer="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4, batch_size=24,
                     steps=60_000, poly_power=0.9)
-    # latent maps as small as 4 x 4 can set the class or size of a whole object; the loss L, also
-    # where models.RECIPES has another
+    # Six levels: at 64 pixels, the coarsest latent map is 4 x 4, so one number can set the class or
+    # size of a whole object. The loss is the one above, also where models.RECIPES has another.
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64, 64), convs=1, width=24, depths=(2, 2, 2),
-                        heads=(2, 4, 8), kl_scale="pixel", ce_weight=1.0, dice_weight=0.0,
+                        heads=(2, 4, 8),
+                        kl_scale="pixel", reverse_kl=False, ce_weight=1.0, dice_weight=0.0,
                         kl_weight=1.0)
     QUICK_TRAINING = dict(optimizer="adam", lr=5e-3, batch_size=8, steps=500)
 
@@ -180,23 +180,25 @@ class VAEUNet(nn.Module):
         return padded.expand(-1, self.config.in_channels, *size)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """ce_weight CE + dice_weight Dice + kl_weight KL, by default L: (loss, terms). CE is a
-        mean over pixels.
+        """ce_weight CE + dice_weight Dice + kl_weight KL, with the CE a mean over pixels; by default
+        the negative ELBO per pixel: (loss, terms).
 
         image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         The term `kl` is the sum of `kl_0` (finest skip connection), `kl_1`, ...
         """
         c, label = self.config, valid_label(label, mask)
         features, of_image, of_mask = self.encode_both(image, label)
-        pixels = process_mean((label != IGNORE).sum().float()).clamp(min=1)  # valid, per process
+        # valid pixels of the batch; under torchrun, the mean over the processes
+        pixels = process_mean((label != IGNORE).sum().float()).clamp(min=1)
         kls = []
         for p, q in zip(of_image, of_mask):
             positions = len(label) * p.mean[0, 0].numel()
-            kls.append(p.kl(q).sum() / (positions if c.kl_scale == "mean" else pixels))
+            kl = p.kl(q) if c.reverse_kl else q.kl(p)
+            kls.append(kl.sum() / (positions if c.kl_scale == "mean" else pixels))
         drawn_from = of_mask if c.latents == "mask" else of_image
         z = [normal.sample() for normal in drawn_from]
         if not c.reparameterised:
-            z = [level.detach() for level in z]
+            z = [z_i.detach() for z_i in z]
         logits = self._logits(features, z, image.shape[2:])
         if self.training and c.latents == "mask" and c.backbone == "unet":
             of_p = [p.sample() for p in of_image]
@@ -206,7 +208,7 @@ class VAEUNet(nn.Module):
         dice, kl = dice_loss(logits, label), sum(kls)
         loss = c.ce_weight * ce + c.dice_weight * dice + c.kl_weight * kl
         terms = {"cross_entropy": ce, "dice": dice, "kl": kl}
-        terms.update({f"kl_{i}": level for i, level in enumerate(kls)})
+        terms.update({f"kl_{i}": kl for i, kl in enumerate(kls)})
         return loss, {name: term.detach() for name, term in terms.items()}
 
     forward = loss
@@ -214,7 +216,7 @@ class VAEUNet(nn.Module):
     def _logits(self, features, z, size):
         """Features of every level and z of every skip connection -> logits (B, K, *size)."""
         *skips, coarsest = features
-        joined = [torch.cat([f, level.to(f)], 1) for f, level in zip(skips, z)]
+        joined = [torch.cat([f, z_i.to(f)], 1) for f, z_i in zip(skips, z)]
         return self.head(center_crop(self.backbone.decode([*joined, coarsest]), size))
 
     def _decode(self, features, draws, size):
@@ -223,7 +225,7 @@ class VAEUNet(nn.Module):
         chunk = samples_at_once(4 * features[0].numel(), features[0].device)
         for start in range(0, len(draws), chunk):
             part = draws[start : start + chunk]
-            z = [torch.cat(level) for level in zip(*part)]
+            z = [torch.cat(level) for level in zip(*part)]  # (m * B, latent_dim, *S_i)
             repeated = [torch.cat([f] * len(part)) for f in features]
             yield self._logits(repeated, z, size).unflatten(0, (len(part), -1))
 
@@ -257,9 +259,9 @@ class VAEUNet(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, image: Tensor, label: Tensor, n: int, mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Tensor:
-        """Lower bound of log p(y | x) in nats, (B,), by importance sampling with n sets of latents,
-        half from the mask's q, half from the image's p: see common.importance_log_ratio. With
-        latents="image" all are from p."""
+        """Estimate of log p(y | x) in nats, (B,), on average a lower bound, by importance sampling
+        with n sets of latents, half from the mask's q, half from the image's p: see
+        common.importance_log_ratio. With latents="image" all are from p."""
         label = valid_label(label, mask)
         n_q, n_p = n - n // 2, n // 2
         if self.config.latents == "image":
@@ -277,7 +279,7 @@ class VAEUNet(nn.Module):
 
 def log_density(normals: list[DiagonalNormal], z: list[Tensor]) -> Tensor:
     """Log density of one sample of the latents of all skip connections, (B,)."""
-    return sum(normal.log_prob(level) for normal, level in zip(normals, z))
+    return sum(normal.log_prob(z_i) for normal, z_i in zip(normals, z))
 
 
 class LatentSkip(nn.Module):
@@ -285,7 +287,7 @@ class LatentSkip(nn.Module):
     (B, latent_dim, *S). To use it in a U-Net of your own, give the decoder layer that reads the
     skip connection latent_dim more input channels, and write:
 
-        p, q = self.latent(skip), self.latent(skip_of_mask)      # p.kl(q) for the loss
+        p, q = self.latent(skip), self.latent(skip_of_mask)      # q.kl(p) for the loss
         skip = torch.cat([skip, q.sample()], 1)    # in training; later p.sample(), or p.mean
     """
 

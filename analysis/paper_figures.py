@@ -137,9 +137,10 @@ def plot_levels(model, image: Tensor, path: str, n: int = 3) -> None:
     foreground class, minus the mean over all classes.
     """
     images = image.expand(n, *image.shape)
-    (noise,) = model.noise(images, 1, torch.Generator().manual_seed(0))
+    noise = next(model.noise(images, 1, torch.Generator().manual_seed(0)))
     latents, _ = model.prior(model.encode(images), noise=noise)
-    logits = list(model.masks(latents, image.shape[1:]).values())  # coarse to fine, (n, K, H, W)
+    # coarse to fine, (n, K, H, W)
+    logits = list(model.level_logits(latents, image.shape[1:]).values())
     masks = [m.argmax(1) for m in logits]
     changes = [logits[0]] + [fine - coarse for coarse, fine in zip(logits, logits[1:])]
     changes = [c - c.mean(1, keepdim=True) for c in changes]

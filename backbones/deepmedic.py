@@ -4,6 +4,16 @@ Three pathways process the volume at 1/1, 1/3 and 1/5 of its resolution, which c
 with wide context. Their outputs are upsampled and concatenated, and 1^3 convolutions follow. A
 pathway has eight 3^3 convolutions without padding, so at scale s it loses 8 s voxels on each side.
 An input of side o + 2 * margin, margin = 8 * 5, gives features of side o: 110 -> 30, 140 -> 60.
+
+Differences from the SSN paper's experiment with BraTS, which models.RECIPES otherwise follows
+  1. The coarse pathways average over 3^3 and 5^3 voxels; the authors take every third or fifth
+     voxel. Beyond the volume, the image is reflected; theirs repeats its border.
+  2. As in theirs, a batch has 10 patches, of 10 volumes. Because reading is slow, they read 50
+     volumes at a time and use each in 20 batches; here all volumes are in memory and take turns.
+  3. Augmentation turns the axial plane by quarter turns like theirs and also mirrors it (their flip
+     is of both axes, which is a half turn). It deforms neither the volume nor the histogram.
+  4. Air and voxels beyond the volume have no loss here, whereas the authors' net learns that they
+     are background. Samples are arbitrary there, and analysis/predict.py masks them.
 """
 
 import itertools

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from common import (center_crop, check_choice, conv_block, double, init_he, pad_to_multiple,
-                    run_encoder)
+from common import (center_crop, check_choice, conv_block, init_he, pad_to_multiple, run_encoder,
+                    upsample)
 
 
 class UNet(nn.Module):
@@ -50,7 +50,7 @@ class UNet(nn.Module):
         """Upsample from the coarsest level, concatenating the features of each finer one."""
         *skips, x = features
         for block, skip in zip(self.decoder, reversed(skips)):
-            x = block(torch.cat([skip, double(x)], 1))
+            x = block(torch.cat([skip, upsample(x)], 1))
         return x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def test_importance_bound_by_a_loop():
                                      for l, z in latents.items()))
             log_q, log_p = densities
             log_mix = torch.logaddexp(log_q + math.log(3 / 5), log_p + math.log(2 / 5))
-            logits = model.masks(latents, label.shape[1:])[1].detach()
+            logits = model.level_logits(latents, label.shape[1:])[1].detach()
             error = [cross_entropy_loop(logits[k, None], label[k, None]) for k in range(2)]
             log_weights.append(log_p - log_mix - torch.tensor(error, dtype=torch.float64))
     expected = torch.stack(log_weights).logsumexp(0) - math.log(5)
@@ -224,7 +224,7 @@ def test_bound_of_one_latent_number_against_its_integral():
     with torch.no_grad():
         _, p = model.prior(model.encode(image))
         density = distribution(p[1]).log_prob(z.double()).flatten().exp()
-        prob = model.masks({1: z}, (1,))[1].softmax(1)[:, 2].flatten().double()
+        prob = model.level_logits({1: z}, (1,))[1].softmax(1)[:, 2].flatten().double()
     exact = (density * prob).sum().item() * 1e-3
     torch.manual_seed(0)
     for n in (1, 2, 5):
@@ -303,7 +303,7 @@ def test_predict_and_reconstruct_stand_at_the_means():
             (model.prior, model.encode(image), model.predict(image)),
             (model.posterior, model.encode(image, label), model.reconstruct(image, label))):
         latents, _ = walk(net, features, lambda l, normal: normal.mean)
-        expected = model.masks(latents, (8, 16))[1]
+        expected = model.level_logits(latents, (8, 16))[1]
         expected = expected.softmax(1) if net is model.prior else expected
         torch.testing.assert_close(result, expected)
 
@@ -312,7 +312,7 @@ def test_masks_are_summed_in_float32():
     model, (image, _) = small(train=True), small_batch()
     with torch.autocast("cpu", torch.bfloat16):
         latents, _ = model.prior(model.encode(image))
-        residuals, masks = model.likelihood(latents), model.masks(latents, (8, 16))
+        residuals, masks = model.likelihood(latents), model.level_logits(latents, (8, 16))
     assert {r.dtype for r in residuals.values()} == {torch.bfloat16}
     assert {m.dtype for m in masks.values()} == {z.dtype for z in latents.values()} \
         == {torch.float32}
