@@ -57,14 +57,18 @@ CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 # ------------------------------------------------------------------------------------ measuring
 
 
+def clock() -> float:
+    """The time in seconds, once the GPU has done what was started."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(function) -> float:
     """Seconds that a call of the function takes, with the GPU work that it starts."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()  # for what was started before
-    start = time.perf_counter()
+    start = clock()
     function()
-    wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def in_turn(functions: dict, rounds: int) -> dict:
@@ -314,9 +318,10 @@ def table_of_evaluation(options) -> list[dict]:
 def timed(function, times: list):
     """Return the function such that each call appends its seconds to the list."""
     def call(*args, **kwargs):
-        out = []
-        times.append(seconds(lambda: out.append(function(*args, **kwargs))))
-        return out[0]
+        start = clock()
+        out = function(*args, **kwargs)
+        times.append(clock() - start)
+        return out
     return call
 
 

@@ -469,8 +469,16 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
 # ------------------------------------------------------------------------------------ progress
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks: the first of torchrun's, or the only one.
+    """
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"
+
+
 def say(text: str, end: str = "\n") -> None:
-    """Print `text`. A stdout that is closed, full or cannot encode it does not stop the run."""
+    """Print `text`, in the first process. A stdout that is closed, full or cannot encode it does not stop the run."""
+    if not is_first():
+        return
     try:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), end=end, flush=True)
@@ -479,10 +487,11 @@ def say(text: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """Shows progress: one updating line on a terminal, plain lines in a pipe, none if `quiet`."""
+    """Shows progress, in the first process: one updating line on a terminal, plain lines in a pipe.
+    """
 
-    def __init__(self, total: int, done: int = 0, quiet: bool = False):
-        self.total, self.first, self.quiet = total, done, quiet
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.first = total, done
         self.terminal = bool(sys.stdout and not sys.stdout.closed and sys.stdout.isatty())
         self.start, self.shown, self.note = time.monotonic(), 0.0, ""
 
@@ -490,7 +499,7 @@ class Progress:
         """Show that `done` steps are done. note: text beside the count; line: print in any case."""
         self.note = self.note if note is None else note
         now = time.monotonic()
-        if self.quiet or not (line or (self.terminal and now - self.shown > 0.1)):
+        if not (line or (self.terminal and now - self.shown > 0.1)):
             return
         self.shown = now
         text = f"{done}/{self.total}"
@@ -501,5 +510,4 @@ class Progress:
 
     def say(self, text: str, end: str = "\n") -> None:
         """Print `text` in place of the progress line."""
-        if not self.quiet:
-            say(f"\r\x1b[K{text}" if self.terminal else text, end)
+        say(f"\r\x1b[K{text}" if self.terminal else text, end)

@@ -183,18 +183,17 @@ def _as_size(size: int | Sequence[int] | None, shape: Sequence[int]) -> tuple[in
 
 
 def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
-            annotators: Sequence[int] | None = None, augmentation: Augmentation | None = None,
-            size: int | Sequence[int] | None = None, rank: int = 0, world: int = 1,
-            ) -> Iterator[tuple[Tensor, Tensor]]:
+            augmentation: Augmentation | None = None, size: int | Sequence[int] | None = None,
+            rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields training batches without end: images (B, C, *S) float32 and label maps (B, *S) int64.
 
-    Cases come in seeded permutations chained end to end. Each draws one annotator by `weights`,
-    among `annotators` (indices) where given; a set with instances draws new classes for them.
+    Cases come in seeded permutations chained end to end. Each draws one annotator by `weights`
+    (see `labelled_by`); a set with instances draws new classes for them.
     `size` is the output window: at a random place where it is smaller than the image, centred and
     padded where it is larger. Batch `step` depends on (seed, step) alone; the stream begins at
     `start`. `batch_size` counts the rows of all `world` processes; this one gets those of `rank`.
     Everything is drawn on the host, so it is the same on every device, and sent without waiting.
-    Raises DataError where a batch cannot be cut evenly, or a case has none of the annotators.
+    Raises DataError where a batch cannot be cut evenly.
     """
     if batch_size % world:
         raise DataError(f"batch size {batch_size} cannot be cut evenly over {world} processes: "
@@ -202,7 +201,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
     augmentation = augmentation or Augmentation()
     device, shape = split.images.device, split.images.shape[2:]
     size = _as_size(size, shape)
-    weights = _annotator_weights(split, annotators)
+    weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
     ids = 0 if split.instances is None else int(split.instances.max()) + 1
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
@@ -218,7 +217,7 @@ def batches(split: Split, batch_size: int, seed: int, *, start: int = 0,
         rows = _rows(len(split), batch_size, seed, step)
         cases, generator = send(rows), seeded_generator(seed, 1, step)
         if split.instances is None:
-            annotator = torch.multinomial(weights[rows], 1, generator=generator)[:, 0]
+            annotator = torch.multinomial(weights[rows].double(), 1, generator=generator)[:, 0]
             labels = split.label_maps(cases, send(annotator))
         else:
             table = random_classes(batch_size, ids, split.fixed, split.num_classes, generator)
@@ -245,42 +244,26 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def labelled_by(split: Split, annotators: Sequence[int]) -> Split:
-    """Returns the cases that at least one of these annotators labelled, and says how many others
-    there are. DataError if there are none."""
-    weights = _annotator_weights(split, annotators, gaps=True)
-    if split.flips is None:
-        weights = weights * split.present.cpu()
-    rows = weights.sum(1).nonzero().flatten().tolist()
-    names = ", ".join(split.annotators[a] for a in annotators)
-    if not rows:
-        raise DataError(f"annotators {names}: none of them labelled any of the {len(split)} cases")
-    if len(rows) < len(split):
-        warn(f"{len(split) - len(rows)} of {len(split)} training cases are left out, because they "
-             f"were not labelled by {names.replace(', ', ' or ')}")
-        split = split.subset(rows)
-    return split
-
-
-def _annotator_weights(split: Split, annotators: Sequence[int] | None, gaps=False) -> Tensor:
-    """Returns weights (N, A) float64 on the host, which are 0 for all not in `annotators`.
-    DataError where a case has no other weights, unless `gaps` are allowed."""
-    weights = torch.ones(split.labels.shape[:2]) if split.weights is None else split.weights.cpu()
-    weights = weights.double()
-    if annotators is None:
-        return weights
+    """Returns the cases that at least one of these annotators (indices) labelled, with weight 0 for
+    the others, and says how many cases it leaves out. DataError if all."""
     if split.instances is not None:
         raise DataError("annotators: a set with instances has none, its labels are drawn at random")
-    everyone = range(weights.shape[1])
-    if not annotators or not set(annotators) <= set(everyone):
-        raise DataError(f"annotators {list(annotators)}: choose from 0 to {everyone[-1]}")
-    weights = weights * torch.tensor([float(a in annotators) for a in everyone])
-    without = (weights.sum(1) == 0).nonzero().flatten().tolist()
-    if without and not gaps:
-        names = ", ".join(split.annotators[a] for a in annotators)
-        raise DataError(f"annotators {names}: none of them labelled {len(without)} of the cases "
-                        f"({split.names[without[0]]!r} is one); name more annotators, or leave "
-                        "these cases out (labelled_by)")
-    return weights
+    count = len(split.annotators)
+    if not annotators or not set(annotators) <= set(range(count)):
+        raise DataError(f"annotators {list(annotators)}: choose from 0 to {count - 1}")
+    weights = split.present * (1.0 if split.weights is None else split.weights)  # (N, A)
+    weights[:, [a for a in range(count) if a not in annotators]] = 0
+    split = replace(split, weights=weights)
+    rows = weights.sum(1).nonzero().flatten().tolist()
+    names = [split.annotators[a] for a in annotators]
+    if not rows:
+        raise DataError(f"annotators {', '.join(names)}: none of them labelled any of the "
+                        f"{len(split)} cases")
+    if len(rows) < len(split):
+        warn(f"{len(split) - len(rows)} of {len(split)} training cases are left out, because they "
+             f"were not labelled by {' or '.join(names)}")
+        split = split.subset(rows)
+    return split
 
 
 # ----------------------------------------------------------------------------------------- table

@@ -27,7 +27,6 @@ cites the sources of its measures, and says with which published numbers they mu
 import argparse
 import csv
 import io
-import itertools
 import json
 import os
 import re
@@ -55,7 +54,7 @@ from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_level
                                     plot_manipulation, plot_maps, plot_scales)
 from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
                                plot_samples, plot_uncertainty, short_names, spread)
-from analysis.predict import images_at, predict_image
+from analysis.predict import predict_images
 from analysis.scores import draw, gather, measure, process, sample_ged
 from analysis.uncertainty import (calibration, failure_detection, plot_reliability,
                                   plot_risk_coverage)
@@ -97,21 +96,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     """
     folder = Path(folder)
     settings, model, (judged,) = open_run(folder, (split,), path, device, weights, whole, data_args)
-    if cases == "agreed":
-        agreed = (judged.marked | ~judged.present).all(1)
-        judged = judged.subset(agreed.nonzero().flatten().tolist())
-        if not len(judged):
-            raise UserError(f"--cases agreed: no case of {settings['data']}'s {split} split was "
-                            "marked by every annotator; use --cases all")
-    labelled = judged.present.any(1)
-    if not labelled.all():
-        text = (f"{int((~labelled).sum())} of {len(judged)} cases of the {split} split are left "
-                "out: all their pixels are ignored (255)")
-        if not labelled.any():
-            raise UserError(text)
-        if process()[0] == 0:
-            say(f"note: {text}")
-        judged = judged.subset(labelled.nonzero().flatten().tolist())
+    judged = choose(judged, cases, f"{settings['data']}'s {split} split")
     if cluster and judged.instances is None:
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     count, *alpha = cluster or (CLUSTERED,)
@@ -131,31 +116,64 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     if not first:
         return {}
 
-    values = {name: v for name, v in found.items() if isinstance(v, np.ndarray) and v.ndim == 1}
-    if judged.exact:
-        values[f"mode_tv_{n}"] = total_variation(found)
-    if "class_dice" in found:
-        for name, k in itertools.product(("dice", "hd95"), range(1, judged.num_classes)):
-            values[f"{name}_class_{k}"] = found[f"class_{name}"][:, 0, k - 1]
-    summary = {name: metrics.bootstrap(v, judged.groups) for name, v in values.items()
-               if not np.isnan(v).all()}
-    summary |= calibration(found["reliability"], judged.groups)
-    summary |= failure_detection(values, judged.groups)
-    if judged.exact:
-        summary |= pooled(found, n, judged.groups)
+    values, summary = summarise(found, judged, n)
     write_text(out / "metrics.json",
                json.dumps(summary, indent=2, allow_nan=False, default=float) + "\n")
     write_csv(out / "per_case.csv", judged, values)
     plot_all(out, model, pictured, found, values, summary, "hide" in settings["data_args"])
-    what = (f"{f'{split} split' if split != 'all' else 'all cases'}{f' of {path}' if path else ''}"
-            f"{', agreed cases' * (cases == 'agreed')}{', whole images' * whole}, {len(judged)} "
-            "cases")
+    words = ["all cases" if split == "all" else f"{split} split"]
+    if path:
+        words[0] += f" of {path}"
+    if cases == "agreed":
+        words.append("agreed cases")
+    if whole:
+        words.append("whole images")
+    what = ", ".join([*words, f"{len(judged)} cases"])
     write_page(out, folder, f"{what}, {weights}.pt", found["shown"], shown)
     headlines = {name: result for name, result in summary.items()
                  if re.sub(r"(_\d+)+$", "", name) in HEADLINES and name != "diversity_1"}
     say(f"{table(headlines)}\n{what}: all {len(summary)} numbers and pictures in {out}, look at "
         "report.html")
     return summary
+
+
+def summarise(found: dict, judged, n: int) -> tuple[dict, dict]:
+    """From what `score` found, {measure: (N,) its values}, and the content of metrics.json."""
+    values = {name: v for name, v in found.items() if isinstance(v, np.ndarray) and v.ndim == 1}
+    if judged.exact:
+        values[f"mode_tv_{n}"] = total_variation(found)
+    if "class_dice" in found:
+        for k in range(1, judged.num_classes):
+            values[f"dice_class_{k}"] = found["class_dice"][:, 0, k - 1]
+        for k in range(1, judged.num_classes):
+            values[f"hd95_class_{k}"] = found["class_hd95"][:, 0, k - 1]
+    summary = {name: metrics.bootstrap(v, judged.groups) for name, v in values.items()
+               if not np.isnan(v).all()}
+    summary |= calibration(found["reliability"], judged.groups)
+    summary |= failure_detection(values, judged.groups)
+    if judged.exact:
+        summary |= pooled(found, n, judged.groups)
+    return values, summary
+
+
+def choose(split, cases: str, name: str):
+    """The cases of a split that can be judged, a note about the others; with cases="agreed", only
+    those that every annotator marked. UserError where none is left."""
+    if cases == "agreed":
+        agreed = (split.marked | ~split.present).all(1)
+        if not agreed.any():
+            raise UserError(f"--cases agreed: no case of {name} was marked by every annotator; use "
+                            "--cases all")
+        split = split.subset(agreed.nonzero().flatten().tolist())
+    labelled = split.present.any(1)
+    if not labelled.all():
+        text = (f"{int((~labelled).sum())} of {len(split)} cases of {name} are left out: all their "
+                "pixels are ignored (255)")
+        if not labelled.any():
+            raise UserError(text)
+        say(f"note: {text}")
+        split = split.subset(labelled.nonzero().flatten().tolist())
+    return split
 
 
 def open_run(folder, splits, path=None, device=None, weights="best", whole=False, data_args=None):
@@ -198,7 +216,7 @@ def load_data(folder, settings, splits, path=None, **options) -> list:
     except data.DataError as error:
         hint = "; --split all judges every case of other data" if moved else ""
         raise UserError(f"{error}{hint}") from error
-    if "all" in splits and process()[0] == 0:
+    if "all" in splits:
         names = {name.rpartition("-")[0] if options.get("hide") else name
                  for name in loaded[0].names}
         if seen := names & set(parts.get("train", ())):
@@ -250,7 +268,7 @@ def score(model, split, samples=(16,), n=0, likelihood_samples=LIKELIHOOD_SAMPLE
     process returns the results of all cases, the same as a single process would.
     """
     rank, world = process()
-    progress, rows = Progress(len(split), quiet=rank > 0), []
+    progress, rows = Progress(len(split)), []
     model.eval()
     for batch, chunks in sample_batches(model, split, max(n, *samples), rank, world):
         drawn = draw(model, batch, chunks, samples)
@@ -352,11 +370,12 @@ def parse(argv=None) -> argparse.Namespace:
                    help=f"numbers of samples to score, up to {MOST_SAMPLES}")
     p.add_argument("--likelihood-samples", type=int, default=LIKELIHOOD_SAMPLES, metavar="N",
                    help=f"samples for the log-likelihood (default {LIKELIHOOD_SAMPLES})")
-    p.add_argument("--ambiguous", action="store_true",
+    modes = p.add_mutually_exclusive_group()
+    modes.add_argument("--ambiguous", action="store_true",
                    help="can samples tell on which cases annotators disagree?")
     p.add_argument("--per-class", action="store_true",
                    help="judge every class by itself, too (default: for 2D and 3 to 20 classes)")
-    p.add_argument("--per-volume", action="store_true",
+    modes.add_argument("--per-volume", action="store_true",
                    help="sets of slices (synapse, folder with slices=axial): Dice and Hausdorff "
                    "distance of whole volumes, for the deterministic prediction and --samples N "
                    "samples (default 10)")
@@ -364,11 +383,11 @@ def parse(argv=None) -> argparse.Namespace:
                    help="sets with instances: cluster N samples (default 16) within a Hamming "
                    "distance of ALPHA (default N); choose it on --split val: a larger one breaks "
                    "fewer objects")
-    p.add_argument("--ood", action="store_true", help="can samples warn of corrupted images?")
+    modes.add_argument("--ood", action="store_true", help="can samples warn of corrupted images?")
     p.add_argument("--ood-data", nargs="+", metavar=("NAME", "PATH"), help="--ood: data set whose "
                    "images are the foreign ones (default: a synthetic one)")
-    p.add_argument("--compare", nargs="+", metavar="RUN", help="compare with these runs")
-    p.add_argument("--image", metavar="FILE",
+    modes.add_argument("--compare", nargs="+", metavar="RUN", help="compare with these runs")
+    modes.add_argument("--image", metavar="FILE",
                    help="samples for this picture, .npy or NIfTI file, a folder of them, or a "
                    "BraTS patient")
     p.add_argument("--temperature", type=float, default=1.0, metavar="T",
@@ -394,8 +413,6 @@ def check(args) -> None:
         raise UserError(f"--data-args {min(unfit)}=...: all cases at --path are judged; leave it out")
     if args.out and not args.image:
         raise UserError("--out is for --image: other results are written to the run's folder")
-    if len(modes := [mode for mode in MODES if getattr(args, mode)]) > 1:
-        raise UserError(f"--{' and --'.join(modes)}: give one of them".replace("_", "-"))
     cluster = args.cluster or [1]
     counts = [*args.samples, args.likelihood_samples, cluster[0]]
     if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:
@@ -409,33 +426,6 @@ def check(args) -> None:
         raise UserError("--temperature and --scale-class are for --image")
     if not 0 <= args.temperature < float("inf"):
         raise UserError(f"--temperature {args.temperature:g}: a number from 0 up")
-
-
-def number(value: float) -> str:
-    """A size to read: 1,234,567 or 0.001235, never 1.2e+06."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def predict_images(args, device) -> None:
-    """Draw samples for one image or for a folder of them, as --image asks."""
-    folder, place = Path(args.run), Path(args.image)
-    out = Path(args.out or folder)
-    if place.is_dir() and out.resolve() == place.resolve():
-        raise UserError("--out: another folder than --image, whose files are all read")
-    scales = key_values("--scale-class", args.scale_class)
-    if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
-        raise UserError("--scale-class: a class and a number, such as 1=0.5")
-    data_name, files = read_config(folder)["settings"]["data"], images_at(place)
-    model = models.load(folder / f"{args.weights}.pt", device)
-    for file in files:
-        picture, arrays, sizes = predict_image(
-            model, data_name, file, out, temperature=args.temperature,
-            samples=16 if len(args.samples) > 1 else args.samples[0],
-            class_scales={int(k): factor for k, factor in scales.items()})
-        say(f"{picture} (look at it), {arrays} (the samples and maps)")
-        say("\n".join("  {}: {} {} on average, from {} to {} in 90 % of the samples".format(
-            kind, number(size["mean"]), sizes["unit"], number(size["q05"]), number(size["q95"]))
-                      for kind, size in sizes["volume"].items()))
 
 
 def judge_volumes(args, device) -> None:
@@ -477,8 +467,7 @@ def main(argv=None) -> int:
     try:
         check(args)
         device, _, world = start_processes(args.device)
-        if world > 1 and (args.image or args.compare or args.ambiguous or args.ood
-                          or args.per_volume):
+        if world > 1 and any(getattr(args, mode) for mode in MODES):
             raise UserError("torchrun shares the judging of a split alone; start this with python")
         if args.image:
             predict_images(args, device)

@@ -44,7 +44,7 @@ from torch import nn
 import data
 import evaluate
 from analysis.pictures import plot_curves
-from common import Progress, UserError, key_values, set_tf32, start_processes
+from common import Progress, UserError, is_first, key_values, set_tf32, start_processes
 from models import (MODELS, Recorded, build, check_fields, distribute, learning_rate,
                     make_optimizer, place, published)
 from sources.base import check_known
@@ -301,6 +301,35 @@ def refuse_non_finite(terms, model, step, folder) -> None:
                         "images' scale")
 
 
+def load_splits(settings: dict, folder: Path, begun: bool) -> tuple:
+    """The training split, of the annotators chosen, and the validation cases, both on the host."""
+    if begun:  # the cases that split.json names
+        train_split, val_split = evaluate.load_data(folder, settings, ("train", "val"))
+    else:
+        train_split, val_split = data.load(settings["data"], ("train", "val"), settings["path"],
+                                           **settings["data_args"])
+    if (chosen := annotators(settings["annotators"], train_split)) is not None:
+        train_split = data.labelled_by(train_split, chosen)
+    if settings["image_size"] is not None:
+        val_split = data.center(val_split, settings["image_size"])
+    every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
+    return train_split, val_split.subset(range(0, len(val_split), every))
+
+
+def describe(settings, split, model, device, world: int, start: int, folder: Path) -> str:
+    """The first line that a run prints."""
+    words = [f"{settings['model']} on {settings['data']}: {len(split)} training cases",
+             split.drawn_by]
+    if settings["annotators"] != "all":
+        words.append(f"learning from {settings['annotators']}")
+    words += [f"{sum(p.numel() for p in model.parameters()):,} parameters", str(device)]
+    if world > 1:
+        words.append(f"{world} processes")
+    if start:
+        words.append(f"resumed at step {start}")
+    return f"{', '.join(words)} -> {folder}"
+
+
 def train(settings: dict, folder: Path, device_name="auto", compile=False, resume=False,
           graphs=False) -> int:
     """Run or resume one run; returns 0, or 128 + the signal that stopped it."""
@@ -312,18 +341,10 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     set_tf32(settings["precision"] == "tf32")
 
     last = folder / "last.pt"
-    splits = "train", "val"
-    if resume and last.exists():
-        train_split, val_split = evaluate.load_data(folder, settings, splits)
-    else:
-        train_split, val_split = data.load(settings["data"], splits, settings["path"],
-                                           **settings["data_args"])
+    train_split, val_split = load_splits(settings, folder, resume and last.exists())
     model = place(first_model(settings, train_split), device)
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
-    chosen = annotators(settings["annotators"], train_split)
-    if chosen is not None:
-        train_split = data.labelled_by(train_split, chosen)
     if last.exists() and not resume:  # told only once nothing else is wrong with the command
         raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --out DIR "
                         "begins another beside it")
@@ -331,10 +352,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     if last.exists():
         start, best = restore(last, settings, model, optimizer)
 
-    if size is not None:
-        val_split = data.center(val_split, size)
-    every = max(1, len(val_split) // (QUICK_CASES if settings["quick"] else VALIDATION_CASES))
-    val_split = val_split.subset(range(0, len(val_split), every)).to(device)
+    val_split = val_split.to(device)
     try:
         train_split = train_split.to(device)  # frees the copy on the host
     except torch.OutOfMemoryError:
@@ -344,18 +362,13 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     keep_freed_memory()
     stream = data.batches(
         train_split, training["batch_size"], settings["seed"], start=start, size=size,
-        rank=rank, world=world, annotators=chosen,
+        rank=rank, world=world,
         augmentation=data.DATASETS[settings["data"]].augmentation if settings["augment"] else None)
 
     if rank == 0:
         begin(folder, settings, training, model, train_split, start)
-    progress = Progress(steps, start, quiet=rank > 0)
-    progress.say(f"{settings['model']} on {settings['data']}: {len(train_split)} training cases, "
-                 f"{train_split.drawn_by}"
-                 + (f", learning from {settings['annotators']}" if chosen is not None else "")
-                 + f", {sum(p.numel() for p in model.parameters()):,} parameters, {device}"
-                 + (f", {world} processes" if world > 1 else "")
-                 + (f", resumed at step {start}" if resume else "") + f" -> {folder}")
+    progress = Progress(steps, start)
+    progress.say(describe(settings, train_split, model, device, world, start, folder))
     loss_of = distribute(model, device) if world > 1 else model
     if compile and (missing := lacks_compiler(device)):
         progress.say(f"--compile: {missing}; training without it, at the usual speed")
@@ -373,10 +386,9 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         finished = step >= steps
         validating = step > start and (step % validate_every == 0 or finished)
         saving = validating or stopping or time.monotonic() - saved_at > SAVE_EVERY
+        paused = time.monotonic()
         if saving:
             refuse_non_finite(terms, model, step, folder)
-
-        paused = time.monotonic()
         if validating:
             name, value = evaluate.validation_score(model, val_split)  # lower is better
             if rank == 0:
@@ -389,11 +401,11 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
         if saving:
             saved_at = time.monotonic()
-        if saving and rank == 0:
-            with writing(last, step):
-                save(last, settings["model"], model, optimizer, step, best)
-            with writing(folder / "curves.png", step):
-                plot_curves(folder / "curves.png", read_log(folder))
+            if rank == 0:
+                with writing(last, step):
+                    save(last, settings["model"], model, optimizer, step, best)
+                with writing(folder / "curves.png", step):
+                    plot_curves(folder / "curves.png", read_log(folder))
         terms.since += time.monotonic() - paused  # seconds_per_step is training alone
 
         if finished or stopping:
@@ -482,8 +494,7 @@ def main(argv=None) -> int:
         settings, folder = settle(args)
         if not args.resume:
             check_free(folder)
-        first = os.environ.get("RANK", "0") == "0"  # the only process of torchrun that writes
-        with own(folder) if first else contextlib.nullcontext():
+        with own(folder) if is_first() else contextlib.nullcontext():
             return train(settings, folder, args.device, args.compile, bool(args.resume),
                          args.cuda_graphs)
     except UserError as error:

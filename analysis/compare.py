@@ -32,58 +32,82 @@ def compare(folders, judged: str = "") -> str:
     """
     folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder, judged) for folder in folders]
-    cases = list(runs[0][1][2])
+    check_alike(folders, runs)
+    groups = by_seeds(folders, runs)
+    rows = [pooled([run for _, run in group]) for group in groups]
     patients = list(runs[0][2].values())
-    groups, seen = {}, Counter()  # runs that differ in their seeds alone
-    unlike = False
-    for folder, (settings, run, _) in zip(folders, runs):
-        if run[2].keys() != set(cases):
-            raise UserError(f"{folder} and {folders[0]} were judged on different cases: train both "
-                            "on the same data with the same --data-args (of a set in files: "
-                            f"split_file={folders[0] / 'split.json'})")
-        sizes = settings["image_size"], runs[0][0]["image_size"]
-        unlike = unlike or sizes[0] != sizes[1]
-        if None not in sizes and sizes[0] != sizes[1]:
-            raise UserError(f"{folder} and {folders[0]} were judged on crops of different sizes: "
-                            "train both with the same --image-size")
-        seed = settings.pop("seed", 0)
-        rest = json.dumps(settings, sort_keys=True)
-        groups.setdefault((rest, seen[rest, seed]), []).append((folder, run))
-        seen[rest, seed] += 1  # the same seed again goes to another group
-    rows = [pooled([run for _, run in group]) for group in groups.values()]
-    names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
-    lines = ["| run | " + " | ".join(names) + " | p (ged_16) |", "|---" * (len(names) + 2) + "|"]
-    for row, (name, summary, geds) in enumerate(rows):
-        cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := summary.get(n)) else ""
-                 for n in names]
-        p = metrics.paired_test([geds[c] for c in cases], [rows[0][2][c] for c in cases], patients)
-        cells.append(f"{p:.2g}" if row else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "±: standard error over patients or other groups; in a line of several seeds, "
-              "the standard deviation over these."]
-    if len(rows) > 1:
-        lines[-1] += (f" p: paired permutation test of ged_16 against {rows[0][0]}; it is about "
-                      "these trained networks, and another seed may reverse it.")
-    drawn = [{name for name in summary if name.startswith("ged_") and name[4:].isdigit()}
-             for _, summary, _ in rows]
-    if any(names != drawn[0] for names in drawn):
-        lines += ["", "The runs were judged with different numbers of samples: compare only "
-                  "measures that name one number, such as ged_16."]
-    if unlike:
-        lines += ["", "Some runs were judged on whole images, others on their centre of "
-                  "--image-size: compare them only if the images have that size."]
-    count = len(set(patients))
-    lines += ["", f"p compares {count} patients or other groups; with so many it cannot be below "
-              f"{2 ** (1 - count):.2g}."] if count < 8 and len(rows) > 1 else []
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(table(rows, patients) + caveats(rows, runs, len(set(patients)))) + "\n"
     write_text(folders[0] / "compare.md", text)
-    if len(set.union(*drawn)) > 1:  # a curve needs several numbers of samples
+    if len(set.union(*(counts(summary) for _, summary, _ in rows))) > 1:  # or there is no curve
         plot_ged(folders[0] / "compare.png", [(name, summary) for name, summary, _ in rows])
     curves = [(row[0], *validations(read_log(folder)))
-              for row, group in zip(rows, groups.values()) for folder, _ in group]
+              for row, group in zip(rows, groups) for folder, _ in group]
     if any(scores for *_, scores in curves):
         plot_validation(folders[0] / "compare_curves.png", curves)
     return text
+
+
+def check_alike(folders: list[Path], runs: list[tuple]) -> None:
+    """UserError unless all runs were judged on the same cases, in crops of one size."""
+    settings, (_, _, geds), _ = runs[0]
+    for folder, (others, run, _) in zip(folders, runs):
+        if run[2].keys() != geds.keys():
+            raise UserError(f"{folder} and {folders[0]} were judged on different cases: train both "
+                            "on the same data with the same --data-args (of a set in files: "
+                            f"split_file={folders[0] / 'split.json'})")
+        sizes = settings["image_size"], others["image_size"]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise UserError(f"{folder} and {folders[0]} were judged on crops of different sizes: "
+                            "train both with the same --image-size")
+
+
+def by_seeds(folders: list[Path], runs: list[tuple]) -> list[list[tuple]]:
+    """Lists of (folder, run) of those runs that differ in their seeds alone."""
+    groups, seen = {}, Counter()
+    for folder, (settings, run, _) in zip(folders, runs):
+        rest = json.dumps({**settings, "seed": None}, sort_keys=True)
+        again = seen[rest, settings["seed"]]  # the same seed again goes to another group
+        seen[rest, settings["seed"]] += 1
+        groups.setdefault((rest, again), []).append((folder, run))
+    return list(groups.values())
+
+
+def table(rows: list[tuple], patients: list[str]) -> list[str]:
+    """The lines of the table in Markdown."""
+    names = [n for n in COMPARED if any(n in summary for _, summary, _ in rows)]
+    lines = ["| run | " + " | ".join(names) + " | p (ged_16) |", "|---" * (len(names) + 2) + "|"]
+    first = rows[0][2]
+    for row, (name, summary, geds) in enumerate(rows):
+        cells = [f"{s['mean']:.3f} ± {s['stderr']:.3f}" if (s := summary.get(n)) else ""
+                 for n in names]
+        p = metrics.paired_test([geds[case] for case in first], list(first.values()), patients)
+        cells.append(f"{p:.2g}" if row else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def caveats(rows: list[tuple], runs: list[tuple], patients: int) -> list[str]:
+    """What a reader of the table has to know, each after an empty line."""
+    notes = ["±: standard error over patients or other groups; in a line of several seeds, "
+             "the standard deviation over these."]
+    if len(rows) > 1:
+        notes[0] += (f" p: paired permutation test of ged_16 against {rows[0][0]}; it is about "
+                     "these trained networks, and another seed may reverse it.")
+    if any(counts(summary) != counts(rows[0][1]) for _, summary, _ in rows):
+        notes.append("The runs were judged with different numbers of samples: compare only "
+                     "measures that name one number, such as ged_16.")
+    if len({settings["image_size"] for settings, _, _ in runs}) > 1:
+        notes.append("Some runs were judged on whole images, others on their centre of "
+                     "--image-size: compare them only if the images have that size.")
+    if patients < 8 and len(rows) > 1:
+        notes.append(f"p compares {patients} patients or other groups; with so many it cannot be "
+                     f"below {2 ** (1 - patients):.2g}.")
+    return [line for note in notes for line in ("", note)]
+
+
+def counts(summary: dict) -> set[str]:
+    """The measures ged_<n> of a summary, one for each number of samples."""
+    return {name for name in summary if name.startswith("ged_") and name[4:].isdigit()}
 
 
 def training_time(log: list[dict]) -> list[tuple[float, float]]:

@@ -10,14 +10,43 @@ from PIL import Image
 import metrics
 from analysis.pictures import (fullest_slice, label_picture, paint_image, paint_label, paint_map,
                                paint_outlines, save_grid)
-from common import UserError
+import models
+from common import UserError, key_values, say
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
 from sources.files import (ENDINGS, as_float_image, bounding_box, is_nifti, read_array, read_nifti,
                            size_text, standardised, write_atomically, write_nifti, write_npz,
                            write_text)
+from sources.runs import read_config
 
 SHOWN = 64  # samples in the picture, at most
+
+
+def number(value: float) -> str:
+    """A size to read: 1,234,567 or 0.001235, never 1.2e+06."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def predict_images(args, device) -> None:
+    """Draw samples for one image or for a folder of them, as --image asks."""
+    folder, place = Path(args.run), Path(args.image)
+    out = Path(args.out or folder)
+    if place.is_dir() and out.resolve() == place.resolve():
+        raise UserError("--out: another folder than --image, whose files are all read")
+    scales = key_values("--scale-class", args.scale_class)
+    if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
+        raise UserError("--scale-class: a class and a number, such as 1=0.5")
+    data_name, files = read_config(folder)["settings"]["data"], images_at(place)
+    model = models.load(folder / f"{args.weights}.pt", device)
+    for file in files:
+        picture, arrays, sizes = predict_image(
+            model, data_name, file, out, temperature=args.temperature,
+            samples=16 if len(args.samples) > 1 else args.samples[0],
+            class_scales={int(k): factor for k, factor in scales.items()})
+        say(f"{picture} (look at it), {arrays} (the samples and maps)")
+        say("\n".join("  {}: {} {} on average, from {} to {} in 90 % of the samples".format(
+            kind, number(size["mean"]), sizes["unit"], number(size["q05"]), number(size["q95"]))
+                      for kind, size in sizes["volume"].items()))
 
 
 def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1.0,

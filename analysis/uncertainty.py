@@ -115,8 +115,8 @@ def sums_by(row, values, rows):
     """Sums of values [(B, P)] and, last, of ones, by row (B, P), as (B, rows, values + 1) float64;
     what is of the row `rows` is left out."""
     flat = (row + (rows + 1) * torch.arange(len(row), device=row.device)[:, None]).flatten()
-    sums = [torch.zeros(len(row) * (rows + 1), dtype=torch.float64, device=row.device)
-            .index_add_(0, flat, value.double().flatten()) for value in (*values, row * 0 + 1)]
+    sums = [flat.bincount(value.flatten().double(), len(row) * (rows + 1))
+            for value in (*values, torch.ones_like(row))]
     return torch.stack(sums, 1).view(len(row), rows + 1, -1)[:, :rows]
 
 
