@@ -167,7 +167,7 @@ class Bench:
         self.bf16 = options.precision == "bf16" and not plain
         self.graphs = options.cuda_graphs and not plain
         self.optimizer = torch.optim.Adam(self.model.parameters(), fused=None if plain else True)
-        self.loss = train.compiled(self.model) if options.compile and not plain else self.model
+        self.loss = models.compiled(self.model) if options.compile and not plain else self.model
         if self.graphs:
             self.loss = train.Recorded(self.model, self.image, self.label, self.autocast())
 
@@ -355,7 +355,9 @@ def parse(argv=None) -> argparse.Namespace:
                    help=f"some of: {' '.join(models.MODELS)} (default: all but the ensemble, which "
                    "is several U-Nets; for the table evaluation: ssn)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+                   help="of a step (default fp32); `/ plain` is relative to float32, or to tf32 "
+                   "if that is given, because it holds for the whole process")
     p.add_argument("--compile", action="store_true", help="torch.compile the step")
     p.add_argument("--cuda-graphs", action="store_true", help="as train.py --cuda-graphs")
     p.add_argument("--batch-size", type=int, default=4)
@@ -375,14 +377,14 @@ def main(argv=None) -> int:
         for name in ("batch_size", "image_size", "samples", "cases", "rounds"):
             if getattr(options, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: give 1 or more")
-        if options.compile and (missing := train.lacks_compiler(options.device)):
+        if options.compile and (missing := models.lacks_compiler(options.device)):
             raise UserError(f"--compile: {missing}")
         if options.compile and options.cuda_graphs:
             raise UserError("--compile and --cuda-graphs: give one of them")
         if options.cuda_graphs and options.device.type != "cuda":
             raise UserError("--cuda-graphs: for a CUDA device, give --device cuda")
         train.keep_freed_memory()
-        set_tf32(False)  # as train.py --precision fp32
+        set_tf32(options.precision == "tf32")
         machine = f"{torch.get_num_threads()} threads"
         if options.device.type == "cuda":
             torch.cuda.set_device(options.device)

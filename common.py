@@ -2,7 +2,7 @@
 
 All files write shapes with the same letters:
     B batch · C channels · K classes · *S spatial axes (H W, or D H W, or one) · n samples ·
-    A annotators · R rank · N cases
+    A annotators · R rank · N cases · m samples that are computed together
 Equations keep the letters of their papers.
 A "3-wide" convolution has a kernel of 3 pixels along every spatial axis.
 
@@ -466,17 +466,25 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     return device, rank, world
 
 
+OUT_OF_MEMORY = "out of memory", "allocate memory", "not enough memory"  # in torch's messages
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that the memory of the GPU or of the machine does not suffice."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 # ------------------------------------------------------------------------------------ progress
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks: the first of torchrun's, or the only one.
-    """
+    """Whether this process writes and prints: it is the only one, or the first of torchrun's."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print `text`, in the first process. A stdout that is closed, full or cannot encode it does not stop the run."""
+    """Print `text`, in the first process. A stdout that is closed, full or cannot encode it does
+    not stop the run."""
     if not is_first():
         return
     try:
@@ -487,8 +495,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 class Progress:
-    """Shows progress, in the first process: one updating line on a terminal, plain lines in a pipe.
-    """
+    """Shows progress, in the first process: one updating line on a terminal, lines in a pipe."""
 
     def __init__(self, total: int, done: int = 0):
         self.total, self.first = total, done

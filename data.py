@@ -32,7 +32,7 @@ from torch import Tensor
 
 import metrics
 from analysis.pictures import fullest_slice, paint_image, paint_label, save_grid
-from common import IGNORE, UserError, key_values
+from common import IGNORE, UserError, key_values, out_of_memory, say
 from sources.base import (SPLITS, Split, assign, centred, check_known, collect, locate,
                           random_classes, relabel, seeded_generator, warn)
 from sources.brats import read_brats
@@ -67,7 +67,9 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
         check_known("split", one, (*SPLITS, "all"))
     path = options.pop("path", path)  # or by keyword, which wins
     _check_options(name, source, options)
-    percent, split_file = options.pop("hide", 0), options.pop("split_file", "")
+    percent, split_file = options.pop("hide", 0), options.pop("split_file", None)
+    if split_file == "":
+        raise DataError("split_file is empty: give a JSON file, or leave the option out")
     if not source.layout:
         if path is not None:
             raise DataError(f"{name} is synthetic, not read from {path}: leave the path out")
@@ -81,7 +83,7 @@ def load(name: str, split: str | Sequence[str] = "train", path=None, /, **option
                             ) from error
         if not listing.cases:
             raise DataError(f"{place}: holds no cases; it should be {source.layout}")
-        splits = assign(place, listing, wanted, split_file)
+        splits = assign(place, listing, wanted, split_file or "")
         if "all" in wanted:
             rows, order = splits, list(range(len(listing.cases)))
         else:  # reads split after split, so that `subset` can give views
@@ -478,14 +480,20 @@ def main(argv=None) -> int:
             name, path, out = (args[key] for key in ("data", "path", "out"))
             options = key_values("--data-args", args["data_args"])
             if command == "show":
-                print(show(name, path, args["split"], out, options))
+                say(show(name, path, args["split"], out, options))
             else:
-                print(export(load(name, "all", path, **options), out, args["layout"] or ""))
+                say(export(load(name, "all", path, **options), out, args["layout"] or ""))
         else:
             parser.print_help()
         return 0
     except (UserError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: name fewer cases in a split_file, or shrink the images",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; rerun to resume", file=sys.stderr)

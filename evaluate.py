@@ -10,7 +10,8 @@
     torchrun --nproc_per_node=4 evaluate.py runs/ssn-lidc-0      # the cases shared by 4 processes
 
 Results are written to the run's folder. For other weights than best.pt, or other cases than the
-run's test split, they are written to a folder inside it, which is named after them:
+run's test split, they are written to a folder inside it, which is named after them (for --path,
+with a few letters that differ between paths of the same name):
     metrics.json     {name: {"mean", "stderr", "n"}}; stderr by resampling patients (groups)
     per_case.csv     every measure of every case
     report.html      every number and picture, explained, and cases to page through, in one file
@@ -26,6 +27,7 @@ cites the sources of its measures, and says with which published numbers they mu
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -43,29 +45,28 @@ import data
 import metrics
 import models
 from analysis.ambiguity import ambiguity
-from analysis.calibration import mode_rows, plot_modes, pooled, total_variation
+from analysis.calibration import mode_rows, pooled, total_variation
 from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
 from analysis.instances import (find_instances, instance_scores, instances_to_show, kl_terms,
-                                plot_instances, rand_errors)
+                                rand_errors)
 from analysis.ood import ood
 from analysis.page import explained, write_page
-from analysis.paper_figures import (plot_extrapolation, plot_latents, plot_levels,
-                                    plot_manipulation, plot_maps, plot_scales)
-from analysis.pictures import (CASES, cases_to_show, plot_dice, plot_ged, plot_overview,
-                               plot_samples, plot_uncertainty, short_names, spread)
-from analysis.predict import predict_images
-from analysis.scores import draw, gather, measure, process, sample_ged
-from analysis.uncertainty import (calibration, failure_detection, plot_reliability,
-                                  plot_risk_coverage)
-from common import Progress, UserError, key_values, pick_device, say, start_processes
-from models import MODELS, labels_of, sample_batches
+from analysis.pictures import cases_to_show, short_names, spread
+from analysis.predict import DRAWN, predict_images
+from analysis.run_pictures import plot_all
+from analysis.scores import draw, gather, measure, rank_and_world, sample_ged
+from analysis.uncertainty import calibration, failure_detection
+from common import (Progress, UserError, key_values, out_of_memory, pick_device, say,
+                    start_processes)
+from models import labels_of, sample_batches
 from sources.files import write_text
 from sources.runs import read_config, read_split
 
 SAMPLES = (1, 4, 8, 16, 100)
 PAGED = 20  # cases in report.html, at most
 LIKELIHOOD_SAMPLES = 16
+PER_VOLUME = 10  # samples for --per-volume, as in VAE U-Net's paper
 CLUSTERED = 16  # samples from which objects are found
 MOST_SAMPLES = 1000  # all pairs of them are compared
 HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_present", "dice_mean",
@@ -73,11 +74,10 @@ HEADLINES = ("ged", "hungarian_iou", "diversity", "ncc", "dice", "dice_present",
              "rand_error_components")  # printed
 # Options with their defaults, and which of them each mode takes; judging a split takes all.
 OPTIONS = dict(split="test", path=None, data_args=None, weights="best", cases="all", whole=False,
-               per_class=False, cluster=None)
-MODES = dict(image=("weights",), compare=(), ambiguous=("path", "weights"),
-             ood=("split", "path", "weights"), per_volume=("split", "path", "weights"))
-FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_levels, "levels.png"),
-           "vae_unet": (plot_latents, "latents.png"), "hpunet": (plot_scales, "scales.png")}
+               per_class=False, cluster=None, samples=None, likelihood_samples=None)
+MODES = dict(image=("weights", "samples"), compare=(), ambiguous=("path", "weights"),
+             ood=("split", "path", "weights"),
+             per_volume=("split", "path", "weights", "samples"))
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -96,7 +96,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     """
     folder = Path(folder)
     settings, model, (judged,) = open_run(folder, (split,), path, device, weights, whole, data_args)
-    judged = choose(judged, cases, f"{settings['data']}'s {split} split")
+    judged = choose(judged, cases, f"the {split} split of {settings['data']}")
     if cluster and judged.instances is None:
         raise UserError(f"--cluster is for sets with instances; {settings['data']} has none")
     count, *alpha = cluster or (CLUSTERED,)
@@ -106,7 +106,7 @@ def report(folder, *, split="test", cases="all", weights="best", samples=SAMPLES
     shown = dict(zip(pictured.names, short_names(pictured.names)))
 
     n = max(samples) if judged.instances is None else max(*samples, cluster[0])
-    first = process()[0] == 0
+    first = rank_and_world()[0] == 0
     out = folder_of(folder, split, cases, weights, path, whole) if first else None
     if first and len(set(judged.groups)) < 3:
         say(f"note: the cases are of {len(set(judged.groups))} patients or other groups: too few "
@@ -228,7 +228,10 @@ def load_data(folder, settings, splits, path=None, **options) -> list:
 def folder_of(folder, split, cases="all", weights="best", path=None, whole=False) -> Path:
     """Make and return the folder for results on these cases; see the module's docstring."""
     words = [split, cases, *["last"] * (weights == "last"), *["whole"] * whole]
-    words += Path(path).resolve().parts[1:][-2:] if path else ()
+    if path:
+        place = Path(path).resolve()
+        digest = hashlib.sha256(str(place).encode(errors="replace")).hexdigest()
+        words += [*place.parts[1:][-2:], digest[:4]]
     out = Path(folder) if words == ["test", "all"] else Path(folder, "-".join(words))
     out.mkdir(exist_ok=True)
     return out
@@ -267,7 +270,7 @@ def score(model, split, samples=(16,), n=0, likelihood_samples=LIKELIHOOD_SAMPLE
     The model is in eval mode afterwards. Under torchrun the processes share the cases, and every
     process returns the results of all cases, the same as a single process would.
     """
-    rank, world = process()
+    rank, world = rank_and_world()
     progress, rows = Progress(len(split)), []
     model.eval()
     for batch, chunks in sample_batches(model, split, max(n, *samples), rank, world):
@@ -289,7 +292,7 @@ def validation_score(model, split) -> tuple[str, float]:
     """
     was_training, rows = model.training, []
     model.eval()
-    for batch, chunks in sample_batches(model, split, CLUSTERED, *process()):
+    for batch, chunks in sample_batches(model, split, CLUSTERED, *rank_and_world()):
         hard = torch.cat([labels_of(logits, 2) for logits in chunks])
         rows.append({"ged": sample_ged(batch, hard)})
         if batch.instances is not None:
@@ -300,7 +303,7 @@ def validation_score(model, split) -> tuple[str, float]:
     return f"{name}_{CLUSTERED}", float(np.nanmean(values[name]))
 
 
-# -------------------------------------------------------------------------- tables and pictures
+# -------------------------------------------------------------------------------------- tables
 
 
 def write_csv(path, split, values) -> None:
@@ -319,33 +322,6 @@ def table(summary: dict) -> str:
                      for name, s in summary.items())
 
 
-def plot_all(out, model, pictured, found, values, summary, hidden: bool) -> None:
-    """Draw the pictures, of CASES of the pictured cases, and write per_class.csv. The other
-    arguments are those of `report`; hidden says whether data.hide was used."""
-    few = spread(len(pictured), CASES)
-    some, cases = pictured.subset(few).all_maps(), [found["shown"][i] for i in few]
-    plot_samples(out / "samples.png", cases)
-    plot_overview(out / "overview.png", cases)
-    plot_uncertainty(out / "uncertainty.png", cases)
-    plot_maps(out / "maps.png", cases)
-    plot_dice(out / "dice.png", values)
-    plot_ged(out / "ged.png", [(out.name, summary)])
-    plot_reliability(out / "reliability.png", found["reliability"])
-    plot_risk_coverage(out / "risk_coverage.png", values)
-    if some.exact:
-        plot_modes(out / "modes.png", found)
-    if "class_dice" in found:
-        write_classes(out / "per_class.csv", found)
-    if "instances_shown" in found:
-        plot_instances(out / "instances.png", [found["instances_shown"][i] for i in few[:4]])
-    image, dims = some.images[0], model.config.dims
-    for name, (plot, file) in FIGURES.items():
-        if isinstance(model, MODELS[name]) and (dims == 2 or (dims, name) == (3, "ssn")):
-            plot(model, image, out / file)
-    if isinstance(model, MODELS["hpunet"]) and dims == 2 and hidden:
-        plot_extrapolation(model, some.images, some.labels[:, 0], out / "extrapolation.png")
-
-
 # ----------------------------------------------------------------------------- the command line
 
 
@@ -355,7 +331,8 @@ def parse(argv=None) -> argparse.Namespace:
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("run", help="folder that train.py wrote")
-    p.add_argument("--split", choices=["test", "val", "all"], default="test")
+    p.add_argument("--split", choices=["test", "val", "all"], default="test",
+                   help="the cases to judge (default test)")
     p.add_argument("--cases", choices=["all", "agreed"], default="all",
                    help="agreed: only cases that every annotator marked (later papers' subset B)")
     p.add_argument("--weights", choices=["best", "last"], default="best",
@@ -366,9 +343,11 @@ def parse(argv=None) -> argparse.Namespace:
                    help="with --split all --path: options of the other data, instead of the run's")
     p.add_argument("--whole", action="store_true",
                    help="whole images, not the centre of the run's --image-size")
-    p.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), metavar="N",
-                   help=f"numbers of samples to score, up to {MOST_SAMPLES}")
-    p.add_argument("--likelihood-samples", type=int, default=LIKELIHOOD_SAMPLES, metavar="N",
+    p.add_argument("--samples", type=int, nargs="+", metavar="N",
+                   help=f"numbers of samples to score, up to {MOST_SAMPLES} (default "
+                   f"{' '.join(map(str, SAMPLES))}); one number for --image (default {DRAWN}) and "
+                   f"--per-volume (default {PER_VOLUME})")
+    p.add_argument("--likelihood-samples", type=int, metavar="N",
                    help=f"samples for the log-likelihood (default {LIKELIHOOD_SAMPLES})")
     modes = p.add_mutually_exclusive_group()
     modes.add_argument("--ambiguous", action="store_true",
@@ -377,16 +356,16 @@ def parse(argv=None) -> argparse.Namespace:
                    help="judge every class by itself, too (default: for 2D and 3 to 20 classes)")
     modes.add_argument("--per-volume", action="store_true",
                    help="sets of slices (synapse, folder with slices=axial): Dice and Hausdorff "
-                   "distance of whole volumes, for the deterministic prediction and --samples N "
-                   "samples (default 10)")
+                   "distance of whole volumes, for the deterministic prediction and for samples")
     p.add_argument("--cluster", type=int, nargs="+", metavar=("N", "ALPHA"),
                    help="sets with instances: cluster N samples (default 16) within a Hamming "
-                   "distance of ALPHA (default N); choose it on --split val: a larger one breaks "
-                   "fewer objects")
+                   "distance of ALPHA, one number (default N); choose it on --split val: a larger "
+                   "one breaks fewer objects")
     modes.add_argument("--ood", action="store_true", help="can samples warn of corrupted images?")
     p.add_argument("--ood-data", nargs="+", metavar=("NAME", "PATH"), help="--ood: data set whose "
                    "images are the foreign ones (default: a synthetic one)")
-    modes.add_argument("--compare", nargs="+", metavar="RUN", help="compare with these runs")
+    modes.add_argument("--compare", nargs="+", metavar="RUN", help="compare with these runs: "
+                       "compare.md, a table, and compare*.png, curves, in this run's folder")
     modes.add_argument("--image", metavar="FILE",
                    help="samples for this picture, .npy or NIfTI file, a folder of them, or a "
                    "BraTS patient")
@@ -395,7 +374,7 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--scale-class", nargs="+", default=[], metavar="K=FACTOR",
                    help="--image with ssn: scale class K's part of (sample - mean) by FACTOR")
     p.add_argument("--out", help="where --image writes (default: the run's folder)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     return p.parse_args(argv)
 
 
@@ -410,16 +389,22 @@ def check(args) -> None:
     if args.data_args and not (args.path and args.split == "all"):
         raise UserError("--data-args is for other data: give --split all and --path as well")
     if unfit := {"path", "split_file"} & key_values("--data-args", args.data_args or []).keys():
-        raise UserError(f"--data-args {min(unfit)}=...: all cases at --path are judged; leave it out")
+        raise UserError(f"--data-args {min(unfit)}=...: all cases at --path are judged; leave it "
+                        "out")
     if args.out and not args.image:
         raise UserError("--out is for --image: other results are written to the run's folder")
-    cluster = args.cluster or [1]
-    counts = [*args.samples, args.likelihood_samples, cluster[0]]
-    if not 1 <= min(counts) <= max(counts) <= MOST_SAMPLES:
-        raise UserError(f"--samples, --likelihood-samples, --cluster: numbers of samples are from "
-                        f"1 up to {MOST_SAMPLES}, got {min(counts)} to {max(counts)}")
-    if len(cluster) > 2 or min(cluster) < 1:
-        raise UserError("--cluster: samples and, if you like, a distance, both from 1 up")
+    if (args.image or args.per_volume) and len(args.samples or ()) > 1:
+        raise UserError("--samples: give one number for --image and --per-volume")
+    if "" in (args.image, args.out, args.path):  # a shell's unset variable
+        raise UserError("--image, --out or --path is empty: give a path, or leave the option out")
+    for option, counts in (("samples", args.samples), ("cluster", (args.cluster or ())[:1]),
+                           ("likelihood-samples", (args.likelihood_samples,))):
+        for count in counts or ():
+            if count is not None and not 1 <= count <= MOST_SAMPLES:
+                raise UserError(f"--{option} {count}: give 1 to {MOST_SAMPLES} samples")
+    if args.cluster and (len(args.cluster) > 2 or min(args.cluster) < 1):
+        raise UserError("--cluster: give a number of samples and, optionally, a distance; both at "
+                        "least 1")
     if args.ood_data and len(args.ood_data) > 2:
         raise UserError("--ood-data: a data set's name, and its path if it needs one")
     if not args.image and (args.temperature != 1 or args.scale_class):
@@ -434,12 +419,13 @@ def judge_volumes(args, device) -> None:
     settings, model, (split,) = open_run(folder, (args.split,), args.path, device, args.weights,
                                          whole=True)
     if split.images.dim() != 4 or split.instances is not None:
-        raise UserError("--per-volume is for sets of slices of volumes; "
-                        f"{settings['data']} has none")
+        advice = ("cases are volumes already: judge them without --per-volume, classes with "
+                  "--per-class" if split.images.dim() == 5 else f"{settings['data']} has none")
+        raise UserError(f"--per-volume is for sets of slices of volumes; {advice}")
     labels = split.all_maps().labels
     if settings["data"] == "synapse":  # its slices were resampled
         labels = load_data(folder, settings, (args.split,), args.path, size=0)[0].labels
-    n = 10 if len(args.samples) > 1 else args.samples[0]
+    n = args.samples[0] if args.samples else PER_VOLUME
     rows = volume_rows(model, split, labels, n)
     file = folder_of(folder, args.split, weights=args.weights, path=args.path) / "per_volume.csv"
     write_classes(file, rows)
@@ -468,11 +454,12 @@ def main(argv=None) -> int:
         check(args)
         device, _, world = start_processes(args.device)
         if world > 1 and any(getattr(args, mode) for mode in MODES):
-            raise UserError("torchrun shares the judging of a split alone; start this with python")
+            raise UserError("torchrun only works for judging a split; start this option with "
+                            "python")
         if args.image:
             predict_images(args, device)
         elif args.compare:
-            print(compare([args.run, *args.compare]), end="")
+            say(compare([args.run, *args.compare]), end="")
             say(f"also in {Path(args.run, 'compare.md')}, with pictures of the curves beside it")
         elif args.ambiguous:
             folder = Path(args.run)
@@ -490,18 +477,25 @@ def main(argv=None) -> int:
             judge_volumes(args, device)
         else:
             report(args.run, split=args.split, cases=args.cases, weights=args.weights,
-                   samples=tuple(args.samples), path=args.path, whole=args.whole,
+                   samples=tuple(args.samples or SAMPLES), path=args.path, whole=args.whole,
                    data_args=args.data_args and key_values("--data-args", args.data_args),
                    classes=args.per_class, cluster=args.cluster,
-                   likelihood_samples=args.likelihood_samples, device=device)
+                   likelihood_samples=args.likelihood_samples or LIKELIHOOD_SAMPLES,
+                   device=device)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
         return 0
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: out of memory: fewer --samples, or --device cpu", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: give fewer --samples, smaller images or another --device",
+              file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 2
 
 

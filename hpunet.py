@@ -195,6 +195,23 @@ class HPUNet(nn.Module):
         """The U-Net's finest features (m * B, C, *padded S) -> logits (m, B, K, *S)."""
         return center_crop(self.out(x), image.shape[2:]).float().unflatten(0, (-1, len(image)))
 
+    def advice(self, log: list[dict]) -> str | None:
+        """What a log of training, dicts of the terms above, says of `kappa`, if it was too low or
+        too high."""
+        entries = [entry for entry in log if "constraint" in entry]
+        if not entries:
+            return None
+        kappa = self.config.kappa
+        if min(entry["constraint"] for entry in entries) >= 0:
+            return (f"the reconstruction never reached its target kappa={kappa}: raise it with "
+                    "--model-args kappa=...")
+        found = entries[-1]["reconstruction_per_pixel"]
+        if found < kappa / 2 and entries[-1]["lambda"] < 0.5:
+            return (f"the target kappa={kappa} was easily met, by a reconstruction of {found:.2g}: "
+                    "with a lower --model-args kappa=..., the latents say more, and samples vary "
+                    "more")
+        return None
+
     @torch.no_grad()
     def sample(self, image: Tensor, n: int, generator: torch.Generator | None = None, *,
                scales: list[int] | None = None) -> Tensor:

@@ -2,7 +2,9 @@
 
 Samples are hard label maps `samples (n, B, *S)`, references are `labels (B, A, *S)` of A
 annotators, with their optional probabilities `weights (B, A)`. Label maps are integer tensors on
-any device. A result is one value per case, (B,), unless said otherwise.
+any device, of the classes 0..K-1 (for masks of 0 and 255, divide by 255 first). A result is one
+value per case, (B,), unless said otherwise. The matched IoU of n samples is
+`Pairs(samples, labels, K).sample_scores([n])["hungarian_iou_<n>"]`.
 
   * Class 0 is background; measures average over the foreground classes 1..K-1. To score only some
     of them, as Eq. 7 of the Probabilistic U-Net does, map the others to 0 in samples and labels.
@@ -41,7 +43,13 @@ def _joint(samples, labels):
     if samples.is_floating_point() or labels.is_floating_point():
         raise ValueError(f"label maps must be integers, got {samples.dtype} and {labels.dtype}: "
                          f"take the most probable class first")
-    return torch.cat([samples.byte().movedim(0, 1), labels.byte()], 1).flatten(2)
+    maps = torch.cat([samples.byte().movedim(0, 1), labels.byte()], 1).flatten(2)
+    for given in (samples, labels):  # values that `byte` has changed
+        if given.dtype not in (torch.uint8, torch.bool) and given.numel() and (
+                given.min() < 0 or given.max() > IGNORE):
+            raise ValueError(f"label maps hold {given.min()} to {given.max()}: classes are numbers "
+                             f"from 0 up, and {IGNORE} is for pixels to be ignored")
+    return maps
 
 
 def _overlaps(maps, num_classes):
@@ -53,6 +61,10 @@ def _overlaps(maps, num_classes):
     # Pixels that no map ignores, nearly all of them, need only one of the two products below.
     never_ignored = maps.mT[:, (highest > 0) & (highest < IGNORE)]  # (B, P', N)
     ignored = maps.mT[:, highest == IGNORE]  # (B, P'', N), by at least one map
+    for top in (highest, ignored):
+        if (top >= num_classes).logical_and(top < IGNORE).any():
+            raise ValueError(f"label maps hold class {num_classes} or higher ones: with "
+                             f"num_classes={num_classes}, classes are 0 to {num_classes - 1}")
     step = max(1, BUDGET // (maps.shape[0] * maps.shape[1]))
     inters, sizes = [], []
     for k in range(1, num_classes):
@@ -89,8 +101,8 @@ def _annotator_weights(labels, weights):
 def pairwise_iou(a, b, num_classes=2, empty=1.0):
     """Mean foreground IoU of every map of a (n, *S) with every map of b (m, *S), as (n, m).
 
-    Raises ValueError, as all measures of label maps do, for shapes that do not fit and maps that
-    are not integers.
+    Raises ValueError, as all measures of label maps do, for shapes that do not fit, maps that are
+    not integers, and classes from `num_classes` on.
     """
     overlaps = _overlaps(_joint(a[:, None], b[None]), num_classes)
     return _iou(*overlaps, empty)[0, :len(a), len(a):]
@@ -112,7 +124,8 @@ class Pairs:
         joint = _joint(maps, labels)  # (B, N, P)
         missing = (self.weights == 0)[:, :, None]
         lowest = joint[:, self.n :].masked_fill(missing, IGNORE).amin(1, keepdim=True)
-        joint[:, : self.n].masked_fill_(lowest == IGNORE, IGNORE)  # where nobody labelled the pixel
+        # where nobody labelled the pixel: 255 (IGNORE) is all ones, so that `or` sets it
+        joint[:, : self.n] |= (lowest == IGNORE).byte() * IGNORE
         self.inter, self.size = _overlaps(joint, num_classes)
         self.iou = _iou(self.inter, self.size, empty)
         self.dice = (2 * self.inter / (self.size + self.size.mT)).nan_to_num(nan=1.0)
@@ -329,17 +342,21 @@ def sample_dice(samples, labels, num_classes=2, weights=None):
     return Pairs(samples, labels, num_classes, weights).sample_dice()
 
 
-def hausdorff95(pred, label, num_classes=2):
-    """95th percentile of the surface distances of pred and label (B, *S), in pixels: (B, K-1).
+def hausdorff95(pred, label, num_classes=2, spacing=None):
+    """95th percentile of the surface distances of pred and label (B, *S), (B, K-1).
 
+    Distances are in pixels or, given `spacing`, the size of a pixel along each of the axes S, in
+    its unit.
     The distances of both directions are pooled. A surface is the pixels with a face neighbour
     outside their class or the image; ignored pixels are of no class. The result is 0 if a class is
     absent from both maps, and NaN if it is absent from one.
     """
+    _joint(pred[None], label[:, None])  # checks their shapes and types
+    spacing = torch.tensor(spacing or [1.0] * (pred.dim() - 1), device=pred.device)
     valid = (pred != IGNORE) & (label != IGNORE)
     result = torch.zeros(len(pred), num_classes - 1, device=pred.device)
     for b, k in np.ndindex(*result.shape):
-        p, q = (_surface((x[b] == k + 1) & valid[b]) for x in (pred, label))
+        p, q = (_surface((x[b] == k + 1) & valid[b]) * spacing for x in (pred, label))
         if len(p) and len(q):
             distances = torch.cat([_nearest(p, q), _nearest(q, p)])
             result[b, k] = distances.cpu().double().quantile(0.95)  # float32 would round the rank
@@ -436,11 +453,13 @@ def _given(values, groups=None):
     """The values (N,) that are not NaN, in float64, and their groups; each its own without any."""
     values = np.asarray(values, dtype=float)
     there = np.flatnonzero(~np.isnan(values))
-    return values[there], there if groups is None else [groups[i] for i in there]
+    return values[there], there if groups is None else _numbers(groups)[there]
 
 
 def _numbers(groups):
     """The groups of the cases (N,) as numbers, in the order in which they first appear."""
+    if isinstance(groups, (torch.Tensor, np.ndarray)):  # no two elements of a tensor are equal keys
+        groups = groups.tolist()
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     return np.array([number[group] for group in groups], dtype=int)
 

@@ -5,6 +5,10 @@
 """
 
 import dataclasses
+import importlib.util
+import os
+import shutil
+import sysconfig
 import typing
 import warnings
 from pathlib import Path
@@ -42,6 +46,7 @@ LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1
 #   sample(image, n, generator=None)            -> logits (n, B, K, *S)
 #   predict(image)                              -> probabilities (B, K, *S)
 #   log_likelihood(image, label, n, mask=None, generator=None)    -> nats (B,)
+# (and the attribute `count` if `sample` returns so many outputs in turn, as the baselines do)
 # and list it here. tests/test_models.py has an example of 30 lines. To have your class tested like
 # the others (tests/test_contract.py), give tests/helpers.py a small config of it.
 MODELS = {
@@ -102,8 +107,9 @@ def check_fields(name: str, fields) -> None:
         check_known(f"{name} option", field, known)
 
 
-def build(name: str, fields: dict, device="cpu") -> nn.Module:
-    """Build the model `name` with these fields of its config and defaults for the others.
+def build(name: str, fields: dict, *, meta: bool = False) -> nn.Module:
+    """Build the model `name` with these fields of its config and defaults for the others; with
+    `meta`, without weights.
 
     Raises a UserError if a field is unknown, its value is not allowed, or the model would be
     absurdly large. To check this, the model is built on the device "meta" first, without memory,
@@ -139,14 +145,14 @@ def build(name: str, fields: dict, device="cpu") -> nn.Module:
         raise UserError(f"{name} cannot be built: {reason}") from error
     finally:
         hook.remove()
-    return model if device == "meta" else Model(config)
+    return model if meta else Model(config)
 
 
 def load(path, device="cpu") -> nn.Module:
     """Load a trained model in eval mode from a run's folder (its best.pt) or a checkpoint."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     content = load_checkpoint(path)
-    check_state(path, build(content["model"], content["config"], "meta"), content["state"])
+    check_state(path, build(content["model"], content["config"], meta=True), content["state"])
     model = build(content["model"], content["config"])
     model.load_state_dict(content["state"])
     return place(model, device).eval()
@@ -160,8 +166,8 @@ def place(model, device) -> nn.Module:
 
 
 def sample_batches(model, split, n, rank=0, world=1):
-    """Yield (batch of `split` as a Split, its `sample_chunks`, to be used up before the next batch)
-    for the whole split or, under torchrun, for every world-th batch.
+    """Yield (batch, its samples) for the whole split or, under torchrun, for every world-th batch.
+    A batch is a Split, its samples are `sample_chunks`; use them up before the next batch.
 
     A batch has at most 32 cases, fewer if their logits would need more than 128 MiB; on a GPU at
     most 128 of 128 x 128 pixels, and 1 GiB. The samples depend on the batch only.
@@ -189,7 +195,8 @@ def sample_chunks(model, image, n, num_classes, generator, **options):
 def labels_of(scores, axis: int):
     """The class with the highest score, or the first of equal ones, as uint8.
 
-    On a CPU and along an axis of few classes, torch.max is 4 times slower and argmax 100 times.
+    On a CPU and along an axis of few classes, torch.max takes several times as long, and argmax
+    tens of times.
     """
     best, *others = scores.unbind(axis)
     label = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
@@ -209,7 +216,8 @@ def published(name: str, data: str) -> tuple[dict, dict]:
 
 def learning_rate(step: int, training: dict) -> float:
     """The learning rate of a step: `lr` times the factor of the last of `lr_drops` (step, factor)
-    that is passed, and, where there is a `poly_power`, times (1 - step / steps) to that power."""
+    that is passed (not times the earlier factors), and, where there is a `poly_power`, times
+    (1 - step / steps) to that power."""
     factors = [factor for first, factor in training.get("lr_drops", ()) if step >= first]
     lr = training["lr"] * (factors[-1] if factors else 1.0)
     if power := training.get("poly_power"):
@@ -256,6 +264,21 @@ def distribute(model, device):
     return wrapped
 
 
+def compiled(loss_of):
+    """torch.compile with eager mode's random numbers: a run with it is the same as one without."""
+    return torch.compile(loss_of, options={"fallback_random": True})
+
+
+def lacks_compiler(device) -> str | None:
+    """Say what torch.compile needs that this machine lacks; None if it lacks nothing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's header files (python3-dev) are not installed"
+    name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
+    return None if shutil.which(name) else f"no compiler ({name}) was found"
+
+
 class Recorded:
     """The loss of a batch and its gradients as one CUDA graph: the kernels of a step are started
     together instead of one after the other by Python. All batches must have the shape of this one.
@@ -276,6 +299,7 @@ class Recorded:
             for _ in range(3):  # libraries choose their kernels and allocate what they need
                 self._run(model, autocast)
             self.graph = torch.cuda.CUDAGraph()
+            model.zero_grad()  # their memory is for the graph
             with torch.cuda.graph(self.graph, stream=stream):
                 self.result = self._run(model, autocast)
         torch.cuda.current_stream().wait_stream(stream)

@@ -14,21 +14,19 @@ A run is a folder, runs/<model>-<data>-<seed>/ unless --out says otherwise:
     lock          held while a process trains here, so that no second one does
 and at the end what evaluate.py writes for best.pt.
 
-All randomness of step t is a function of (seed, t) alone: a run that was killed and resumed gives
-the same weights, bit for bit on a CPU, as one that was not, and several processes see the rows and
-the noise of a batch that one process would see.
+All randomness of step t is a function of (seed, t) alone: a run that was killed and resumed with
+the same number of processes gives the same weights, bit for bit on a CPU, as one that was not, and
+several processes see the rows and the noise of a batch that one process would see.
 """
 
 import argparse
 import contextlib
 import ctypes
 import gc
-import importlib.util
+import math
 import os
-import shutil
 import signal
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -44,9 +42,10 @@ from torch import nn
 import data
 import evaluate
 from analysis.pictures import plot_curves
-from common import Progress, UserError, is_first, key_values, set_tf32, start_processes
-from models import (MODELS, Recorded, build, check_fields, distribute, learning_rate,
-                    make_optimizer, place, published)
+from common import (Progress, UserError, is_first, key_values, out_of_memory, set_tf32,
+                    start_processes)
+from models import (MODELS, Recorded, build, check_fields, compiled, distribute, lacks_compiler,
+                    learning_rate, make_optimizer, place, published)
 from sources.base import check_known
 from sources.runs import (CHANGEABLE, SETTINGS, append, begin, check_free, own, plain, read_config,
                           read_log, restore, save, writing)
@@ -56,6 +55,7 @@ SAVE_EVERY = 300  # seconds, at most, between two checkpoints
 VALIDATION_CASES = 256  # at most, spread evenly over the validation split
 QUICK_CASES, QUICK_SAMPLES = 64, (1, 4, 8, 16)  # --quick: validation cases, samples of the report
 LARGEST_RMS = 1000  # of images; above it, KLs take thousands of steps to come down
+PRECISIONS = "fp32", "tf32", "bf16"
 LIMITS = dict(steps=(1, 10**9), batch_size=(1, 10**5), image_size=(1, 10**4), seed=(0, 2**31 - 1))
 
 
@@ -74,8 +74,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--lr-drops", nargs="+", metavar="STEP:FACTOR",
                    help="from STEP on, FACTOR times --lr (default: the paper's schedule, or "
                    "that of --quick, which is stretched if --steps is larger)")
-    p.add_argument("--seed", type=int)
-    p.add_argument("--precision", choices=["fp32", "tf32", "bf16"],
+    p.add_argument("--seed", type=int, help="of weights, batches and noise (default 0)")
+    p.add_argument("--precision", choices=PRECISIONS,
                    help="fp32 (default); tf32: matrix products and convolutions of a GPU round "
                    "their inputs to 10 bits; bf16: autocast")
     p.add_argument("--compile", action="store_true", help="torch.compile the loss")
@@ -94,7 +94,8 @@ def parse(argv=None) -> argparse.Namespace:
     p.add_argument("--out", help="the run's folder (default runs/<model>-<data>-<seed>)")
     p.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="resume a run")
     p.add_argument("--quick", action="store_const", const=True,
-                   help="a narrow model and few steps: one to three minutes on two CPU cores")
+                   help="a narrow model and few steps, with a batch size and learning rate for it: "
+                   "one to three minutes on two CPU cores")
     args = p.parse_args(argv)
     args.model_args = args.model_args and key_values("--model-args", args.model_args)
     args.data_args = args.data_args and key_values("--data-args", args.data_args)
@@ -110,6 +111,10 @@ def settle(args) -> tuple[dict, Path]:
     given = {key: value for key in SETTINGS if (value := getattr(args, key)) is not None}
     settings = {key: default for key, (_, default) in SETTINGS.items()} | given
     named = args.resume if isinstance(args.resume, str) else args.out
+    if "" in (args.resume, args.out, args.path):  # a shell's unset variable
+        raise UserError("--resume, --out or --path is empty: give a path, or leave the option out")
+    if isinstance(args.resume, str) and args.out:
+        raise UserError(f"--resume {args.resume} writes to its own folder: leave out --out")
     folder = Path(named or "runs/{model}-{data}-{seed}".format(**settings))
     if "\0" in str(folder):
         raise UserError(f"--out {str(folder)!r}: no file name holds a null character")
@@ -120,6 +125,7 @@ def settle(args) -> tuple[dict, Path]:
                 raise UserError(f"--resume {folder}: {key} was {before[key]} there and is "
                                 f"{value} now; leave it out, or begin another run with --out")
         settings = before | plain(given)
+    check_known("--precision", settings["precision"], PRECISIONS)
     for key, (low, high) in LIMITS.items():
         if settings[key] is not None and not low <= settings[key] <= high:
             option = "--" + key.replace("_", "-")
@@ -165,8 +171,14 @@ def first_model(settings, split) -> nn.Module:
         fields |= MODELS[settings["model"]].QUICK_CONFIG
         if split.instances is not None:
             fields |= getattr(MODELS[settings["model"]], "QUICK_INSTANCES", {})
+    given = settings["model_args"]
+    for name in ("in_channels", "dims", "num_classes"):
+        value, found = given.get(name, fields[name]), fields[name]
+        more = name == "num_classes" and isinstance(value, int) and value > found  # is harmless
+        if value != found and not more:
+            raise UserError(f"--model-args {name}={value}: the data has {found}; leave it out")
     torch.manual_seed(settings["seed"])
-    return build(settings["model"], fields | settings["model_args"])
+    return build(settings["model"], fields | given)
 
 
 def recipe(model, settings) -> dict:
@@ -209,12 +221,16 @@ def train_step(loss_of, optimizer, image, label, lr, autocast):
 
 
 class Stop:
-    """SIGTERM and Ctrl-C ask the loop to save and stop; a second one stops at once."""
+    """SIGTERM, Ctrl-C and a closed terminal ask the loop to save and stop; a second signal stops at
+    once."""
 
     def __init__(self):
         self.signal = 0
-        self.before = {number: signal.signal(number, self.ask)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+        asking = [signal.SIGTERM, signal.SIGINT]
+        # a closed terminal, unless nohup told the process to ignore it; Windows has no such signal
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            asking.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.ask) for number in asking}
 
     def ask(self, number, frame):
         """The handler of the first signal."""
@@ -273,26 +289,12 @@ class Terms:
         return dict(zip(self.names, mean.tolist())) | pace
 
 
-def on_kappa(log: list[dict], config) -> str | None:
-    """What the log of an HPU-Net says of its target `kappa`, if it was too low or too high."""
-    entries = [entry for entry in log if "constraint" in entry]
-    if not entries:
-        return None
-    if min(entry["constraint"] for entry in entries) >= 0:
-        return (f"the reconstruction never reached its target kappa={config.kappa}: raise it with "
-                "--model-args kappa=...")
-    last = entries[-1]
-    if last["reconstruction_per_pixel"] < config.kappa / 2 and last["lambda"] < 0.5:
-        return (f"the target kappa={config.kappa} was easily met, by a reconstruction of "
-                f"{last['reconstruction_per_pixel']:.2g}: with a lower --model-args kappa=..., the "
-                "latents say more, and samples vary more")
-    return None
-
-
 def refuse_non_finite(terms, model, step, folder) -> None:
     """Raise UserError where the loss, the gradient or a weight is not finite, so that it is never
     saved."""
-    finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
+    weights = [value for value in model.state_dict().values() if value.is_floating_point()]
+    # the largest magnitudes: one operation a weight, which a GPU runs together
+    finite = torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all()
     if failed := terms.failed() or (None if finite else f"step {step}: a weight"):
         advice = "nothing was saved: begin again with a lower --lr"
         if (folder / "last.pt").exists():
@@ -336,21 +338,25 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     check_fields(settings["model"], settings["model_args"])
     device, rank, world = start_processes(device_name)
     if graphs and (device.type != "cuda" or dist.is_initialized() or compile):
-        raise UserError("--cuda-graphs: for one CUDA device, without torchrun and --compile")
+        raise UserError("--cuda-graphs needs one CUDA device, and works neither with torchrun nor "
+                        "with --compile")
     stop = Stop()
     set_tf32(settings["precision"] == "tf32")
 
-    last = folder / "last.pt"
-    train_split, val_split = load_splits(settings, folder, resume and last.exists())
+    last, best_file = folder / "last.pt", folder / "best.pt"
+    begun = last if last.exists() or not best_file.exists() else best_file
+    train_split, val_split = load_splits(settings, folder, resume and begun.exists())
     model = place(first_model(settings, train_split), device)
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
-    if last.exists() and not resume:  # told only once nothing else is wrong with the command
+    if begun.exists() and not resume:  # told only once nothing else is wrong with the command
         raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --out DIR "
                         "begins another beside it")
     start, best, steps, size = 0, float("inf"), training["steps"], settings["image_size"]
-    if last.exists():
-        start, best = restore(last, settings, model, optimizer)
+    if begun.exists():
+        start, best = restore(begun, settings, model, optimizer)
+    if not best_file.exists():  # deleted, or this run has not been validated yet
+        best = float("inf")
 
     val_split = val_split.to(device)
     try:
@@ -384,7 +390,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     model.train()
     while True:
         finished = step >= steps
-        validating = step > start and (step % validate_every == 0 or finished)
+        new = step > start or (start and best == float("inf"))
+        validating = new and (step % validate_every == 0 or finished)
         saving = validating or stopping or time.monotonic() - saved_at > SAVE_EVERY
         paused = time.monotonic()
         if saving:
@@ -396,8 +403,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
                 progress.update(step, f"validation {name} {value:.4f}", line=True)
                 if value < best:
                     best = value
-                    with writing(folder / "best.pt", step):
-                        save(folder / "best.pt", settings["model"], model, optimizer, step, best)
+                    with writing(best_file, step):
+                        save(best_file, settings["model"], model, optimizer, step, best)
 
         if saving:
             saved_at = time.monotonic()
@@ -436,14 +443,19 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         progress.say(f"stopped and saved at step {step}; resume with: "
                      f"python train.py --resume {folder}")
     else:
-        if advice := on_kappa(read_log(folder), model.config):
+        if hasattr(model, "advice") and (advice := model.advice(read_log(folder))):
             progress.say(advice)
         set_tf32(False)  # as evaluate.py
         if world > 1:
             dist.barrier()  # until best.pt is there
-        evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
-                        samples=QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES,
-                        device=device)
+        try:
+            evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
+                            samples=QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES,
+                            device=device)
+        except (KeyboardInterrupt, OSError) as error:
+            reason = getattr(error, "strerror", None) or "stopped"
+            raise UserError(f"{reason}; training is finished and best.pt stands: python "
+                            f"evaluate.py {folder} makes the report") from None
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -451,21 +463,6 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
 
 
 # ------------------------------------------------------------------------------- the machine
-
-
-def compiled(loss_of):
-    """torch.compile with eager mode's random numbers: a run with it is the same as one without."""
-    return torch.compile(loss_of, options={"fallback_random": True})
-
-
-def lacks_compiler(device) -> str | None:
-    """Say what torch.compile needs that this machine lacks; None if it lacks nothing."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's header files (python3-dev) are not installed"
-    name = os.environ.get("CC", "gcc") if device.type == "cuda" else os.environ.get("CXX", "g++")
-    return None if shutil.which(name) else f"no compiler ({name}) was found"
 
 
 def keep_freed_memory() -> None:
@@ -479,12 +476,6 @@ def keep_freed_memory() -> None:
 
 
 # ------------------------------------------------------------------------ the command line
-
-
-OUT_OF_MEMORY = "out of memory: lower --batch-size or --image-size"
-ADVICE = {"more than 1 value per channel": "batch norm cannot learn from a single value a channel: "
-          "raise --batch-size or --image-size", "out of memory": OUT_OF_MEMORY,
-          "allocate memory": OUT_OF_MEMORY, "not enough memory": OUT_OF_MEMORY}
 
 
 def main(argv=None) -> int:
@@ -501,9 +492,13 @@ def main(argv=None) -> int:
         text = str(error)
     except OSError as error:  # a folder that may not be written
         text = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-    except (RuntimeError, ValueError) as error:
-        text = next((advice for sign, advice in ADVICE.items() if sign in str(error)), None)
-        if text is None:
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if out_of_memory(error):
+            text = "out of memory: lower --batch-size or --image-size"
+        elif "more than 1 value per channel" in str(error):
+            text = ("batch norm cannot learn from a single value a channel: raise --batch-size or "
+                    "--image-size")
+        else:
             raise
     print(f"error: {text}", file=sys.stderr)
     return 2

@@ -180,7 +180,7 @@ class VAEUNet(nn.Module):
         return padded.expand(-1, self.config.in_channels, *size)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """ce_weight CE + dice_weight Dice + kl_weight KL, with the CE a mean over pixels; by default
+        """ce_weight CE + dice_weight Dice + kl_weight KL, the CE as a mean over pixels; by default
         the negative ELBO per pixel: (loss, terms).
 
         image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.

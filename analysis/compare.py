@@ -22,16 +22,20 @@ def compare(folders, judged: str = "") -> str:
     """Compare judged runs in a table, a line for each run, and in two pictures.
 
     The table is returned and written as compare.md to the first run's folder. There, compare.png
-    shows GED against the number of samples (if there are several), and compare_curves.png the validation GED against the
-    steps and the time of training. Runs that differ only in their seeds share a line, with the mean
-    and the standard deviation over them; for a single run, the standard error over patients follows
-    the mean. p is that of a paired permutation test of `ged_16` against the first line, in which
-    the cases of a patient (group) count as one. `judged` is the folder within a run in which its
-    scores are, such as "test-all-last"; by default the run's own. Raises UserError where runs were
-    not judged on the same cases.
+    shows GED against the number of samples (if there are several), and compare_curves.png the
+    validation GED against the steps and the time of training. Runs that differ only in their seeds
+    share a line, with the mean and the standard deviation over them; for a single run, the standard
+    error over patients follows the mean. p is that of a paired permutation test of `ged_16` against
+    the first line, in which the cases of a patient (group) count as one. `judged` is the folder
+    within a run in which its scores are, such as "test-all-last"; by default the run's own. Runs
+    are named after their folders, or by the given paths where folders share a name. Raises
+    UserError where runs were not judged on the same cases.
     """
     folders = [Path(folder) for folder in folders]
     runs = [read_judged(folder, judged) for folder in folders]
+    names = [folder.name for folder in folders]
+    runs = [(settings, (name if names.count(name) == 1 else str(folder), *scores), patients)
+            for name, folder, (settings, scores, patients) in zip(names, folders, runs)]
     check_alike(folders, runs)
     groups = by_seeds(folders, runs)
     rows = [pooled([run for _, run in group]) for group in groups]
@@ -142,8 +146,8 @@ def read_scores(folder: Path) -> tuple[dict, dict]:
 
 
 def read_judged(folder: Path, judged: str = "") -> tuple[dict, tuple, dict]:
-    """The settings of a judged run, (name, {measure: {"mean", "stderr"}}, {case: ged_16}), and
-    {case: its patient or other group}."""
+    """The settings of a judged run, ({measure: {"mean", "stderr"}}, {case: ged_16}), and {case: its
+    patient or other group}."""
     settings = read_config(folder)["settings"]
     try:
         summary, cases = read_scores(folder / judged)
@@ -155,7 +159,7 @@ def read_judged(folder: Path, judged: str = "") -> tuple[dict, tuple, dict]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         raise UserError(f"{folder / judged}: not judged yet, or without ged_16; run: "
                         f"python evaluate.py {folder}") from None
-    return settings, (folder.name, summary, geds), groups
+    return settings, (summary, geds), groups
 
 
 def pooled(runs: list[tuple]) -> tuple:

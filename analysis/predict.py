@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import metrics
+import models
 from analysis.pictures import (fullest_slice, label_picture, paint_image, paint_label, paint_map,
                                paint_outlines, save_grid)
-import models
 from common import UserError, key_values, say
 from models import labels_of, sample_chunks
 from sources.brats import BRATS, read_patient
@@ -19,7 +19,7 @@ from sources.files import (ENDINGS, as_float_image, bounding_box, is_nifti, read
                            write_text)
 from sources.runs import read_config
 
-SHOWN = 64  # samples in the picture, at most
+DRAWN, SHOWN = 16, 64  # samples by default, and in the picture at most
 
 
 def number(value: float) -> str:
@@ -32,16 +32,16 @@ def predict_images(args, device) -> None:
     folder, place = Path(args.run), Path(args.image)
     out = Path(args.out or folder)
     if place.is_dir() and out.resolve() == place.resolve():
-        raise UserError("--out: another folder than --image, whose files are all read")
+        raise UserError("--out must differ from the folder of --image: every image in it is read")
     scales = key_values("--scale-class", args.scale_class)
-    if not all(k.isdigit() and isinstance(factor, (int, float)) for k, factor in scales.items()):
+    if not all(k.isdecimal() and isinstance(factor, (int, float)) for k, factor in scales.items()):
         raise UserError("--scale-class: a class and a number, such as 1=0.5")
     data_name, files = read_config(folder)["settings"]["data"], images_at(place)
     model = models.load(folder / f"{args.weights}.pt", device)
     for file in files:
         picture, arrays, sizes = predict_image(
             model, data_name, file, out, temperature=args.temperature,
-            samples=16 if len(args.samples) > 1 else args.samples[0],
+            samples=args.samples[0] if args.samples else DRAWN,
             class_scales={int(k): factor for k, factor in scales.items()})
         say(f"{picture} (look at it), {arrays} (the samples and maps)")
         say("\n".join("  {}: {} {} on average, from {} to {} in 90 % of the samples".format(

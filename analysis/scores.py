@@ -142,7 +142,7 @@ def likelihoods(model, batch, n) -> dict:
 
 # ---- the batches of a split
 
-def process() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's (rank, number of processes) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

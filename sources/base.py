@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import IGNORE, Progress
+from common import IGNORE, Progress, is_first
 from sources.files import DataError, as_float_image, holds, readable, shortened, size_text
 
 SPLITS = ("train", "val", "test")
@@ -263,7 +263,7 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
         raise DataError(f"{place}: num_classes is {listing.num_classes}; 2 to {IGNORE} are allowed")
     cases, images, maps = [listing.cases[i] for i in rows], [], []
     kinds: dict[str, list] = {}  # of label maps, see `_kind`
-    progress = Progress(len(cases), quiet=os.environ.get("RANK", "0") != "0")
+    progress = Progress(len(cases))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # A case's arrays are kept until they are stacked, so reading ahead costs no more memory.
         for image, drawn in pool.map(partial(_read_case, place, listing), cases):
@@ -324,7 +324,7 @@ def check_room(place, cases: int, shape: Sequence[int], annotators: int, held: i
 @functools.cache
 def warn(text: str) -> None:
     """Prints a warning once, also under torchrun, and where a set is read again."""
-    if os.environ.get("RANK", "0") == "0":  # the only process of torchrun that writes
+    if is_first():
         print(f"warning: {text}", file=sys.stderr)
 
 

@@ -75,7 +75,8 @@ def own(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as lock:
         try:
-            fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise UserError(f"{folder} is in use by {lock.read()}; wait for it to end, or choose "
@@ -88,9 +89,10 @@ def own(folder: Path):
         try:
             yield
         finally:
-            if list(folder.iterdir()) == [folder / "lock"]:  # a mistake: nothing was begun
-                (folder / "lock").unlink()
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # the folder may have been moved
+                if list(folder.iterdir()) == [folder / "lock"]:  # a mistake: nothing was begun
+                    (folder / "lock").unlink()
+                    folder.rmdir()
 
 
 def check_free(folder) -> None:

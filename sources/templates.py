@@ -18,7 +18,6 @@ A template that ends in a field takes files of every ending that can be read (`f
 import csv as tables
 import functools
 import glob
-import os
 import re
 import threading
 from collections.abc import Sequence, Set
@@ -163,13 +162,12 @@ def read_folder(path: Path, *, layout: str = "", image: str = "", label: str = "
         warn(f"{path}: {len(partly)} label maps have files of some of the classes "
              f"{', '.join(classes)} only ({partly[0]}); where a file is missing, nothing is taken "
              "to be drawn")
-    if os.environ.get("RANK", "0") == "0":
-        who = f"annotators {', '.join(annotators)}" if all(annotators) else "one annotator"
-        _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}, "
-                  f"{len(rows)} images " + (
-                      "without groups: each counts as a patient of its own"
-                      if all(name == group for name, group in groups.items())
-                      else f"of {len(set(groups.values()))} groups (patients)"))
+    who = f"annotators {', '.join(annotators)}" if all(annotators) else "one annotator"
+    ungrouped = all(name == group for name, group in groups.items())
+    of = ("without groups: each counts as a patient of its own" if ungrouped
+          else f"of {len(set(groups.values()))} groups (patients)")
+    _say_once(f"{path}: read as {kind}: image={chosen.image} label={chosen.label}, {who}, "
+              f"{len(rows)} images {of}")
     cases = []
     for row in rows:
         labels = {annotators.index(name): sorted((1 + classes.index(c), file)

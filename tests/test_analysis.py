@@ -74,7 +74,7 @@ def test_an_image_of_ones_own(run, tmp_path, capsys):
     assert list(sizes["volume"]) == ["foreground", "class_1", "class_2", "class_3"]
     assert sizes["volume"]["class_2"]["mean"] == pytest.approx((arrays["samples"] == 2).sum() / 5)
     assert f"class_3: {sizes['volume']['class_3']['mean']:.4g} pixels" in capsys.readouterr().out
-    assert list(map(evaluate.number, (0.00123456, 999.5, 1234567.8))) == [
+    assert list(map(analysis.predict.number, (0.00123456, 999.5, 1234567.8))) == [
         "0.001235", "999.5", "1,234,568"]
 
 
@@ -488,7 +488,7 @@ def test_names_of_results(run, tmp_path, capsys):
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "a.b_arrays.npz").exists()
     assert evaluate.main([*arguments, str(folder)]) == 2
-    assert "another folder" in capsys.readouterr().err
+    assert "--out must differ" in capsys.readouterr().err
     picture.save(folder / "a.b.jpg")
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 2
     assert "share the name a.b" in capsys.readouterr().err

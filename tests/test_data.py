@@ -391,8 +391,8 @@ def test_ranks_share_one_batch(name, made):
     assert torch.equal(whole[1], torch.cat([part[1] for part in parts]))
 
 
-def annotator_counts(split, draws, **options):
-    stream = data.batches(split, 100, seed=0, **options)
+def annotator_counts(split, draws):
+    stream = data.batches(split, 100, seed=0)
     labels = torch.cat([next(stream)[1][:, 0, 0] for _ in range(draws // 100)])
     return labels.bincount(minlength=split.labels.shape[1]).double()
 
@@ -421,11 +421,11 @@ def test_annotators_and_warps_depend_on_the_seed():
 def test_annotators_restrict_the_draw():
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     split = plain_split(1, 4, (2, 2), weights)
-    counts = annotator_counts(split, 4000, annotators=[1, 3])
+    counts = annotator_counts(data.labelled_by(split, [1, 3]), 4000)
     assert counts[0] == counts[2] == 0
     expected = torch.tensor([4000 / 3, 8000 / 3])
     assert ((counts[[1, 3]] - expected)**2 / expected).sum() < 10.9  # 1 dof, p = 0.001
-    assert annotator_counts(split, 100, annotators=(2,))[2] == 100
+    assert annotator_counts(data.labelled_by(split, (2,)), 100)[2] == 100
 
 
 def test_batches_of_3d_crops_and_unaugmented_rows(made):
@@ -441,11 +441,12 @@ def test_batches_of_3d_crops_and_unaugmented_rows(made):
 def test_batches_refuse_what_cannot_be(made):
     split = plain_split(3, 2)
     refused("8", "3 processes", call=lambda: data.batches(split, 8, 0, world=3))
-    refused("[2]", "0 to 1", call=lambda: data.batches(split, 2, 0, annotators=[2]))
-    refused("[]", call=lambda: data.batches(split, 2, 0, annotators=[]))
-    refused("instances", call=lambda: data.batches(made["cells"], 2, 0, annotators=[0]))
+    refused("[2]", "0 to 1", call=lambda: data.labelled_by(split, [2]))
+    refused("[]", call=lambda: data.labelled_by(split, []))
+    refused("instances", call=lambda: data.labelled_by(made["cells"], [0]))
     split.weights = torch.tensor([[1.0, 0], [0.5, 0.5], [0.5, 0.5]])
-    refused("'0'", "annotators 1", call=lambda: data.batches(split, 2, 0, annotators=[1]))
+    assert data.labelled_by(split, [1]).weights.tolist() == [[0, 0.5], [0, 0.5]]
+    assert split.weights.tolist()[1] == [0.5, 0.5]  # the split itself is unchanged
 
 
 def test_ignored_instances_stay_ignored(made):

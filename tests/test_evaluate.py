@@ -240,7 +240,7 @@ def test_agreed_keeps_the_cases_that_every_annotator_marked(run, undrawn, monkey
     with pytest.raises(UserError, match="marked by every annotator"):
         evaluate.report(run, split="val", cases="agreed", samples=(2,))
     split.labels[:] = 255
-    with pytest.raises(UserError, match="4 of 4 cases of the val split are left out"):
+    with pytest.raises(UserError, match="4 of 4 cases of the val split of shapes are left out"):
         evaluate.report(run, split="val", samples=(2,))
 
 
@@ -263,6 +263,20 @@ def test_compare_pools_seeds(judged, undrawn, tmp_path):
     config["settings"]["steps"] = 7
     (tmp_path / "run-1" / "config.json").write_text(json.dumps(config))
     assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 8
+    twin = shutil.copytree(tmp_path / "run-1", tmp_path / "twin" / "run-1")  # named after its path
+    assert f"| {twin} |" in compare([tmp_path / "run-0", tmp_path / "run-1", twin])
+
+
+def test_ctrl_c_and_no_memory_are_one_line(run, monkeypatch, capsys):
+    for error, status, text in ((KeyboardInterrupt(), 130, "stopped\n"),
+                                (MemoryError(), 2, "error: out of memory: give fewer"),
+                                (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2,
+                                 "error: out of memory: give fewer")):
+        def fail(*args, **options):
+            raise error
+        monkeypatch.setattr(evaluate, "report", fail)
+        assert evaluate.main([str(run), "--device", "cpu"]) == status
+        assert capsys.readouterr().err.startswith(text)
 
 
 @pytest.mark.parametrize("file, content, message", [
@@ -320,9 +334,13 @@ def test_samples_come_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["/nowhere"], "no run there"), (["RUN", "--image", "/nowhere.png"], "no such file"),
-    (["RUN", "--samples", "0"], "1 up to 1000"),
-    (["RUN", "--samples", "1000000"], "1 up to 1000"),
-    (["RUN", "--likelihood-samples", "0"], "1 up to 1000"),
+    (["RUN", "--samples", "0"], "--samples 0: give 1 to 1000"),
+    (["RUN", "--samples", "1000000"], "give 1 to 1000"),
+    (["RUN", "--likelihood-samples", "0"], "--likelihood-samples 0: give 1 to 1000"),
+    (["RUN", "--samples", "4", "--ood"], "--samples has no effect with --ood"),
+    (["RUN", "--likelihood-samples", "4", "--image", "x.png"], "no effect with --image"),
+    (["RUN", "--samples", "2", "4", "--image", "x.png"], "one number"),
+    (["RUN", "--image", ""], "empty"),
     (["RUN", "--image", "FIFO"], "not a file"), (["RUN", "--image", "NAN"], "not finite"),
     (["RUN", "--image", "NAN", "--temperature", "nan"], "from 0 up"),
     (["RUN", "--temperature", "2"], "are for --image"),
@@ -330,7 +348,7 @@ def test_samples_come_in_chunks(monkeypatch):
     (["RUN", "--split", "all", "--path", "x", "--data-args", "path=y"], "leave it out"),
     (["RUN", "--image", "GREY", "--scale-class", "9=1"], "classes are 0 to 3"),
     (["RUN", "--image", "GREY", "--scale-class", "a=1"], "a class and a number"),
-    (["RUN", "--cluster", "16", "0"], "from 1 up"),
+    (["RUN", "--cluster", "16", "0"], "both at least 1"),
     (["RUN", "--image", "BROKEN"], "not a readable PNG"),
     (["RUN", "--path", "/nowhere"], "leave the path out")])
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):

@@ -1,4 +1,4 @@
-"""On a GPU: the CPU's results, no waiting in a training step, and the memory that sampling takes."""
+"""On a GPU: the CPU's results, no waiting in a training step, the memory that sampling takes."""
 
 import contextlib
 import dataclasses
@@ -128,12 +128,12 @@ def test_metrics_are_those_of_the_cpu():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.skipif(bool(train.lacks_compiler(torch.device("cuda"))), reason="no compiler")
+@pytest.mark.skipif(bool(models.lacks_compiler(torch.device("cuda"))), reason="no compiler")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_compiled_step_is_the_eager_one(name):
     model, (image, label) = tiny(name).cuda().eval(), batch(size=(16, 16))
     image, label, losses = image.cuda(), label.cuda(), []
-    for loss_of in (model, train.compiled(model)):
+    for loss_of in (model, models.compiled(model)):
         torch.manual_seed(0)
         losses.append(loss_of(image, label)[0])
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
@@ -158,7 +158,8 @@ def test_cuda_graphs_change_nothing(name, fields, precision):
         weights = model.state_dict().values() if precision == "fp32" else ()
         results.append([*terms.values(), *weights])  # the loss's, and the gradient's norm
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3 if precision == "fp32" else 1e-2, atol=1e-4)
+        # the backward pass of up-sampling adds in any order, in bf16 with visible rounding
+        torch.testing.assert_close(a, b, rtol=1e-3 if precision == "fp32" else 5e-2, atol=1e-4)
 
 
 def test_a_run_trains_judges_and_resumes(tmp_path):

@@ -498,6 +498,30 @@ def test_hausdorff95_is_that_of_a_loop(shape):
     close(metrics.hausdorff95(pred, label, 4), want)
 
 
+def test_hausdorff95_in_millimetres_and_its_mistakes():
+    """One pixel each, 3 rows and 4 columns apart, of 2 x 0.5 mm: sqrt(36 + 4)."""
+    pred, label = torch.zeros(2, 1, 9, 9, dtype=torch.uint8)
+    pred[0, 1, 1] = label[0, 4, 5] = 1
+    close(metrics.hausdorff95(pred, label), [[5]])
+    close(metrics.hausdorff95(pred, label, spacing=(2, 0.5)), [[40**0.5]])
+    for other in (label[:, None], label[..., :1], label.float()):  # all annotators', a part, scores
+        with pytest.raises(ValueError):
+            metrics.hausdorff95(pred, other)
+
+
+def test_classes_above_k_are_refused():
+    maps = torch.tensor([[[[0, 1, 2, 255]]]])
+    for value in (3, 254, 257, -1):
+        for place in (2, 3):
+            wrong = maps.clone()
+            wrong[..., place] = value
+            with pytest.raises(ValueError, match="label maps hold"):
+                metrics.ged(maps, wrong, 3)
+    close(metrics.ged(maps, maps, 3), [0])
+    with pytest.raises(ValueError, match="class 2 or higher"):  # masks of 0 and 254, K forgotten
+        metrics.dice(torch.full((1, 4), 254), torch.ones(1, 1, 4, dtype=torch.long))
+
+
 def test_hausdorff95_worked():
     pred, label = torch.zeros(3, 9, 9, dtype=torch.long), torch.zeros(3, 9, 9, dtype=torch.long)
     pred[0, 1, 1] = label[0, 4, 5] = pred[1, 1, 1] = 1
@@ -599,6 +623,15 @@ def test_average_precision_is_that_of_a_loop():
 
 
 # ---- statistics over cases ----------------------------------------------------------------------
+
+def test_groups_may_be_lists_arrays_and_tensors():
+    values, groups = np.arange(8.0) - 2, [0, 0, 0, 0, 1, 1, 1, 1]
+    for given in (np.array(groups), torch.tensor(groups)):
+        assert metrics.bootstrap(values, given) == metrics.bootstrap(values, groups)
+        assert metrics.paired_test(values, 0 * values, given) == metrics.paired_test(
+            values, 0 * values, groups)
+        assert (metrics.resampled(given) == metrics.resampled(groups)).all()
+
 
 def test_bootstrap():
     values = np.random.default_rng(39).normal(3, 2, 400)

@@ -16,7 +16,7 @@ from helpers import undraw
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_default_model_can_be_built_without_memory(name):
-    model = models.build(name, {}, "meta")
+    model = models.build(name, {}, meta=True)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert model.config == models.MODELS[name].Config()
 
@@ -89,11 +89,11 @@ def test_the_type_of_an_option_is_that_of_its_annotation(monkeypatch):
     for name, field, value in (("prob_unet", "beta", "x"), ("ssn", "mc_samples", 2.5),
                                ("vae_unet", "reparameterised", 1), ("ssn", "channels", 3)):
         with pytest.raises(UserError, match=f"{field}={value!r}; give a value like "):
-            models.build(name, {field: value}, "meta")
-    assert models.build("prob_unet", dict(beta=1, channels=[4, 4]), "meta").config.beta == 1
+            models.build(name, {field: value}, meta=True)
+    assert models.build("prob_unet", dict(beta=1, channels=[4, 4]), meta=True).config.beta == 1
     Loose = type("Loose", (Shift,), dict(Config=LooseConfig))
     monkeypatch.setitem(models.MODELS, "loose", Loose)
-    assert models.build("loose", dict(width=3, weight=0.5), "meta").config.weight == 0.5
+    assert models.build("loose", dict(width=3, weight=0.5), meta=True).config.weight == 0.5
 
 
 @pytest.mark.parametrize("name, value", [*((name, value) for name in models.MODELS
@@ -101,7 +101,7 @@ def test_the_type_of_an_option_is_that_of_its_annotation(monkeypatch):
 def test_nonsense_is_one_line(name, value):
     for field in dataclasses.fields(models.MODELS[name].Config):
         try:
-            models.build(name, {field.name: value}, "meta")
+            models.build(name, {field.name: value}, meta=True)
         except UserError as error:
             assert "\n" not in str(error) and f"{name} cannot be built: " in str(error)
 

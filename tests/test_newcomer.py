@@ -129,8 +129,6 @@ def test_annotators_are_chosen_by_name(own, capsys):
     assert train.annotators("0,2", data.load("shapes", n=10)) == [0, 2]  # where they have no names
     refused("'ana'", "did you mean anna? choose from anna, bob",
             call=lambda: train.annotators("ana", data.load("folder", "all", own)))
-    refused("annotators bob", "'scan0'", "labelled_by",
-            call=lambda: data.batches(data.load("folder", "all", own), 2, 0, annotators=[1]))
     whole = data.load("folder", "all", own)
     by_bob = data.labelled_by(whole, [1])  # who lacks scan0
     assert by_bob.names == [name for name in whole.names if name != "scan0"]
@@ -321,7 +319,10 @@ def test_other_data_are_judged_beside_the_run(trained, tmp_path, capsys):
     assert evaluate.main([str(folder), "--path", str(other), "--split", "all",
                           "--device", "cpu"]) == 0
     assert "note" not in capsys.readouterr().out
-    assert len(judged(folder / f"all-all-{tmp_path.name}-other")) == 10
+    place = evaluate.folder_of(folder, "all", path=other)
+    assert place.name.startswith(f"all-all-{tmp_path.name}-other-") and len(judged(place)) == 10
+    elsewhere = tmp_path / "elsewhere" / tmp_path.name / "other"  # its last two names are the same
+    assert evaluate.folder_of(folder, "all", path=elsewhere) != place
     assert (folder / "metrics.json").read_text() == before
     (other / "images").rename(other / "scans")
     assert evaluate.main([str(folder), "--path", str(other), "--split", "all", "--data-args",
@@ -334,7 +335,8 @@ def test_other_data_are_judged_beside_the_run(trained, tmp_path, capsys):
         capsys, evaluate.main, folder, "--path", other, "--split", "all", "--device", "cpu")
     shutil.move(tmp_path / "own", tmp_path / "moved")
     assert evaluate.main([str(folder), "--path", str(tmp_path / "moved"), "--device", "cpu"]) == 0
-    assert judged(folder / f"test-all-{tmp_path.name}-moved") == judged(folder)
+    place = evaluate.folder_of(folder, "test", path=tmp_path / "moved")
+    assert judged(place) == judged(folder)
 
 
 def test_what_lies_outside_the_middle_is_told(trained, capsys):

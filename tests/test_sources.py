@@ -955,7 +955,7 @@ def test_flips_are_drawn_in_batches_by_their_odds(tmp_path):
             counts[match] += 1
     expected = 4000 * train.weights[0]
     assert ((counts - expected)**2 / expected).sum() < 61.1  # chi-square, 31 dof, p = 0.001
-    _, label = next(data.batches(train, 4, 0, annotators=[31]))
+    _, label = next(data.batches(data.labelled_by(train, [31]), 4, 0))
     assert (label == known[31]).all()
     # What holds for all splits: they move, are cut and padded like others.
     padded = data.center(train, (10, 12)).all_maps()

@@ -76,6 +76,7 @@ def test_a_folder_too_high_up_is_told_what_it_holds(tmp_path):
 
 
 def test_other_processes_do_not_say_what_a_folder_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     data.load("lidc", "train", put(tmp_path, KAGGLE))
     assert not capsys.readouterr().out

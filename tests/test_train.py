@@ -156,6 +156,52 @@ def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validatio
 # --------------------------------------------------------------------------------------- resume
 
 
+def test_best_pt_alone_is_resumed_and_never_replaced(finished, tmp_path, capsys):
+    """last.pt was deleted, or a kill came between the two."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "last.pt").unlink()
+    best = runs.load_checkpoint(folder / "best.pt")["step"]
+    assert "holds a run already" in one_line(capsys, *TINY, "--steps", 20, "--out", folder)
+    out = run("--resume", folder, "--steps", 30, capsys=capsys).out
+    assert f"resumed at step {best}" in out
+    whole = shutil.copytree(finished, tmp_path / "whole")
+    run("--resume", whole, "--steps", 30)
+    assert equal(weights(folder / "last.pt"), weights(whole / "last.pt"))
+
+
+def test_a_missing_best_pt_is_made_again(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "best.pt").unlink()
+    run("--resume", folder)  # at the last step, which is validated
+    assert equal(weights(folder / "best.pt"), weights(finished / "last.pt"))
+
+
+@pytest.mark.parametrize("error, text", [(KeyboardInterrupt(), "stopped"),
+                                         (OSError(28, "No space left on device"), "No space left")])
+def test_a_report_that_fails_does_not_hide_the_training(finished, tmp_path, monkeypatch, capsys,
+                                                        error, text):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(evaluate, "report", fail)
+    folder = shutil.copytree(finished, tmp_path / "run")
+    said = one_line(capsys, "--resume", folder)
+    assert text in said and f"best.pt stands: python evaluate.py {folder}" in said
+
+
+def test_a_closed_terminal_stops_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            stop = train.Stop()
+            assert (signal.SIGHUP in stop.before) == asked
+            stop.restore()
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_n_and_n_more_steps_equal_2n(finished, tmp_path):
     run(*TINY, "--steps", 10, "--out", tmp_path)
     run("--resume", tmp_path, "--steps", 20)
@@ -494,7 +540,7 @@ def test_what_a_paper_did_otherwise_is_the_default_there(model, name, monkeypatc
     dims, channels = (3, 4) if name == "brats" else (2, 3)
     split = SimpleNamespace(images=torch.zeros(1, channels, *[8] * dims), num_classes=4,
                             instances=None)
-    monkeypatch.setattr(train, "build", lambda *given: models.build(*given, "meta"))
+    monkeypatch.setattr(train, "build", lambda *given: models.build(*given, meta=True))
     built = train.first_model(settings(model, name), split)
     assert {key: getattr(built.config, key) for key in fields} == fields
     default = train.recipe(built, settings(model, "lidc"))
@@ -556,9 +602,10 @@ def test_a_target_that_was_never_reached_is_said(kappa, said, tmp_path, capsys):
     (-1.0, 0.1, 0.9, None), (-1.0, 0.4, 0.2, None)])
 def test_advice_on_kappa(constraint, found, weight, advice):
     entry = {"constraint": constraint, "reconstruction_per_pixel": found, "lambda": weight}
-    said = train.on_kappa([{"val_ged_16": 1}, entry], SimpleNamespace(kappa=0.5))
+    model = models.build("hpunet", dict(kappa=0.5), meta=True)
+    said = model.advice([{"val_ged_16": 1}, entry])
     assert said is None if advice is None else advice in said
-    assert train.on_kappa([{"loss": 1}], None) is None  # of another model
+    assert model.advice([{"loss": 1}]) is None  # of the objective "elbo"
 
 
 def test_the_gradient_s_norm():
@@ -574,11 +621,13 @@ def test_the_gradient_s_norm():
 
 def test_annotators_image_size_and_augmentation_reach_the_loop(tmp_path, monkeypatch):
     given = {}
-    monkeypatch.setattr(data, "batches", lambda *a, **k: given.update(k) or iter(()))
+    monkeypatch.setattr(data, "batches",
+                        lambda split, *a, **k: given.update(k, split=split) or iter(()))
     with pytest.raises(StopIteration):
         train.main([*TINY, "--out", str(tmp_path), "--annotators", "1,2", "--image-size", "24",
                     "--no-augment"])
-    assert given["annotators"] == [1, 2] and given["size"] == 24 and given["augmentation"] is None
+    assert given["size"] == 24 and given["augmentation"] is None
+    assert (given["split"].weights > 0).nonzero()[:, 1].unique().tolist() == [1, 2]
 
 
 def test_bf16_trains_and_changes_the_loss(finished, tmp_path):
@@ -614,7 +663,7 @@ def test_lines_volumes_and_crops_train_and_are_judged(arguments, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(train.lacks_compiler(torch.device("cpu"))), reason="no compiler")
+@pytest.mark.skipif(bool(models.lacks_compiler(torch.device("cpu"))), reason="no compiler")
 def test_compiled_loss_is_the_same(tmp_path):
     """And so are the random numbers in it."""
     steps = [*TINY, "--steps", 1, "--model-args", "channels=(4,6)", "convs=1", "mc_samples=4",
@@ -625,7 +674,7 @@ def test_compiled_loss_is_the_same(tmp_path):
 
 
 def test_without_a_compiler_it_goes_on(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(models.shutil, "which", lambda name: None)
     out = run(*TINY, "--steps", 1, "--compile", "--out", tmp_path, capsys=capsys).out
     assert "--compile: no compiler (g++) was found; training without it" in out
     assert log(tmp_path)[1]["loss"] == log(finished)[1]["loss"]
@@ -663,6 +712,18 @@ def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     assert output.count("numbers and pictures in") == 1
 
 
+@pytest.mark.parametrize("arguments, text", [
+    (["--model-args", "num_classes=2"], "num_classes=2: the data has 4"),
+    (["--model-args", "in_channels=3"], "in_channels=3: the data has 1"),
+    (["--model-args", "dims=3"], "dims=3: the data has 2"), (["--out", ""], "empty"),
+    (["--resume", ""], "empty"), (["--resume", "a", "--out", "b"], "leave out --out")])
+def test_options_that_do_not_fit(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain = ["--data", "shapes", "--data-args", "n=6", "size=32", "--steps", 1, "--device", "cpu"]
+    assert text in one_line(capsys, *plain, *arguments)
+    assert not any(file.is_file() for file in tmp_path.rglob("*"))
+
+
 def test_cuda_graphs_are_for_one_gpu(tmp_path, capsys):
     assert train.main(["--cuda-graphs", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
-    assert "--cuda-graphs: for one CUDA device" in capsys.readouterr().err
+    assert "--cuda-graphs needs one CUDA device" in capsys.readouterr().err
