@@ -18,8 +18,8 @@ with a few letters that differ between paths of the same name):
     per_class.csv    Dice and 95% Hausdorff distance of every class
     per_volume.csv   the same with --per-volume: VAE U-Net's Tables 2 and 3
     samples.png      image, up to 7 annotators, prediction and 16 samples
-and further pictures. analysis/page.py explains the pictures and every measure in metrics.json;
-`python evaluate.py --help` ends with these explanations. --image writes a picture of samples
+and further pictures. analysis/page.py explains the pictures and every measure in metrics.json; the
+end of this help lists these explanations. --image writes a picture of samples
 (NAME_samples.png), the samples and maps (NAME_arrays.npz, or NIfTI files for a NIfTI), 16-bit PNGs
 and sizes in pixels or mm^3; analysis/predict.py explains their contents. analysis/uncertainty.py
 cites the sources of its measures, and says with which published numbers they must not be compared.
@@ -414,7 +414,13 @@ def check(args) -> None:
 
 
 def judge_volumes(args, device) -> None:
-    """--per-volume: every class of whole volumes, at the size that annotators drew them in."""
+    """--per-volume: every class of whole volumes, at the size that annotators drew them in.
+
+    In VAE U-Net's code, a class without annotation or without prediction has a Dice of 1 and a
+    distance of 0. Here a class counts only where it is annotated; if it is missed there, its Dice
+    is 0 and it has no distance. Distances are in voxels, also in the code, although the paper says
+    mm.
+    """
     folder = Path(args.run)
     settings, model, (split,) = open_run(folder, (args.split,), args.path, device, args.weights,
                                          whole=True)

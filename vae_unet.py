@@ -59,7 +59,7 @@ Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Visi
      augmented as in the HPU-Net's paper (data.DATASETS); the code does not augment it, resizes it
      to 224 pixels, and trains for 150 epochs, which are 60,000 steps if each image counts once.
  11. 1D and 3D work as well (`dims`), and any size: the image is padded by reflection.
- 12. `evaluate.py --per-volume` says how its scores differ from the code's.
+ 12. evaluate.judge_volumes says how scores of volumes (`--per-volume`) differ from the code's.
 
     python vae_unet.py               # a small one on synthetic organs, about a minute on a CPU
                                      # -> vae_unet_samples.png, vae_unet_latents.png

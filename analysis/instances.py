@@ -2,14 +2,16 @@
 
 A recipe for sets whose objects have random class numbers, "colours" (HPUNet.QUICK_INSTANCES). The
 values of one latent map are independent given the coarser maps, so a sample paints an object in one
-colour only if a single position decides on it. The recipe therefore has a latent map of 8 channels
-with about one position per object, and one of 4 channels with four; Eq. 5 on all pixels, with a
-beta of a tenth to a third of an object's P pixels: one position that encodes the colour (one of K)
-costs beta ln K nats and saves P ln K, and a second one costs as much again and saves nothing; five
-colours (`--data-args colours=5`), which are learned sooner than 15; and 128 samples (`evaluate.py
-RUN --cluster 128`), which separate objects better than the paper's 16 or 32. Where objects are of
-very different sizes, as in `em`, large ones still break along the grid of the coarsest latents, and
-encoding the colour of those of fewer than beta pixels does not pay.
+colour only if a single position decides on it. The recipe therefore has
+  - a latent map of 8 channels with about one position per object, and one of 4 channels with four;
+  - Eq. 5 on all pixels, with a beta of a tenth to a third of P, the pixels of an object. A position
+    that encodes the colour, one of K, costs beta ln K nats and saves P ln K; a second one costs as
+    much again and saves nothing;
+  - five colours (`--data-args colours=5`), which are learned sooner than 15;
+  - 128 samples (`evaluate.py RUN --cluster 128`), which separate objects better than the paper's 16
+    or 32.
+Where objects are of very different sizes, as in `em`, large ones still break along the grid of the
+coarsest latents, and encoding the colour of those of fewer than beta pixels does not pay.
 """
 
 import itertools

@@ -226,7 +226,10 @@ def spelled(columns) -> list[str]:
 
 def cell(measured: Measured | None) -> str:
     """What a table says of a measure."""
-    return f"{measured.mean:.3f} ± {measured.error:.3f}" if measured else ""
+    if measured is None:
+        return ""
+    digits = 3 if abs(measured.mean) < 100 else 1
+    return f"{measured.mean:.{digits}f} ± {measured.error:.{digits}f}"
 
 
 def lines_of(table: Table, groups: dict[str, list[Run]]) -> list[str]:
@@ -297,7 +300,11 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
         text += [f"Not finished: {', '.join(left)}."]
     machines = [json.loads(run.folder.with_suffix(".done").read_text())[0]
                 for group in groups.values() for run in group]
-    text += [f"Measured on {machine}." for machine in dict.fromkeys(machines)]
+    loads = {}  # {machine and versions: {how many runs shared it}}
+    for machine in machines:
+        place, _, load = machine.partition("; ")
+        loads.setdefault(place, {})[load] = None
+    text += [f"Measured on {place} ({'; or '.join(load)})." for place, load in loads.items()]
     text += [f"![{table.title}]({file.name})" for file in sorted(args.out.glob(f"{name}-*.png"))]
     text = re.sub(r"\n{3,}", "\n\n", "\n\n".join(text)) + "\n"
     write_text(args.out / f"{name}.md", text)

@@ -229,7 +229,7 @@ def test_every_row_is_a_command(name, row):
     assert settings["annotators"] in ("all", "0")  # as every set has
     fields = models.MODELS[settings["model"]].QUICK_CONFIG if settings["quick"] else {}
     dims = dict(dims=3 if settings["data"] == "lesions3d" else 2)
-    models.build(settings["model"], dims | fields | settings["model_args"], "meta")
+    models.build(settings["model"], dims | fields | settings["model_args"], meta=True)
     if table.judge:
         evaluate.check(evaluate.parse(["RUN", *shlex.split(table.judge)]))
 
