@@ -16,7 +16,8 @@ with a few letters that differ between paths of the same name):
     per_case.csv     every measure of every case
     report.html      every number and picture, explained, and cases to page through, in one file
     per_class.csv    Dice and 95% Hausdorff distance of every class
-    per_volume.csv   the same with --per-volume: VAE U-Net's Tables 2 and 3
+    per_volume.csv   the same with --per-volume, of volumes (VAE U-Net's Tables 2 and 3), and
+                     per_volume_case.csv, a line for each volume
     samples.png      image, up to 7 annotators, prediction and 16 samples
 and further pictures. analysis/page.py explains the pictures and every measure in metrics.json; the
 end of this help lists these explanations. --image writes a picture of samples

@@ -1,8 +1,11 @@
 """Every class by itself: Dice and 95% Hausdorff distance, of images or of whole volumes that were
 segmented slice by slice (VAE U-Net's Tables 2 and 3)."""
 
+import csv
+import io
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,24 +16,33 @@ from analysis.scores import each_annotator, seeded_by_name
 from common import IGNORE
 from models import labels_of, sample_batches
 from sources.base import Split
-from sources.files import write_text
+from sources.files import DataError, write_text
 
 SAMPLES = 8  # of a case that are judged by themselves
+# Names of slices: by `folder` with slices=axial, the same once exported to files, and by `synapse`.
+SLICE = re.compile(r"(.+)(?:[/_]z\d{4,}|_slice\d{3,})")
 
 
 @torch.no_grad()
 def volume_rows(model, split, labels, n) -> dict:
-    """`class_rows` of volumes, (V, 1 + n, K - 1) arrays: slices that are named VOLUME/z0000 (by
-    `folder` with slices=axial), or else all slices of a group, are one volume.
+    """`class_rows` of volumes, (V, 1 + n, K - 1) arrays, and their "volumes" and "groups", (V,)
+    arrays of names. A slice is of the volume that its name begins with, see `SLICE`.
 
     split: slices (N, C, H, W), those of a volume in its order; labels (N, A, H', W'), the
-    annotations at the size at which they are judged, to which the predictions are resized.
+    annotations at the size at which they are judged, to which the predictions are resized. Raises
+    DataError where a name is not that of a slice.
     """
-    rows = []
-    volumes = [name.rpartition("/z")[0] if re.search(r"/z\d{4}$", name) else group
-               for name, group in zip(split.names, split.groups)]
-    for group in dict.fromkeys(volumes):
-        slices = [i for i, other in enumerate(volumes) if other == group]
+    rows, volumes = [], []
+    for name in split.names:
+        match = SLICE.fullmatch(name)
+        if not match:
+            raise DataError("--per-volume needs slices of volumes, named VOLUME/z0000 (as by "
+                            f"slices=axial) or VOLUME_z0000, and there is a case {name[:99]!r}; "
+                            "rename the cases, or leave --per-volume out")
+        volumes.append(match[1])
+    groups = dict(zip(volumes, split.groups))
+    for name in groups:
+        slices = [i for i, other in enumerate(volumes) if other == name]
         part, maps = split.subset(slices), []
         for batch, chunks in sample_batches(model, part, n):
             prediction = labels_of(model.predict(batch.images), 1)
@@ -38,9 +50,10 @@ def volume_rows(model, split, labels, n) -> dict:
         label = labels[slices].to(maps[0].device).transpose(0, 1)  # (A, D, H', W')
         maps = F.interpolate(torch.cat(maps, 1), label.shape[2:], mode="nearest-exact")
         weights = None if part.weights is None else part.weights.mean(0, keepdim=True)
-        volume = Split(part.images[:1], label[None], weights, [group], split.num_classes, [group])
+        volume = Split(part.images[:1], label[None], weights, [name], split.num_classes, [name])
         rows.append(class_rows(volume, maps[:1], maps[1:, None], n))
-    return {name: np.concatenate([row[name].cpu().numpy() for row in rows]) for name in rows[0]}
+    found = {key: np.concatenate([row[key].cpu().numpy() for row in rows]) for key in rows[0]}
+    return found | dict(volumes=np.array(list(groups)), groups=np.array(list(groups.values())))
 
 
 def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
@@ -75,7 +88,8 @@ def write_classes(path, rows: dict) -> None:
     The mode predict is the deterministic prediction, sample_1 the first sample. A sample's Dice of
     a class is its mean over the cases that have the class; the lines of the mode samples hold mean
     and standard deviation of that over the samples. missed: cases of the class in which nothing of
-    it was predicted, so that they have no distance.
+    it was predicted, so that they have no distance. Of volumes, `write_volumes` writes another file
+    beside it, whose name ends in _case.csv.
     """
     dice, distance = rows["class_dice"], rows["class_hd95"]  # (N, 1 + n, K - 1)
     with warnings.catch_warnings():  # of a class no case has, all is NaN: empty in the table
@@ -99,3 +113,24 @@ def write_classes(path, rows: dict) -> None:
             cells += ["", ""] if last else [str(cases[k]), f"{missed[which, k].mean():.6g}"]
             lines.append(",".join("" if cell == "nan" else cell for cell in cells))
     write_text(path, "\n".join(lines) + "\n")
+    if "volumes" in rows:
+        write_volumes(Path(path).with_name(f"{Path(path).stem}_case.csv"), rows)
+
+
+def write_volumes(path, rows: dict) -> None:
+    """A CSV file: a line for each volume, from the `volume_rows`, with its name and group, Dice and
+    Hausdorff distance of every class of the deterministic prediction, and their means over the
+    samples in which they are defined. A field is empty where nothing is defined."""
+    header, columns = ["name", "group"], [rows["volumes"], rows["groups"]]
+    for name in ("dice", "hd95"):
+        values = rows[f"class_{name}"]  # (V, 1 + n, K - 1)
+        with warnings.catch_warnings():  # of samples that all lack a class
+            warnings.simplefilter("ignore", RuntimeWarning)
+            means = np.nanmean(values[:, 1:], 1)
+        for ending, table in (("", values[:, 0]), ("_samples", means)):  # (V, K - 1) each
+            for k, column in enumerate(table.T, 1):
+                header.append(f"{name}_class_{k}{ending}")
+                columns.append(["" if np.isnan(value) else f"{value:.6g}" for value in column])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *zip(*columns)])
+    write_text(path, text.getvalue())

@@ -13,13 +13,17 @@ from analysis.pictures import (fullest_slice, label_picture, paint_image, paint_
                                paint_outlines, save_grid)
 from common import UserError, key_values, say
 from models import labels_of, sample_chunks
+from sources.base import warn_of_scale
 from sources.brats import BRATS, read_patient
 from sources.files import (ENDINGS, as_float_image, bounding_box, is_nifti, read_array, read_nifti,
                            size_text, standardised, write_atomically, write_nifti, write_npz,
                            write_text)
 from sources.runs import read_config
+from ssn import SSN
 
 DRAWN, SHOWN = 16, 64  # samples by default, and in the picture at most
+# Endings of the images in a folder. A single file may be of any kind that PIL reads.
+IMAGES = (*ENDINGS, ".bmp", ".gif", ".webp")
 
 
 def number(value: float) -> str:
@@ -54,10 +58,10 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
     """Write samples for a picture, .npy, NIfTI file or BraTS patient's folder to the folder `out`.
 
     Returns the path of a picture to look at, the path of the samples, and their `volumes`. Pictures
-    of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are. A NIfTI's channels are
-    standardised for a model trained on `folder` or `brats`, as in its training. A model of 2D
-    images takes a volume slice by slice, each with the same noise, so how the size of a volume
-    varies over its samples is a rough guess.
+    of 8 or 16 bits are scaled to [0, 1]; floats are taken as they are, with a warning where they
+    are far from that scale. A NIfTI's channels are standardised for a model trained on `folder` or
+    `brats`, as in its training. A model of 2D images takes a volume slice by slice, each with the
+    same noise, so how the size of a volume varies over its samples is a rough guess.
         <name>_samples.png   image, prediction, outlines, maps, samples; a volume's fullest slice
         <name>_volumes.json  how large each class is, see `volumes`
     for a picture or an .npy
@@ -67,6 +71,8 @@ def predict_image(model, data_name: str, file, out, *, samples=16, temperature=1
                             <name>_probability_<k>.png have 16 bits: 65535 is log K nats, and 1
     and for a NIfTI
         <name>_<array>.nii.gz   the same arrays, on its grid; n or K is the fourth axis
+    `probabilities` are the mean and `uncertainty` the variance of the samples' probabilities, which
+    cannot be computed again from `samples`: these are label maps, which hold less.
     data_name: the data set that the model was trained on. temperature, class_scales: for SSN only,
     see `scaled_samples`. Raises UserError where the file and the model do not fit.
     """
@@ -164,16 +170,21 @@ def scaled_samples(model, batch, n, generator, temperature, class_scales):
     """Chunks of n samples' logits (m, B, K, *S), of SSN changed after the fact (its Sec. 4).
 
     temperature: T scales the covariance of the logits. class_scales {k: factor}: each class's part
-    of (sample - mean) is multiplied by its factor.
+    of (sample - mean) is multiplied by its factor. Raises UserError for other models and classes,
+    and for factors that float32 does not hold.
     """
     classes, class_scales = model.config.num_classes, class_scales or {}
     changed = {} if temperature == 1 else dict(temperature=temperature)
-    if (changed or class_scales) and not hasattr(model, "distribution"):
+    if (changed or class_scales) and not isinstance(model, SSN):
         raise UserError("--temperature and --scale-class change the normal over logits that only "
                         "ssn predicts; leave them out for this model")
     if max(class_scales, default=0) >= classes:
         raise UserError(f"--scale-class {max(class_scales)}: this model's classes are 0 to "
                         f"{classes - 1}")
+    for k, factor in class_scales.items():
+        if not abs(factor) <= torch.finfo(torch.float32).max:  # also false for NaN
+            raise UserError(f"--scale-class {k}={str(factor)[:20]}: too large or not finite; give "
+                            "a factor such as 0.5")
     factors = torch.tensor([float(class_scales.get(k, 1)) for k in range(classes)])
     for logits in sample_chunks(model, batch, n, classes, generator, **changed):
         yield model.distribution(batch).scale_classes(logits, factors) if class_scales else logits
@@ -204,11 +215,10 @@ def images_at(path: Path) -> list[Path]:
     """
     if not path.is_dir() or all(any(path.glob(f"*_{kind}.nii*")) for kind in BRATS):
         return [path]
-    kinds = (*ENDINGS, ".bmp")
     found = sorted(file for file in path.iterdir()
-                   if file.name[0] != "." and file.name.lower().endswith(kinds))
+                   if file.name[0] != "." and file.name.lower().endswith(IMAGES))
     if not found:
-        raise UserError(f"--image {path}: no image in this folder ({', '.join(kinds)})")
+        raise UserError(f"--image {path}: no image in this folder ({', '.join(IMAGES)})")
     names = [stem(file) for file in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--image {path}: two files share the name {twice[0]}, and so would their "
@@ -225,9 +235,10 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
     """Read an image as a model trained on the data set `data_name` takes it.
 
     Returns a float array (C, *S); a bool array (*S), false in the air around a BraTS brain; and the
-    nibabel image that it came from, or None. Raises UserError where it does not fit the model.
+    nibabel image that it came from, or None. Warns where pixels that are taken as they are stored
+    are far from the scale that models expect. Raises UserError where it does not fit the model.
     """
-    source = None
+    source, scaled = None, False  # scaled: to [0, 1], from 8 or 16 bits
     if file.is_dir():
         image, inside, source = read_patient(file)
     elif not file.is_file():  # a pipe would be waited for
@@ -236,19 +247,12 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
         image, source = read_nifti(file, dims)
         air = (image == 0).all(0)
         inside = ~air if data_name == "brats" and not air.all() else np.ones_like(air)
-    elif file.suffix.lower() == ".npy":
-        image = as_float_image(read_array(file)[0], str(file))
-        if not image.size or not 2 <= image.ndim <= 4 or image.shape[-1] <= 4 < image.shape[0]:
-            raise UserError(f"{file}: an array of {size_text(image.shape)}; give an image (H, W) "
-                            "or (C, H, W), or a volume (D, H, W) or (C, D, H, W): channels come "
-                            "first")
-        is_volume = channels == 1 and image.ndim == 3 and len(image) > 1
-        if image.ndim == dims or is_volume:  # without channels
-            image = image[None]
-        inside = np.ones(image.shape[1:], bool)
     else:
-        image = as_float_image(read_array(file)[0], str(file))
-        if channels == 3:
+        stored = read_array(file)[0]
+        image, scaled = as_float_image(stored, str(file)), stored.dtype.kind == "u"
+        if file.suffix.lower() == ".npy":
+            image = with_channels(image, channels, dims, file)
+        elif channels == 3:
             image = image.repeat(3 // len(image), 0)
         elif len(image) == 3:
             image = np.tensordot(np.float32([[0.299, 0.587, 0.114]]), image, 1)  # luma, ITU-R 601
@@ -261,4 +265,16 @@ def read_image(file: Path, channels: int, dims: int, data_name: str):
                         f"{channels} of {dims}D")
     if source is not None and data_name in ("brats", "folder"):
         image = standardised(image, inside)
+    elif not scaled:
+        image = image.astype(np.float32, copy=False)
+        warn_of_scale(file, torch.tensor(image)[None])
     return image, inside, source
+
+
+def with_channels(array, channels: int, dims: int, file: Path):
+    """The array (C, *S) or (*S) of an .npy as (C, *S). Raises UserError where it is neither."""
+    if not array.size or not 2 <= array.ndim <= 4 or array.shape[-1] <= 4 < array.shape[0]:
+        raise UserError(f"{file}: an array of {size_text(array.shape)}; give an image (H, W) or "
+                        "(C, H, W), or a volume (D, H, W) or (C, D, H, W): channels come first")
+    is_volume = channels == 1 and array.ndim == 3 and len(array) > 1
+    return array[None] if array.ndim == dims or is_volume else array

@@ -286,15 +286,21 @@ def collect(place, listing: Listing, rows: list[int]) -> Split:
              f"that of {cases[case].name!r} by annotator {names.get(number, number)}; "
              f"{len(kinds['classes'])} others have classes: are those black and white masks?")
     whole = _stack(place, listing, rows, images, maps)
-    largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in whole.images)
+    warn_of_scale(place, whole.images)
+    return whole
+
+
+def warn_of_scale(place, images: Tensor) -> None:
+    """Prints a warning if images (N, C, *S), read from `place`, are far from the scale that models
+    expect: pixels of some image are too large, or those of every image hardly differ."""
+    largest = max(float(image.norm()) / math.sqrt(image.numel()) for image in images)
     advice = "models expect about [0, 1], or mean 0 and deviation 1"
     if largest > LARGE:
         warn(f"{place}: pixels of about {largest:.3g}; {advice}: divide the images, or store them "
               "as uint8 or uint16")
-    elif max(float(image.std()) for image in whole.images) < SMALL:
+    elif max(float(image.std()) for image in images) < SMALL:
         warn(f"{place}: in every image, the deviation of the pixels is below {SMALL}; {advice}: "
              "multiply the images (12 bits stored in 16 bits give values of 0 to 0.06)")
-    return whole
 
 
 def _kind(label: np.ndarray) -> str:

@@ -122,7 +122,8 @@ def _file_names(texts: list[str]) -> list[str]:
     """Returns each text as a file's name of its own."""
     names: dict[str, None] = {}  # in this order, and quick to look up
     for text in texts:
-        safe = re.sub(r"[^\w.-]+|^\.", "_", text)[:60]
+        safe = re.sub(r"[^\w.-]+|^\.", "_", text)
+        safe = safe if len(safe) <= 60 else safe[:50] + safe[-10:]  # the end may number a slice
         while safe in names:
             safe += "_"
         names[safe] = None

@@ -84,6 +84,11 @@ def _open_picture(file: Path, pages: bool = False):
         if picture.format == "TIFF" and getattr(picture, "n_frames", 1) > 1 and not pages:
             raise DataError(f"{file}: {picture.n_frames} pages, and only one is a picture: save "
                             "each page as a file, or the volume as an .npy (D, H, W)")
+        # Viewers turn such a picture and readers do not, so masks drawn upright would not fit it.
+        orientation = picture.getexif().get(0x112, 1)
+        if orientation not in (0, 1):  # 0: some cameras' word for unknown, which nobody turns
+            raise DataError(f"{file}: has an EXIF rotation (orientation {orientation}), which not "
+                            "every program applies: save it upright, without that rotation")
         yield picture
 
 

@@ -247,6 +247,15 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
     if "image" not in columns or not labels:
         raise DataError(f"{file}: has the columns {', '.join(columns[:20]) or '(none)'}; image, "
                         "and label or label_<annotator>, are needed")
+    for column in ("image", "group", "split", "name", *labels):
+        if columns.count(column) > 1:  # DictReader keeps the last one alone
+            raise DataError(f"{file}: has {columns.count(column)} columns {column}; rename or "
+                            "remove all but one")
+    if "label" in labels and len(labels) > 1:
+        raise DataError(f"{file}: has the columns {', '.join(labels[:20])}; give label alone, or "
+                        "label_<annotator> for each annotator")
+    if not lines:
+        raise DataError(f"{file}: lists no images; add a line for each below the heading")
     rows = []
     for line in lines:
         image, split = line["image"], line.get("split") or ""
@@ -254,7 +263,13 @@ def _rows_of_table(root: Path, file: Path) -> list[Row]:
             raise DataError(f"{file}: row {len(rows) + 1}: give an image, and as its split train, "
                             f"val or test, not {split!r}")
         name = line.get("name") or re.sub(f"{ENDING}$", "", image)
-        files = {column[6:]: {"": root / line[column]} for column in labels if line[column]}
+        drawn = {column: line[column] for column in labels if line[column]}
+        for column, text in drawn.items():
+            if not text.lower().endswith(ENDINGS):
+                raise DataError(f"{file}: row {len(rows) + 1}: {column} is {text[:99]!r}; give a "
+                                f"mask's file, which ends in one of {', '.join(ENDINGS)}, or leave "
+                                "it empty where there is none")
+        files = {column[6:]: {"": root / text} for column, text in drawn.items()}
         rows.append(Row(name, line.get("group") or name, split, root / image, files))
     if 0 < (without := sum(not row.split for row in rows)) < len(rows):
         raise DataError(f"{file}: {without} of {len(rows)} rows have no split; give all rows one, "
@@ -269,8 +284,9 @@ def _read_groups(file: Path, names: Set[str]) -> dict[str, str]:
         rows = [[cell.strip() for cell in row] for row in tables.reader(filter(str.strip, lines))]
     if rows[:1] == [["name", "group"]]:
         del rows[0]
-    if odd := [row for row in rows if len(row) != 2]:
-        raise DataError(f"{file}: {','.join(odd[0])!r} is not a line name,group")
+    if odd := [row for row in rows if len(row) != 2 or not all(row)]:
+        raise DataError(f"{file}: {','.join(odd[0])!r} is not a line name,group; give both, and "
+                        "for an image without a patient its own name as the group")
     listed = [re.sub(f"{ENDING}$", "", name) for name, _ in rows]
     if odd := sorted({*listed} ^ names) or [name for name in listed if listed.count(name) > 1]:
         fault = "there is no image of" if odd[0] not in names else (
@@ -308,7 +324,7 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
             if grid and other:
                 same_grid(grid, other, file)
             maps[annotator] = mask if not paint else np.where(
-                mask != 0, np.uint8(value), maps.get(annotator, np.uint8(0)))
+                marked(mask, file), np.uint8(value), maps.get(annotator, np.uint8(0)))
     if maps and array.ndim == mask.ndim:  # an .npy without channels
         array = array[None]
     if empty == "missing":
@@ -316,6 +332,15 @@ def read_case(image: Path, labels: dict[int, list[tuple[int, Path]]], *, annotat
     if maps and empty == "nothing":
         maps = {annotator: np.zeros_like(mask) for annotator in annotators} | maps
     return array, maps
+
+
+def marked(mask: np.ndarray, file: Path) -> np.ndarray:
+    """Returns where a binary mask (*S) is not 0. Raises DataError unless it holds finite numbers:
+    NaN and the text "0" differ from 0 as well."""
+    if mask.dtype.kind not in "buif" or not np.isfinite(mask).all():
+        raise DataError(f"{file}: a black-and-white mask of {mask.dtype}, or some pixels are NaN "
+                        "or infinite; give 0 for background and other numbers for foreground")
+    return mask != 0
 
 
 class Volume:

@@ -311,8 +311,12 @@ def test_samples_are_scaled_after_the_fact(run, tmp_path):
     assert (arrays["samples"] == arrays["prediction"]).all() and not arrays["uncertainty"].any()
     assert arrays["entropy"].shape == (12, 12)
     deterministic = models.build("unet", dict(channels=(4, 6)))
+    deterministic.distribution = lambda image: None  # as a user's own model may call a method
     with pytest.raises(UserError, match="only ssn predicts"):
         next(analysis.predict.scaled_samples(deterministic, image[None], 2, None, 2.0, {}))
+    for factor in (10**400, 1e39, float("inf"), -float("inf"), float("nan")):
+        with pytest.raises(UserError, match="--scale-class 1=.*: too large or not finite"):
+            logits(1, {1: factor})
 
 
 def test_manipulation_of_many_classes_and_of_volumes(tmp_path):
@@ -330,12 +334,13 @@ def test_a_folder_of_pictures(run, tmp_path, capsys):
     folder.mkdir()
     arguments = [str(run), "--image", str(folder), "--out", str(tmp_path / "out"), "--samples", "2"]
     assert evaluate.main(arguments) == 2 and "no image in this folder" in capsys.readouterr().err
-    for name, side in (("b.png", 20), ("a.JPG", 33)):
+    for name, side in (("b.png", 20), ("a.JPG", 33), ("c.webp", 20), ("d.gif", 20)):
         Image.fromarray(np.full((side, side), 99, np.uint8)).save(folder / name)
     (folder / "notes.txt").write_text("no picture")
     assert evaluate.main(arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
-    assert [Path(line.split()[0]).name for line in lines] == ["a_samples.png", "b_samples.png"]
+    assert [Path(line.split()[0]).name for line in lines] == [
+        f"{name}_samples.png" for name in "abcd"]
     assert "a_arrays.npz" in lines[0] and "b_arrays.npz" in lines[1]
     assert np.load(tmp_path / "out" / "a_arrays.npz")["samples"].shape == (2, 33, 33)
 
@@ -510,3 +515,28 @@ def test_pictures_are_scaled_to_one(tmp_path, mode, dtype, top):
     assert inside.all() and inside.shape == (2, 2)
     colour, _, _ = analysis.predict.read_image(tmp_path / "x.png", 3, 2, "shapes")
     assert (colour == grey).all() and len(colour) == 3
+
+
+def test_pixels_far_from_the_scale_of_training_are_told(tmp_path, capsys):
+    """Of floats that are taken as they are: not of pictures of 8 bits, nor what is standardised."""
+    def said(file, data_name="npz"):
+        image, _, _ = analysis.predict.read_image(tmp_path / file, 1, 2, data_name)
+        assert image.dtype == np.float32
+        return capsys.readouterr().err
+
+    image = np.random.default_rng(0).random((6, 5))
+    for name, scale in (("good", 1), ("large", 255), ("small", 1 / 255)):
+        np.save(tmp_path / f"{name}.npy", image * scale)
+    Image.fromarray((image * 255).astype(np.float32)).save(tmp_path / "large.tif")
+    np.save(tmp_path / "blank.npy", np.full((6, 5), 9, np.uint8))
+    Image.fromarray(np.full((6, 5), 9, np.uint8)).save(tmp_path / "blank.png")
+    assert said("good.npy") == said("blank.npy") == said("blank.png") == ""
+    for file, advice in (("large.npy", "divide"), ("large.tif", "divide"),
+                         ("small.npy", "multiply")):
+        text = said(file)
+        assert text.startswith("warning: ") and file in text and advice in text
+        assert text.count("\n") == 1
+    nibabel = pytest.importorskip("nibabel")
+    volume = np.int16(2000 * image.T[..., None] - 1000)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([-1.0, -1, 1, 1])), tmp_path / "ct.nii")
+    assert said("ct.nii", "folder") == "" and "divide" in said("ct.nii", "npz")

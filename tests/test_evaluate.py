@@ -20,6 +20,7 @@ from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
 from analysis.page import MEASURES, split_name
 from common import UserError
+from data_files import refused
 from helpers import undraw
 from sources.base import Split
 
@@ -405,8 +406,10 @@ def test_volumes_are_stacked_from_slices_and_judged_at_native_size():
     groups = ["b"] * 20 + ["a"] * 2 + ["b"] * 20 + ["a"]
     labels = torch.from_numpy(rng.integers(0, 4, (43, 1, 6, 8)).astype(np.uint8))
     coarse = labels[:, :, 1::2, 1::2]  # where the middle of each coarse pixel lies
-    split = Split(coarse.float(), coarse, None, groups, 4, [f"{i}" for i in range(43)])
+    names = [f"{group}_z{i:04d}" for i, group in enumerate(groups)]
+    split = Split(coarse.float(), coarse, None, groups, 4, names)
     found = volume_rows(Reads(), split, labels, 3)
+    assert found["volumes"].tolist() == found["groups"].tolist() == ["b", "a"]
     assert found["class_dice"].shape == found["class_hd95"].shape == (2, 4, 3)
     for v, group in enumerate("ba"):
         rows = [i for i, other in enumerate(groups) if other == group]
@@ -442,11 +445,31 @@ class MissesLeft(torch.nn.Module):
 
 def test_the_scans_of_a_patient_are_volumes_of_their_own():
     images = torch.ones(4, 1, 6, 6)
-    names = ["a/z0000", "a/z0001", "b/z0000", "b/z0001"]
-    split = Split(images, images.byte(), None, ["patient"] * 4, 9, names)
-    assert len(volume_rows(MissesLeft(), split, split.labels, 1)["class_dice"]) == 2
-    split.names = list("abcd")  # nothing says which slices belong together but the group
-    assert len(volume_rows(MissesLeft(), split, split.labels, 1)["class_dice"]) == 1
+    for slices in ("/z0000", "/z0001"), ("_z0000", "_z10000"), ("_slice000", "_slice001"):
+        names = [volume + ending for volume in "ab" for ending in slices]
+        split = Split(images, images.byte(), None, ["patient"] * 4, 9, names)
+        found = volume_rows(MissesLeft(), split, split.labels, 1)
+        assert len(found["class_dice"]) == 2 and found["volumes"].tolist() == ["a", "b"]
+        assert found["groups"].tolist() == ["patient"] * 2
+    split.names[2] = "c"  # nothing says which volume it is of
+    refused("--per-volume needs slices", "VOLUME_z0000", "'c'",
+            call=lambda: volume_rows(MissesLeft(), split, split.labels, 1))
+
+
+def test_a_line_for_each_volume(tmp_path):
+    """Two volumes, two classes, a prediction and two samples; the second volume lacks class 2."""
+    nan = np.nan
+    rows = {"volumes": np.array(["p, 1", "v2"]), "groups": np.array(["p", "q"]),
+            "class_dice": np.array([[[0.5, 1], [0.25, 0], [0.75, 0.5]],
+                                    [[1, nan], [1, nan], [0, nan]]]),
+            "class_hd95": np.array([[[2, 0], [3, nan], [5, 1]], [[0, nan], [0, nan], [nan, nan]]])}
+    write_classes(tmp_path / "per_volume.csv", rows)
+    first, second = csv.DictReader((tmp_path / "per_volume_case.csv").open())
+    assert list(first.values()) == ["p, 1", "p", "0.5", "1", "0.5", "0.25", "2", "0", "4", "1"]
+    assert list(second.values()) == ["v2", "q", "1", "", "0.5", "", "0", "", "0", ""]
+    assert list(first) == ["name", "group", "dice_class_1", "dice_class_2", "dice_class_1_samples",
+                           "dice_class_2_samples", "hd95_class_1", "hd95_class_2",
+                           "hd95_class_1_samples", "hd95_class_2_samples"]
 
 
 def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
@@ -473,6 +496,10 @@ def test_per_volume_reads_synapse_at_native_size(tmp_path, monkeypatch, capsys):
     for mode, k in ("predict", "1"), ("sample_2", "3"), ("samples", "2"):
         assert rows[mode, k]["cases"] == "1" and float(rows[mode, k]["dice"]) == 0.8
         assert float(rows[mode, k]["hd95"]) == pytest.approx(3.05)
+    [volume] = csv.DictReader((folder / "val-all/per_volume_case.csv").open())
+    assert volume["name"] == volume["group"] and volume["name"].startswith("case000")
+    assert volume["dice_class_1"] == volume["dice_class_3_samples"] == "0.8"
+    assert volume["dice_class_8"] == volume["hd95_class_8_samples"] == ""  # the volume lacks it
     settings = dict(model="ssn", data="cells", path=None)
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
     monkeypatch.setattr(MissesLeft, "config", replace(MissesLeft.config, num_classes=16))

@@ -366,3 +366,21 @@ def test_pictures_scaled_to_floats(tmp_path):
     save_picture(tmp_path / "n.tif", np.full((2, 3), np.nan, np.float32))
     refused("n.tif", "finite", call=lambda: sources.files.as_float_image(
         sources.files.read_picture(tmp_path / "n.tif"), "n.tif"))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", [0, 1, 3, 6])
+def test_pictures_that_viewers_turn_are_refused(tmp_path, ending, orientation):
+    """Also as a label and in a data set; 0 and 1 mean that nothing is turned."""
+    write_folder(tmp_path)
+    file = tmp_path / f"images/case 0.{ending}"
+    (tmp_path / "images/case 0.png").unlink()
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    save_picture(file, np.arange(56, dtype=np.uint8).reshape(8, 7), exif=exif)
+    if orientation in (0, 1):
+        assert sources.files.read_picture(file).shape == (1, 8, 7)
+        return
+    for call in (lambda: data.load("folder", "all", tmp_path),
+                 lambda: sources.files.read_picture(file), lambda: sources.files.read_label(file)):
+        refused(file, f"EXIF rotation (orientation {orientation})", "upright", call=call)

@@ -141,7 +141,8 @@ def test_annotators_are_chosen_by_name(own, capsys):
 @pytest.mark.parametrize("lines, fragments", [
     ("scan0,p0\nscan0,p1", ["more than once", "'scan0'"]),
     ("image,patient\n{}", ["no image of 'image'", "heading name,group"]),
-    ("scan0;p0", ["'scan0;p0'", "name,group"]), ("scan0,p0", ["does not list 'scan1'"])])
+    ("scan0;p0", ["'scan0;p0'", "name,group"]), ("scan0,p0", ["does not list 'scan1'"]),
+    ("scan0,", ["'scan0,'", "its own name"]), (",p0", ["',p0'", "its own name"])])
 def test_mistakes_in_the_table_of_groups(own, lines, fragments):
     rest = "\n".join(f"scan{i}, p{i // 2} " for i in range(10))
     (own / "groups.csv").write_text(f"name,group\n{rest}")

@@ -4,7 +4,9 @@ hand-made files."""
 import itertools
 import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import data
+import metrics
 import sources.base
 import sources.files
 from data_files import (LPS, SYNTHETIC, arrays, cut, grey_records, load_npz, records, refused,
@@ -1130,3 +1133,17 @@ def test_a_split_file_without_test_serves_training_and_says_so_when_asked(tmp_pa
     assert len(train) == 4 and len(val) == 2 and train.parts["test"] == []
     refused(file, "'test'", "none is listed",
             call=lambda: data.load("lidc", "test", path, split_file=file))
+
+
+def test_the_readmes_pooling_of_folds_runs(tmp_path, monkeypatch, capsys):
+    """Patient p of fold 1 has two cases, q and r of fold 2 have one each."""
+    text = Path(data.__file__).with_name("sources").joinpath("README.md").read_text("utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for fold, lines in (("1", ["a,p,0.5", "b,p,nan"]), ("2", ["c,q,1", "d,r,1.5"])):
+        (tmp_path / f"runs/fold{fold}").mkdir(parents=True)
+        (tmp_path / f"runs/fold{fold}/per_case.csv").write_text(
+            "\n".join(["name,group,ged_16", *lines, ""]))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    pooled = metrics.bootstrap([0.5, 1, 1.5], ["p", "q", "r"])
+    assert capsys.readouterr().out == f"{pooled}\n" and pooled["mean"] == 1

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import sources.base
 import sources.templates
+from analysis.classes import SLICE
 from common import key_values
 from data_files import LPS, arrays, grey_records, records, refused, save_picture, write
 from sources.export import export
@@ -158,6 +159,22 @@ def test_what_an_empty_mask_and_no_file_mean(tmp_path, empty, want):
     refused("images/x.png", "no mask", call=lambda: data.load("folder", "all", tmp_path, empty=empty))
 
 
+@pytest.mark.parametrize("kind", [bool, np.int16, np.float64])
+def test_binary_masks_of_every_kind_of_number(tmp_path, kind):
+    put(tmp_path, {"images/x.npy": grey(0), "labels/x.npy": (mask(0) * 3).astype(kind)})
+    whole = data.load("folder", "all", tmp_path, masks="binary")
+    np.testing.assert_array_equal(whole.labels[0, 0], mask(0))
+
+
+@pytest.mark.parametrize("background", [np.nan, np.inf, "0", 0j])
+def test_binary_masks_whose_background_is_no_number_are_refused(tmp_path, background):
+    """All of these differ from 0, or cannot be compared with it."""
+    wrong = np.where(mask(0) > 0, np.ones_like(background), background)
+    put(tmp_path, {"images/x.npy": grey(0), "labels/x.npy": wrong})
+    refused("labels/x.npy", str(wrong.dtype), "0 for background",
+            call=lambda: data.load("folder", "all", tmp_path, masks="binary"))
+
+
 def test_a_layout_by_name(tmp_path):
     put(tmp_path, KAGGLE)
     named = data.load("folder", "all", tmp_path, layout="kaggle-lidc")
@@ -229,7 +246,12 @@ def test_a_table(tmp_path):
     (["image,mask", "x,y"], ["columns image, mask", "label_<annotator>"]),
     (["image,label,split", "scans/0.png,anna/0.png,Fold 1"], ["row 1", "'Fold 1'"]),
     (["image,label", ",anna/0.png"], ["row 1"]),
-    (["image,label"], ["no cases"]),
+    (["image,label"], ["cases.csv: lists no images"]),
+    (["image,label_a,label_a", "scans/0.png,anna/0.png,anna/0.png"], ["2 columns label_a"]),
+    (["image,label,split,split", "scans/0.png,anna/0.png,val,train"], ["2 columns split"]),
+    (["image,label,label_a", "scans/0.png,anna/0.png,anna/0.png"],
+     ["columns label, label_a", "label alone, or label_<annotator>"]),
+    (["image,label_a", "scans/0.png,benign"], ["row 1", "label_a is 'benign'", ".nii.gz"]),
     (["image,label", "scans/0.png,anna/9.png"], ["anna/9.png", "no such file"]),
     (["image,label", "/dev/zero,anna/0.png"], ["/dev/zero", "regular"]),
     (["image,label", "scans/\0.png,anna/0.png"], ["scans/", "no such file"]),
@@ -240,6 +262,13 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, lines, fragments):
     write_csv(tmp_path, *lines)
     refused(tmp_path if "dev" not in fragments[0] else "dev", *fragments,
             call=lambda: data.load("folder", "all", tmp_path, csv="cases.csv"))
+
+
+def test_columns_that_are_not_read_may_come_twice(tmp_path):
+    """As the empty ones that spreadsheets add to the right."""
+    put(tmp_path, {"scans/0.png": grey(0), "anna/0.PNG": mask(0)})
+    write_csv(tmp_path, "image,label,,,age,age", "scans/0.png,anna/0.PNG,,,1,2")
+    assert data.load("folder", "all", tmp_path, csv="cases.csv").names == ["scans/0"]
 
 
 def test_no_table(tmp_path):
@@ -422,6 +451,17 @@ def test_names_that_are_no_file_names_stay_apart(tmp_path):
     rows = {group: [i for i, g in enumerate(back.groups) if g == group] for group in "pqrs"}
     assert [len(rows[group]) for group in "pqrs"] == [2, 2, 1, 1]
     assert torch.equal(back.labels[rows["s"]], whole.labels[5:])
+
+
+def test_exported_slices_keep_their_numbers(tmp_path):
+    """So that volumes are still recognised, also where a name is cut to 60 characters."""
+    names = [f"{'v' * 99}/z{z:04d}" for z in range(6)]
+    np.savez(tmp_path / "own.npz", **arrays(), names=names)
+    export(data.load("npz", "all", tmp_path / "own.npz"), tmp_path / "out")
+    back = data.load("folder", "all", tmp_path / "out")
+    assert [SLICE.fullmatch(name)[1] for name in back.names] == [back.names[0][:-6]] * 6
+    assert [name[-6:] for name in back.names] == [f"_z{z:04d}" for z in range(6)]
+    assert len(back.names[0]) == 60
 
 
 def test_export_overwrites_nothing_and_leaves_no_half(tmp_path, capsys, monkeypatch):
