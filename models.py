@@ -46,9 +46,13 @@ LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1
 #   sample(image, n, generator=None)            -> logits (n, B, K, *S)
 #   predict(image)                              -> probabilities (B, K, *S)
 #   log_likelihood(image, label, n, mask=None, generator=None)    -> nats (B,)
-# (and the attribute `count` if `sample` returns so many outputs in turn, as the baselines do)
-# and list it here. tests/test_models.py has an example of 30 lines. To have your class tested like
-# the others (tests/test_contract.py), give tests/helpers.py a small config of it.
+# and list it here. image is (B, C, *S), label int64 (B, *S) with 255 for pixels to be ignored, and
+# mask (B, *S) is False for further pixels to be ignored. Where the class has them, these are used:
+#   reconstruct(image, label)                   -> logits (B, K, *S) of latents that know the label
+#   advice(log)                                 -> a line to print after training, or None
+#   count                                       how many outputs `sample` returns in turn
+# tests/test_models.py has an example of 30 lines. To have your class tested like the others
+# (tests/test_contract.py), give tests/helpers.py a small config of it.
 MODELS = {
     "ssn": SSN,
     "prob_unet": ProbUNet,

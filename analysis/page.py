@@ -185,10 +185,11 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def spoken(name: str) -> str:
-    """A measure's name for people: hungarian_iou_16 -> Hungarian IoU 16."""
+    """A measure's name for people: hungarian_iou_16 -> Matched IoU 16."""
     words = re.sub(r"\b(ged|ncc|ap|hd|tv|ece|aurc|augrc|crps)(?=\d|\b)",
                    lambda word: word[0].upper(),
-                   escape(name.replace("_", " ").replace("iou", "IoU")))
+                   escape(name.replace("hungarian", "matched").replace("_", " ")
+                          .replace("iou", "IoU")))
     return words[0].upper() + words[1:]
 
 
@@ -246,7 +247,7 @@ def case_html(case, name: str, marks: str) -> str:
     means = [("annotators' mean, foreground", map_png(case.annotated, size, high=1)),
              ("samples' mean, foreground", map_png(case.foreground, size, high=1))]
     flat += [("prediction", label_png(shrink(case.prediction[None], size)[0])),
-             ("variance / maximum", map_png(case.variance, size))]
+             ("variance, relative to its maximum", map_png(case.variance, size))]
     return f"""<article class="case" style="--image: url({picture_png(image)}); --ratio:
 {width / height:.4f}"><h3>{name}</h3><p class="soft">{marks}</p><div class="stage"><figure><div
 class="frame"><svg role="img" aria-label="Outlines of {len(labels)} label maps"

@@ -178,7 +178,9 @@ def locate(name: str, path, source) -> Path:
         fault = f"nothing to read at {place}" + (f" ({holds(place)})" if place.is_dir() else "")
         if not place.exists():
             near = next(folder for folder in place.absolute().parents if folder.is_dir())
-            fault = f"there is no {place}; {holds(near)}"
+            fault = f"there is no {place}"
+            if path is not None:
+                fault += f"; {holds(near)}"
         raise DataError(f"{name}: {fault}: give as --path, or put at datasets/{name}, "
                         f"{source.layout}; sources/README.md has every layout")
     return found[0]

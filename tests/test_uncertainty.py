@@ -56,7 +56,7 @@ def test_annotators_mean_and_brier_are_those_of_a_loop():
             assert valid[b][pixel] == (want[0] is not None)
             if want[0] is None:
                 continue
-            close(q[b, :, *pixel], want)
+            close(q[(b, slice(None), *pixel)], want)
             for w, y in zip(WEIGHTS[b].tolist(), labels[b].numpy()):
                 if y[pixel] != 255:
                     share = w / sum(v for v, z in zip(WEIGHTS[b].tolist(), labels[b].numpy())
