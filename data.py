@@ -368,7 +368,7 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     lines += [row.ljust(width) + "".join(f"{column.get(row, ''):>24}" for column in columns)
               for row in rows]
     if any(row.startswith("annotator ") for row in rows):
-        numbered = " (numbered from 0)" * (splits[0].annotators[0] == "0")
+        numbered = " (numbered from 0)" if splits[0].annotators[0] == "0" else ""
         lines.append(f"annotator{numbered}: pixels marked / mean 1 - IoU with another annotator / "
                      "how often one of the two marks nothing")
     shown = splits[wanted.index(split)], distances[wanted.index(split)]

@@ -228,7 +228,11 @@ def load_data(folder, settings, splits, path=None, **options) -> list:
 
 def folder_of(folder, split, cases="all", weights="best", path=None, whole=False) -> Path:
     """Make and return the folder for results on these cases; see the module's docstring."""
-    words = [split, cases, *["last"] * (weights == "last"), *["whole"] * whole]
+    words = [split, cases]
+    if weights == "last":
+        words.append("last")
+    if whole:
+        words.append("whole")
     if path:
         place = Path(path).resolve()
         digest = hashlib.sha256(str(place).encode(errors="replace")).hexdigest()

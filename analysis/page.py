@@ -172,9 +172,12 @@ def classes_html(cases: list) -> str:
                     for maps in (case.labels.numpy(), case.prediction.numpy())))
     key = " ".join(f"<span class=key><span style='color: {COLORS[k % len(COLORS)]}'>&#9632;</span> "
                    f"class {k + 1}</span>" for k in range(min(count, len(COLORS))))
-    text = "Of each volume, the slice with the most annotated foreground is shown. " * any(
-        case.of_volume for case in cases)
-    return text + f"In samples and predictions, colours are classes: {key}" * (count > 1)
+    text = ""
+    if any(case.of_volume for case in cases):
+        text = "Of each volume, the slice with the most annotated foreground is shown. "
+    if count > 1:
+        text += f"In samples and predictions, colours are classes: {key}"
+    return text
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -76,15 +76,18 @@ def export(whole: Split, out, layout: str = "") -> str:
         shutil.rmtree(work, ignore_errors=True)
 
     how = {"npz": "npz", "pickle": "lidc", "png": "folder"}[layout] + f" --path {out} --data-args"
-    how += f" num_classes={whole.num_classes}" * (layout == "png")
-    how += f" split_file={splits}" * splits.exists()
+    if layout == "png":
+        how += f" num_classes={whole.num_classes}"
+    if splits.exists():
+        how += f" split_file={splits}"
     uniform = replace(whole, weights=None).probabilities
     if layout != "npz" and not np.allclose(whole.probabilities, uniform):
         how += " (the probabilities of its label maps have no place in this layout)"
-    note = (f"note: {IGNORE} in the label maps means ignored, also where smaller images are padded "
-            f"to {size_text(images.shape[2:])}\n"
-            ) * bool((labels == IGNORE).any())
-    return f"{note}wrote {out}, {len(whole)} cases, to be read with --data {how}"
+    done = f"wrote {out}, {len(whole)} cases, to be read with --data {how}"
+    if (labels == IGNORE).any():
+        return (f"note: {IGNORE} in the label maps means ignored, also where smaller images are "
+                f"padded to {size_text(images.shape[2:])}\n{done}")
+    return done
 
 
 def _small(images: np.ndarray) -> np.ndarray:

@@ -356,7 +356,7 @@ def find_series(src: Path, workers: int, refused: list[str]) -> list[Series]:
         if not file.lower().endswith(".xml"):
             return read_dicom(file)
         reading = read_xml(file)
-        return reading and (reading[0], outlined_places(reading[1]))
+        return (reading[0], outlined_places(reading[1])) if reading else None
 
     files = sorted(str(path) for path in src.rglob("*") if path.is_file())  # no pipe, no dead link
     readings, scans = {}, {}
