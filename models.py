@@ -79,7 +79,7 @@ BRATS = dict(optimizer="rmsprop", lr=1e-3, momentum=0.6, alpha=0.9, weight_decay
              lr_drops=((44_000, 1 / 2), (64_000, 1 / 4), (80_000, 1 / 8), (90_000, 1 / 16),
                        (98_000, 1 / 32), (105_000, 1 / 64)))
 # A model's Config and TRAINING are those of its paper on one data set, most often LIDC (but for
-# the loss of VAE U-Net, see vae_unet.py's differences 1 to 4). RECIPES has the settings that the
+# the loss of VAE U-Net, see vae_unet.py's differences 1 and 4). RECIPES has the settings that the
 # paper changed for another one: {(model, data set): (fields of Config, settings of TRAINING)}.
 # Options of train.py override both.
 RECIPES = {
@@ -95,9 +95,9 @@ RECIPES = {
         lr=1e-3, batch_size=16, steps=20_000, lr_drops=((12_000, 0.3), (17_000, 0.1)))),
     ("hpunet", "cityscapes"): (dict(channels=NINE_SCALES, blocks=2, kappa=0.77), dict(  # task=cars
         batch_size=128, steps=100_000, lr=2e-4, lr_drops=((70_000, 0.5),))),
-    # with gradients from z to its distribution, unlike the code: see vae_unet.py, difference 2
+    # with gradients from z to its distribution, unlike the code: see vae_unet.py, difference 1
     ("vae_unet", "synapse"): (dict(backbone="swin", ce_weight=0.4, dice_weight=0.5, kl_weight=0.1,
-                                   kl_scale="mean", reverse_kl=True), dict(lr=0.05, steps=14_000)),
+                                   kl_scale="mean"), dict(lr=0.05, steps=14_000)),
     ("image2image_vae", "cityscapes"): (dict(channels=SIX_SCALES, beta=1.0), CITYSCAPES),
 } | {(model, "cityscapes"): (dict(channels=SIX_SCALES), CITYSCAPES)
      for model in ("prob_unet", "unet", "dropout_unet", "ensemble", "m_heads")}

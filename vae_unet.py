@@ -8,36 +8,40 @@ of these numbers is concatenated to the features before the decoder reads them:
     p(z_i | x) = N(mu_i(x), diag(sigma_i(x)^2)),    logits = decoder(features(x), z_0, z_1, ..).
 In training, the same encoder and convolutions also read an annotator's mask y as if it were a grey
 image, which gives q(z_i | y). (The paper writes q(z | X) for this p, and p(z | Y) for this q.) The
-decoder learns from samples of q, and a KL makes p, which does not know y, similar to q. The loss is
-the negative ELBO, in nats per pixel:
-        E_{z ~ q(z|y)}[ CE(y, logits) ] + sum_i KL( q(z_i|y) || p(z_i|x) ).
+decoder learns from samples of q, and a KL makes p, which does not know y, similar to q. The loss,
+in nats per pixel, is
+        E_{z ~ q(z|y)}[ CE(y, logits) ] + sum_i KL( p(z_i|x) || q(z_i|y) ).
 At test time z comes from p. The encoder runs once; a sample costs a pass of the decoder. This loss
 is not the published one: with that of the paper's text or of its code, samples hardly vary.
-Differences 1 to 3 say why, and how to set them.
+Differences 1 and 2 say why, and how to set them.
+
+It would be the negative ELBO if the KL were KL(q||p) (`elbo_kl=True`), which asks p to cover the q
+of every annotator. For the q of two annotators, N(-2, 0.5^2) and N(2, 0.5^2), the best p has a
+std of 2.06 by the ELBO's KL, but of 0.50 by the authors'. Covering all has a price: the z_i are
+independent given x, so with a wide p, parts of a mask vary independently. On `shapes`, where one
+latent can set a whole object, the ELBO's KL lowers GED 16 from 0.33 to 0.27. On LIDC crops it
+raises it from 0.22 to 0.52, because many samples mark only parts of a nodule.
 
 Samples differ because of aleatoric uncertainty: the image alone does not determine the mask. The
 authors also leave DropPath on when they sample, which adds epistemic uncertainty, that of the
 weights; for this, set `backbone=swin sample_drop_path=True`.
 
 Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Vision_Transformer
-  1. The authors' KL is the reverse, KL(p||q) (`reverse_kl=True`). It does not ask p to cover the q
-     of every annotator: for q of N(-2, 0.5^2) and N(2, 0.5^2), the best p has a std of 2.06 by the
-     ELBO's KL, but of 0.50 by theirs. Quick runs on `shapes` have a GED 16 of GED_FORWARD with
-     the ELBO's and of 0.33 with theirs. The paper has 0.289 on LIDC, but the code's only script for
-     it gives the network the test masks and samples from their q.
-  2. The code's loss for LIDC is
+  1. The code's loss for LIDC is
         E_{z ~ q(z|y)}[ 0.6 CE + 0.4 Dice ] + 1e-5 sum_i KL( p(z_i|x) || q(z_i|y) ),
      with `dice_loss`, a KL that is a mean over positions, and no gradient from z to q:
-     `reparameterised=False reverse_kl=True kl_scale=mean ce_weight=0.6 dice_weight=0.4
-     kl_weight=1e-5`. The convolutions that predict q then learn from the KL alone, which is lowest
-     if z says nothing about y, so the decoder learns to ignore z. With gradients, a weight of 1e-5
-     is too low: q encodes the whole mask, and p cannot follow (results/README.md has figures). For
-     Synapse, models.RECIPES has the code's weights, 0.4, 0.5 and 0.1, but lets gradients flow.
-  3. The text's loss draws z from the image's own distribution, and the mask has its own encoder:
+     `reparameterised=False kl_scale=mean ce_weight=0.6 dice_weight=0.4 kl_weight=1e-5`. The
+     convolutions that predict q then learn from the KL alone, which is lowest if z says nothing
+     about y, so the decoder learns to ignore z. With gradients, a weight of 1e-5 is too low: q
+     encodes the whole mask, and p cannot follow (results/README.md has figures). For Synapse,
+     models.RECIPES has the code's weights, 0.4, 0.5 and 0.1, but lets gradients flow.
+  2. The text's loss draws z from the image's own distribution, and the mask has its own encoder:
         E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ) (Eq. 15, App. C)
-     for which set `latents=image reverse_kl=True kl_scale=mean ce_weight=0.4 dice_weight=0.6
-     kl_weight=0.025` (our KL is a sum over levels, here four). This z is drawn without knowledge of
-     y, so the CE is lowest if z has no effect on the mask.
+     for which set `latents=image kl_scale=mean ce_weight=0.4 dice_weight=0.6 kl_weight=0.025` (our
+     KL is a sum over levels, here four). This z is drawn without knowledge of y, so the CE is
+     lowest if z has no effect on the mask.
+  3. The paper has a GED of 0.289 on LIDC. The code's only script for it gives the network the test
+     masks and samples from their q, so this may not be comparable with samples of p.
   4. CE and KL are in nats per pixel (`kl_scale=pixel`), so that both count as in an ELBO. Level i
      has 4^i times fewer positions than the finest one, so in a mean over positions each of its nats
      costs 4^i times as much: the cheapest latents are then those of the finest level, which can
@@ -84,7 +88,7 @@ from common import (CONV, IGNORE, DiagonalNormal, center_crop, check_choice, con
 
 @dataclass(frozen=True)
 class VAEUNetConfig:
-    """The published code's settings for LIDC, but for the loss (differences 1 to 4) and the
+    """The published code's settings for LIDC, but for the loss (differences 1 and 4) and the
     backbone (9)."""
 
     in_channels: int = 1
@@ -96,7 +100,7 @@ class VAEUNetConfig:
     ce_weight: float = 1.0
     dice_weight: float = 0.0
     kl_weight: float = 1.0
-    reverse_kl: bool = False  # KL(p||q), the published one, instead of KL(q||p)
+    elbo_kl: bool = False  # KL(q||p), as in the ELBO, instead of the authors' KL(p||q)
     kl_scale: str = "pixel"  # nats per pixel of the image; or "mean" over each level's positions
     backbone: str = "unet"  # or "swin" (2D)
     channels: tuple[int, ...] = (32, 64, 128, 256, 512)  # U-Net: width of each level
@@ -127,8 +131,7 @@ class VAEUNet(nn.Module):
     # size of a whole object. The loss is the one above, also where models.RECIPES has another.
     QUICK_CONFIG = dict(channels=(16, 32, 64, 64, 64, 64), convs=1, width=24, depths=(2, 2, 2),
                         heads=(2, 4, 8),
-                        kl_scale="pixel", reverse_kl=False, ce_weight=1.0, dice_weight=0.0,
-                        kl_weight=1.0)
+                        kl_scale="pixel", ce_weight=1.0, dice_weight=0.0, kl_weight=1.0)
     QUICK_TRAINING = dict(optimizer="adam", lr=5e-3, batch_size=8, steps=500)
 
     def __init__(self, config: VAEUNetConfig = VAEUNetConfig()):
@@ -180,8 +183,7 @@ class VAEUNet(nn.Module):
         return padded.expand(-1, self.config.in_channels, *size)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """ce_weight CE + dice_weight Dice + kl_weight KL, the CE as a mean over pixels; by default
-        the negative ELBO per pixel: (loss, terms).
+        """ce_weight CE + dice_weight Dice + kl_weight KL: (loss, terms). The CE is a mean over pixels.
 
         image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         The term `kl` is the sum of `kl_0` (finest skip connection), `kl_1`, ...
@@ -193,7 +195,7 @@ class VAEUNet(nn.Module):
         kls = []
         for p, q in zip(of_image, of_mask):
             positions = len(label) * p.mean[0, 0].numel()
-            kl = p.kl(q) if c.reverse_kl else q.kl(p)
+            kl = q.kl(p) if c.elbo_kl else p.kl(q)
             kls.append(kl.sum() / (positions if c.kl_scale == "mean" else pixels))
         drawn_from = of_mask if c.latents == "mask" else of_image
         z = [normal.sample() for normal in drawn_from]
@@ -287,7 +289,7 @@ class LatentSkip(nn.Module):
     (B, latent_dim, *S). To use it in a U-Net of your own, give the decoder layer that reads the
     skip connection latent_dim more input channels, and write:
 
-        p, q = self.latent(skip), self.latent(skip_of_mask)      # q.kl(p) for the loss
+        p, q = self.latent(skip), self.latent(skip_of_mask)      # p.kl(q) for the loss
         skip = torch.cat([skip, q.sample()], 1)    # in training; later p.sample(), or p.mean
     """
 

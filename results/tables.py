@@ -74,6 +74,7 @@ TABLES = {
          "prob_unet: all three":
              "--model prob_unet --model-args prior=fixed posterior=mask z_enters=input",
          "vae_unet: latents of mask": "--model vae_unet",
+         "vae_unet: KL of the ELBO": "--model vae_unet --model-args elbo_kl=True",
          "vae_unet: latents of image": "--model vae_unet --model-args latents=image"},
         "--data shapes --quick", QUICK, "ged_16 ncc_16 diversity_16 ece iou_rec mode_gap_16"),
     "modes": Table(
