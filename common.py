@@ -479,7 +479,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def is_first() -> bool:
     """Whether this process writes and prints: it is the only one, or the first of torchrun's."""
-    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, end: str = "\n") -> None:

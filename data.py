@@ -265,7 +265,7 @@ def labelled_by(split: Split, annotators: Sequence[int]) -> Split:
         warn(f"{len(split) - len(rows)} of {len(split)} training cases are left out, because they "
              f"were not labelled by {' or '.join(names)}")
         split = split.subset(rows)
-    return split
+    return replace(split, weights=split.weights / split.weights.sum(1, keepdim=True))
 
 
 # ----------------------------------------------------------------------------------------- table

@@ -396,6 +396,10 @@ def check(args) -> None:
     if unfit := {"path", "split_file"} & key_values("--data-args", args.data_args or []).keys():
         raise UserError(f"--data-args {min(unfit)}=...: all cases at --path are judged; leave it "
                         "out")
+    others = [mode for mode in MODES if mode != "ood" and getattr(args, mode)]
+    if args.ood_data and others:
+        raise UserError(f"--ood-data has no effect with --{others[0]}: leave it out".replace(
+            "_", "-"))
     if args.out and not args.image:
         raise UserError("--out is for --image: other results are written to the run's folder")
     if (args.image or args.per_volume) and len(args.samples or ()) > 1:

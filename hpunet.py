@@ -28,8 +28,8 @@ Differences from the paper
   1. App. D says that lambda keeps rising if kappa is too high; it must mean too low. The term
      `constraint` then never falls below 0, and train.py says so. 0.05 is the kappa of LIDC;
      models.RECIPES has the paper's other values.
-  2. For instances, the demo below and `--quick` use Eq. 5 with a large beta instead of Eq. 6, as
-     analysis/instances.py explains; the recipe for `em` is the paper's.
+  2. For instances, the demo below, `--quick` and the recipe for `cells` use Eq. 5 with a large beta
+     instead of Eq. 6, as analysis/instances.py explains; the recipe for `em` is the paper's.
   3. The moving average in the loss is that of the whole constraint; in the code it is that of the
      reconstruction. They differ only where pixels are ignored.
   4. log sigma is bounded (common.bounded_log_std).
@@ -38,7 +38,7 @@ Differences from the paper
      every 48k steps.
   6. App. D.1 speaks of 8 latent scales on LIDC; Sec. 2, Table 2 and the code have 4, as here.
   7. Weight decay adds 1e-5 w to the gradient of w; the authors' penalty, 1e-5 |w|^2, adds twice as
-     much.
+     much. Here it acts on lambda as well, whose own gradient is far larger.
   8. The checkpoint of lowest validation GED is kept; the paper does not say which one it keeps.
   9. Images of any size are padded by reflection. In the posterior's one-hot mask, the padding and
      ignored pixels (255) are zero in every class. 1D and 3D work as well (`dims`).

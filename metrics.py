@@ -352,7 +352,8 @@ def hausdorff95(pred, label, num_classes=2, spacing=None):
     absent from both maps, and NaN if it is absent from one.
     """
     _joint(pred[None], label[:, None])  # checks their shapes and types
-    spacing = torch.tensor(spacing or [1.0] * (pred.dim() - 1), device=pred.device)
+    spacing = [1.0] * (pred.dim() - 1) if spacing is None else spacing
+    spacing = torch.as_tensor(spacing, dtype=torch.float32, device=pred.device)
     valid = (pred != IGNORE) & (label != IGNORE)
     result = torch.zeros(len(pred), num_classes - 1, device=pred.device)
     for b, k in np.ndindex(*result.shape):

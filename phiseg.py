@@ -41,7 +41,8 @@ Differences from the paper
      sets every level to its prior mean.
   8. Batch norm has the code's epsilon, 1e-3, but PyTorch's momentum, 0.1 instead of 0.01, because
      slower averages lag behind the weights in runs of hundreds of steps (common.batch_norm).
-  9. LIDC is augmented as in the HPU-Net's paper (data.DATASETS), which is more than the authors do:
+  9. Up-sampling is bilinear as in PyTorch; TensorFlow 1 places the samples half a pixel elsewhere.
+ 10. LIDC is augmented as in the HPU-Net's paper (data.DATASETS), which is more than the authors do:
      they rotate half of the images by up to 10 degrees and magnify them.
 
     python phiseg.py                 # a small one, about a minute on two CPU cores

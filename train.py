@@ -236,6 +236,8 @@ class Stop:
         """The handler of the first signal."""
         self.signal = number
         self.restore()
+        if number == getattr(signal, "SIGHUP", None):  # shell and system both send it
+            signal.signal(number, signal.SIG_IGN)
 
     def restore(self):
         """Signals do again what they did before."""
@@ -292,7 +294,8 @@ class Terms:
 def refuse_non_finite(terms, model, step, folder) -> None:
     """Raise UserError where the loss, the gradient or a weight is not finite, so that it is never
     saved."""
-    weights = [value for value in model.state_dict().values() if value.is_floating_point()]
+    weights = [value for value in model.state_dict().values()
+               if value.is_floating_point() and value.numel()]
     # the largest magnitudes: one operation a weight, which a GPU runs together
     finite = torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all()
     if failed := terms.failed() or (None if finite else f"step {step}: a weight"):
@@ -347,6 +350,7 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
     begun = last if last.exists() or not best_file.exists() else best_file
     train_split, val_split = load_splits(settings, folder, resume and begun.exists())
     model = place(first_model(settings, train_split), device)
+    val_split.num_classes = model.config.num_classes  # more than the data's with --model-args
     training = recipe(model, settings)
     optimizer = make_optimizer(model, training)
     if begun.exists() and not resume:  # told only once nothing else is wrong with the command
@@ -399,7 +403,8 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
         if validating:
             name, value = evaluate.validation_score(model, val_split)  # lower is better
             if rank == 0:
-                append(folder / "log.jsonl", {"step": step, f"val_{name}": value})
+                if step > start:  # else the log has it
+                    append(folder / "log.jsonl", {"step": step, f"val_{name}": value})
                 progress.update(step, f"validation {name} {value:.4f}", line=True)
                 if value < best:
                     best = value
@@ -452,10 +457,15 @@ def train(settings: dict, folder: Path, device_name="auto", compile=False, resum
             evaluate.report(folder, split="test" if train_split.parts.get("test") else "val",
                             samples=QUICK_SAMPLES if settings["quick"] else evaluate.SAMPLES,
                             device=device)
-        except (KeyboardInterrupt, OSError) as error:
-            reason = getattr(error, "strerror", None) or "stopped"
-            raise UserError(f"{reason}; training is finished and best.pt stands: python "
-                            f"evaluate.py {folder} makes the report") from None
+        except (KeyboardInterrupt, OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
+            stands = (f"training is finished and best.pt stands: python train.py --resume {folder} "
+                      "makes the report")
+            if isinstance(error, KeyboardInterrupt):
+                progress.say(f"stopped; {stands}")
+                return 130
+            raise UserError(f"{' '.join(str(error).split())[:200]}; {stands}") from None
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -42,9 +42,9 @@ Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Visi
      lowest if z has no effect on the mask.
   3. The paper has a GED of 0.289 on LIDC. The code's only script for it gives the network the test
      masks and samples from their q, so this may not be comparable with samples of p.
-  4. CE and KL are in nats per pixel (`kl_scale=pixel`), so that both count as in an ELBO. Level i
-     has 4^i times fewer positions than the finest one, so in a mean over positions each of its nats
-     costs 4^i times as much: the cheapest latents are then those of the finest level, which can
+  4. CE and KL are in nats per pixel (`kl_scale=pixel`), so that both count as in an ELBO. In 2D,
+     level i has 4^i times fewer positions than the finest one, so in a mean over positions each of
+     its nats costs 4^i times as much: the cheapest latents are then those of the finest level, which can
      only vary single pixels.
   5. In training, the U-Net's decoder also sees a sample of p, without gradients, because its batch
      norm has to know the statistics of what it reads at test time. The authors' Swin has layer
@@ -117,7 +117,8 @@ class VAEUNetConfig:
 class VAEUNet(nn.Module):
     """A U-Net (or Swin-Unet) with a `LatentSkip` on every skip connection.
 
-    `loss`, which is also `forward`, draws the latents from the mask's q and returns the loss above.
+    `loss`, which is also `forward`, draws the latents from the mask's q (with latents="image" from
+    p) and returns the loss above.
     `sample` draws them from the image's p and returns logit maps; `predict` uses the means of p,
     `reconstruct` those of the q of a given mask.
     For an image of 128 x 128, z_0 .. z_3 have sides of 128, 64, 32, 16.
@@ -183,7 +184,8 @@ class VAEUNet(nn.Module):
         return padded.expand(-1, self.config.in_channels, *size)
 
     def loss(self, image: Tensor, label: Tensor, mask: Tensor | None = None):
-        """ce_weight CE + dice_weight Dice + kl_weight KL: (loss, terms). The CE is a mean over pixels.
+        """ce_weight CE + dice_weight Dice + kl_weight KL, with a CE that is a mean over pixels:
+        (loss, terms).
 
         image (B, C, *S), label int64 (B, *S), ignored where it is 255 or mask (B, *S) is False.
         The term `kl` is the sum of `kl_0` (finest skip connection), `kl_1`, ...

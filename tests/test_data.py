@@ -445,7 +445,7 @@ def test_batches_refuse_what_cannot_be(made):
     refused("[]", call=lambda: data.labelled_by(split, []))
     refused("instances", call=lambda: data.labelled_by(made["cells"], [0]))
     split.weights = torch.tensor([[1.0, 0], [0.5, 0.5], [0.5, 0.5]])
-    assert data.labelled_by(split, [1]).weights.tolist() == [[0, 0.5], [0, 0.5]]
+    assert data.labelled_by(split, [1]).weights.tolist() == [[0, 1], [0, 1]]
     assert split.weights.tolist()[1] == [0.5, 0.5]  # the split itself is unchanged
 
 

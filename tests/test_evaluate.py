@@ -342,6 +342,7 @@ def test_samples_come_in_chunks(monkeypatch):
     (["RUN", "--likelihood-samples", "4", "--image", "x.png"], "no effect with --image"),
     (["RUN", "--samples", "2", "4", "--image", "x.png"], "one number"),
     (["RUN", "--image", ""], "empty"),
+    (["RUN", "--ood-data", "organs", "--compare", "RUN"], "--ood-data has no effect with --compare"),
     (["RUN", "--image", "FIFO"], "not a file"), (["RUN", "--image", "NAN"], "not finite"),
     (["RUN", "--image", "NAN", "--temperature", "nan"], "from 0 up"),
     (["RUN", "--temperature", "2"], "are for --image"),

@@ -503,7 +503,8 @@ def test_hausdorff95_in_millimetres_and_its_mistakes():
     pred, label = torch.zeros(2, 1, 9, 9, dtype=torch.uint8)
     pred[0, 1, 1] = label[0, 4, 5] = 1
     close(metrics.hausdorff95(pred, label), [[5]])
-    close(metrics.hausdorff95(pred, label, spacing=(2, 0.5)), [[40**0.5]])
+    for spacing in ((2, 0.5), np.array([2, 0.5]), torch.tensor([2, 0.5])):
+        close(metrics.hausdorff95(pred, label, spacing=spacing), [[40**0.5]])
     for other in (label[:, None], label[..., :1], label.float()):  # all annotators', a part, scores
         with pytest.raises(ValueError):
             metrics.hausdorff95(pred, other)

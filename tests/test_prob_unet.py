@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
-import prob_unet
 from analysis.paper_figures import plot_latent_map
 from helpers import batch, count_parameters, seeded
 from prob_unet import Image2ImageVAE, ProbUNet, ProbUNetConfig

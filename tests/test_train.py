@@ -156,17 +156,27 @@ def test_a_split_file_without_a_test_split_is_said_first_and_judged_on_validatio
 # --------------------------------------------------------------------------------------- resume
 
 
-def test_best_pt_alone_is_resumed_and_never_replaced(finished, tmp_path, capsys):
-    """last.pt was deleted, or a kill came between the two."""
-    folder = shutil.copytree(finished, tmp_path / "run")
+def test_best_pt_alone_is_resumed_and_never_replaced(tmp_path, monkeypatch, capsys):
+    """last.pt was deleted, or a kill came between the two. The best step is 10 of 20."""
+    monkeypatch.setattr(evaluate, "validation_score",
+                        lambda model, split: ("ged_16", 0.5 + model.training_step))
+    update, whole, folder = train.train_step, tmp_path / "whole", tmp_path / "run"
+
+    def step(model, *rest):
+        model.training_step = getattr(model, "training_step", 0) + 1
+        return update(model, *rest)
+
+    monkeypatch.setattr(train, "train_step", step)
+    run(*TINY, "--steps", 20, "--out", whole)
+    shutil.copytree(whole, folder)
     (folder / "last.pt").unlink()
-    best = runs.load_checkpoint(folder / "best.pt")["step"]
+    best = (folder / "best.pt").read_bytes()
     assert "holds a run already" in one_line(capsys, *TINY, "--steps", 20, "--out", folder)
-    out = run("--resume", folder, "--steps", 30, capsys=capsys).out
-    assert f"resumed at step {best}" in out
-    whole = shutil.copytree(finished, tmp_path / "whole")
-    run("--resume", whole, "--steps", 30)
+    monkeypatch.setattr(evaluate, "validation_score", lambda model, split: ("ged_16", 99.0))
+    assert "resumed at step 10" in run("--resume", folder, capsys=capsys).out
     assert equal(weights(folder / "last.pt"), weights(whole / "last.pt"))
+    assert (folder / "best.pt").read_bytes() == best
+    assert list(log(folder)) == list(log(whole))
 
 
 def test_a_missing_best_pt_is_made_again(finished, tmp_path):
@@ -174,10 +184,12 @@ def test_a_missing_best_pt_is_made_again(finished, tmp_path):
     (folder / "best.pt").unlink()
     run("--resume", folder)  # at the last step, which is validated
     assert equal(weights(folder / "best.pt"), weights(finished / "last.pt"))
+    assert (folder / "log.jsonl").read_text() == (finished / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("error, text", [(KeyboardInterrupt(), "stopped"),
-                                         (OSError(28, "No space left on device"), "No space left")])
+@pytest.mark.parametrize("error, text", [
+    (KeyboardInterrupt(), "stopped"), (OSError(28, "No space left on device"), "No space left"),
+    (OSError("image file is truncated"), "truncated"), (RuntimeError("out of memory"), "out of")])
 def test_a_report_that_fails_does_not_hide_the_training(finished, tmp_path, monkeypatch, capsys,
                                                         error, text):
     def fail(*args, **options):
@@ -185,8 +197,10 @@ def test_a_report_that_fails_does_not_hide_the_training(finished, tmp_path, monk
 
     monkeypatch.setattr(evaluate, "report", fail)
     folder = shutil.copytree(finished, tmp_path / "run")
-    said = one_line(capsys, "--resume", folder)
-    assert text in said and f"best.pt stands: python evaluate.py {folder}" in said
+    stopped = isinstance(error, KeyboardInterrupt)
+    streams = run("--resume", folder, code=130 if stopped else 2, capsys=capsys)
+    said = streams.out if stopped else streams.err
+    assert text in said and f"best.pt stands: python train.py --resume {folder}" in said
 
 
 def test_a_closed_terminal_stops_unless_it_is_ignored():
@@ -196,6 +210,11 @@ def test_a_closed_terminal_stops_unless_it_is_ignored():
             signal.signal(signal.SIGHUP, handler)
             stop = train.Stop()
             assert (signal.SIGHUP in stop.before) == asked
+            if asked:
+                for _ in range(2):  # the shell sends it, and then the system
+                    os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.signal == signal.SIGHUP
+                signal.signal(signal.SIGHUP, handler)
             stop.restore()
             assert signal.getsignal(signal.SIGHUP) == handler
     finally:
@@ -710,6 +729,11 @@ def test_two_processes_train_and_judge_as_one_does(finished, tmp_path):
     assert {name: (folder / name).read_text() for name in alone} == alone
     output = "".join((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert output.count("numbers and pictures in") == 1
+
+
+def test_more_classes_than_the_data_has(tmp_path):
+    run(*TINY[:-2], "num_classes=6", *TINY[-2:], "--steps", 10, "--out", tmp_path / "run")
+    assert "val_ged_16" in (tmp_path / "run" / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("arguments, text", [
