@@ -102,7 +102,8 @@ def check_free(folder) -> None:
         return
     for name in (*WRITTEN, "lock"):
         file = folder / name
-        ours = name == "lock" and file.is_file() and file.read_bytes()[:8] in (b"", b"process ")
+        # a lock of ours says "process 123 on host", or the first bytes of it if the disk was full
+        ours = name == "lock" and file.is_file() and b"process ".startswith(file.read_bytes()[:8])
         if file.exists() and not ours:
             raise UserError(f"{folder} holds a {name}, but no run: give another folder as --out")
 

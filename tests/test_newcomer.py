@@ -17,6 +17,7 @@ from common import UserError
 from data_files import refused, save_picture
 from helpers import undraw
 from metrics import Moments
+from sources import runs
 
 BINARY = ["--data-args", "masks=binary"]
 
@@ -375,3 +376,10 @@ def test_a_run_replaces_no_file_of_the_users(trained, tmp_path, capsys):
     assert "holds a config.json, but no run" in one_line(capsys, train.main, *command)
     assert (tmp_path / "own" / "split.json").read_text() == "mine"
     assert (tmp_path / "own" / ".notes.tmp").read_text() == "mine"
+    (tmp_path / "new").mkdir()
+    for written in (b"", b"p", b"process 7 on x"):  # a full disk cuts it short
+        (tmp_path / "new" / "lock").write_bytes(written)
+        runs.check_free(tmp_path / "new")
+    (tmp_path / "new" / "lock").write_bytes(b"mine")
+    with pytest.raises(UserError, match="holds a lock"):
+        runs.check_free(tmp_path / "new")
