@@ -37,7 +37,7 @@ MEASURES = {
         "hungarian_iou": "↑ Mean IoU after samples and annotations are matched one to one.",
         "ncc": "↑ Correlation between where samples vary and where annotators contradict them.",
         "diversity": "Mean 1 - IoU of two of the n samples, each pair of a sample with itself "
-                     "included. Ideally that of as many annotations (data.py show)."},
+                     "included. Ideally d (1 - 1/n), with d as above."},
     "Sets of samples against annotators": {
         "dice_max": "↑ Dice of the sample nearest to an annotator, averaged over annotators.",
         "dice_match": "↑ Dice when every annotator is matched with a sample of its own.",
