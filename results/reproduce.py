@@ -276,6 +276,26 @@ def told_apart(table: Table, groups: dict[str, list[Run]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def shell(commands: list[str]) -> list[str]:
+    """The commands as lines for a shell. If all calls of train.py end in the same options, these are
+    a variable, so that a reader sees in what the rows differ."""
+    words = [command.split(" ") for command in commands if command.startswith("train.py")]
+    shared = 0
+    while len(words) > 1 and len({each[-shared - 1] for each in words}) == 1:
+        shared += 1
+    while shared and not words[0][-shared].startswith("--"):  # it begins with an option
+        shared -= 1
+    ending = " ".join(words[0][-shared:]) if shared > 4 else ""
+    if '"' in ending:
+        ending = ""
+    lines = [f'COMMON="{ending}"'] if ending else []
+    for command in commands:
+        if ending and command.startswith("train.py"):
+            command = f"{command.removesuffix(ending)}$COMMON"
+        lines.append(f"python {command}")
+    return lines
+
+
 def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
     """Write <out>/<name>.md from the runs that have finished; returns its text."""
     table, runs, groups = TABLES[name], [run for run in runs if run.table == name], {}
@@ -284,8 +304,7 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
             groups.setdefault(run.row, []).append(run)
     commands = dict.fromkeys(re.sub(" --seed .*", "", c) for run in runs for c in run.commands)
     commands = sorted(commands, key=lambda command: command.startswith("evaluate"))
-    text = [f"## {table.title}", table.text,
-            "\n".join(["```sh", *(f"python {command}" for command in commands), "```"])]
+    text = [f"## {table.title}", table.text, "\n".join(["```sh", *shell(commands), "```"])]
     if table.prints and groups:
         lines = runs[0].folder.with_suffix(".log").read_text(errors="replace").splitlines()
         lines = [line for line in lines[:-1] if not re.match(r"\d+/\d+ ", line)] + lines[-1:]
@@ -300,11 +319,12 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
         text += [f"Not finished: {', '.join(left)}."]
     machines = [json.loads(run.folder.with_suffix(".done").read_text())[0]
                 for group in groups.values() for run in group]
-    loads = {}  # {machine and versions: {how many runs shared it}}
+    jobs = {}  # {machine and versions: how many runs shared it}
     for machine in machines:
-        place, _, load = machine.partition("; ")
-        loads.setdefault(place, {})[load] = None
-    text += [f"Measured on {place} ({'; or '.join(load)})." for place, load in loads.items()]
+        place, _, load = machine.partition("; runs at once: ")
+        jobs.setdefault(place, set()).add(load.partition(",")[0])
+    text += [f"Measured on {place}, {' or '.join(sorted(found))} at once."
+             for place, found in jobs.items()]
     text += [f"![{table.title}]({file.name})" for file in sorted(args.out.glob(f"{name}-*.png"))]
     text = re.sub(r"\n{3,}", "\n\n", "\n\n".join(text)) + "\n"
     write_text(args.out / f"{name}.md", text)

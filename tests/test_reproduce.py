@@ -253,6 +253,20 @@ def test_no_text_has_a_name_in_braces():
     assert not [t.title for t in reproduce.TABLES.values() if "{" in t.title + t.text]
 
 
+@pytest.mark.parametrize("name", [name for name, table in reproduce.TABLES.items() if table.rows])
+def test_printed_commands_are_the_ones_that_run(name, tmp_path):
+    """Once the shell has put the variable in."""
+    args = reproduce.parse([name, "--path", "FILE", "--seeds", "1", "--out", str(tmp_path)])
+    commands = [command for run in reproduce.plan(name, args) for command in run.commands]
+    lines = reproduce.shell(commands)
+    common = ""
+    if lines[0].startswith("COMMON="):
+        common = lines.pop(0).removeprefix('COMMON="').removesuffix('"')
+        assert '"' not in common
+    assert [line.replace("$COMMON", common) for line in lines] == [
+        f"python {command}" for command in commands]
+
+
 def test_every_table_is_listed_in_the_readme():
     text = FILE.with_name("README.md").read_text(encoding="utf-8")
     listed = text.partition("## The tables")[2].partition("<!--")[0]
