@@ -323,7 +323,7 @@ def write(name: str, runs: list[Run], failed: dict[Run, str], args) -> str:
     for machine in machines:
         place, _, load = machine.partition("; runs at once: ")
         jobs.setdefault(place, set()).add(load.partition(",")[0])
-    text += [f"Measured on {place}, {' or '.join(sorted(found))} at once."
+    text += [f"Measured on {place}; runs at once: {' or '.join(sorted(found))}."
              for place, found in jobs.items()]
     text += [f"![{table.title}]({file.name})" for file in sorted(args.out.glob(f"{name}-*.png"))]
     text = re.sub(r"\n{3,}", "\n\n", "\n\n".join(text)) + "\n"

@@ -107,7 +107,7 @@ def test_table(made, tmp_path, capsys):
     assert cells(text, "worse")[4:] == [
         f"0.360 ± {error:.3f}", "0.250 ± 0.125", f"0.460 ± {error:.3f}", "± 0.014", "0.12"]
     assert "python train.py --model good --data shapes --steps 40\n" in text
-    assert "python evaluate.py RUN --weights last\n" in text and "threads of each: " in text
+    assert "python evaluate.py RUN --weights last\n" in text and "; runs at once: 4." in text
     assert "(toy-compare.png)" in text and (tmp_path / "out" / "toy-compare.png").exists()
 
 
