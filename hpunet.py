@@ -10,7 +10,8 @@ about whole objects, fine ones about outlines.
 
 It is unknown which z belongs to an annotator's mask Y. In training, a posterior net q of the same
 form therefore reads Y as well (Eq. 3), and its samples of z are given to the U-Net. With the
-negative ELBO as the loss (Eq. 5), the authors found worse priors, so theirs, called GECO, is
+negative ELBO as the loss (Eq. 5), the authors found that the prior converges poorly. They use GECO
+(Rezende and Viola 2018):
         lambda (E_q[ -log P_c(Y | S(X, z)) ] - kappa)
             + sum_i E_q[ KL( q(z_i | z_<i, X, Y) || p(z_i | z_<i, X) ) ],                    (Eq. 6)
 where P_c is the softmax in every pixel. lambda is a learned Lagrange multiplier: it rises until the
@@ -22,7 +23,8 @@ because of aleatoric uncertainty: the image alone does not determine the mask.
 
 If every object of the training masks has a random class number, the model segments instances:
 pixels of one object change together from sample to sample (analysis/instances.py has a recipe).
-Separately, `--data-args hide=50` gives it the labels around a hidden region, which it completes.
+Separately, with `--data-args hide=50` it is given the labels around a hidden region, and completes
+them there.
 
 Differences from the paper
   1. App. D says that lambda keeps rising if kappa is too high; it must mean too low. The term

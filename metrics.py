@@ -173,12 +173,14 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
 
         D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')]
 
-    The distance of samples s from annotations y, less the distances among samples and among
+    Twice the distance of samples s from annotations y, less the distances among samples and among
     annotations: to score well, a model has to be right and to vary as the annotators do. Pairs of a
-    map with itself are counted, at distance 0 (the V-statistic). Even if samples and annotations
-    are independent draws of one distribution, D^2 is therefore d (1/n + 1/A) on average, where d is
-    the mean distance of two draws: compare only equal n and A. As D^2 rewards diversity even of
-    poor samples (Kohl et al. 2019, App. B.1), look at the matched IoU, too.
+    map with itself are counted, at distance 0 (the V-statistic). Even if samples and equally
+    weighted annotations are independent draws of one distribution, D^2 is therefore d (1/n + 1/A)
+    on average, where d is the mean distance of two draws. If the weighted annotations are the whole
+    distribution (as in `shapes`), a perfect model has E[d(y, y')] / n. So compare only equal n and
+    A. As D^2 rewards diversity even of poor samples (Kohl et al. 2019, App. B.1), look at the
+    matched IoU, too.
 
     With u = (1/n .. 1/n, -w_1 .. -w_A), whose sum is 0, D^2 = u^T IoU u, which is how it is
     computed. Pixels that no annotator labelled are left out of the pairs of samples, too.
@@ -471,9 +473,9 @@ def transport(value, weights):
     """max sum(T * value), (B,), over T >= 0 (B, A, n), float64 arrays; NaN where weights are NaN.
 
     T[a, i] is the mass that sample i sends to annotator a: each sample sends 1/n, and annotator a
-    receives weights[:, a]. First, every sample goes to its best annotator. Then samples move along
-    successive shortest paths: from an annotator with too many to one with too few, through others
-    if that is best.
+    receives weights[:, a]. First, every sample goes to its best annotator. Then samples, or parts
+    of them, move along successive shortest paths: from an annotator with too much to one with too
+    little, through others if that is best.
     """
     B, A, n = value.shape
     weights = np.where(np.isnan(weights).any(1, keepdims=True), np.nan, weights)

@@ -41,7 +41,8 @@ LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1
 #                   keeps it as self.config
 #   TRAINING        dict(optimizer="adam", lr=1e-4, batch_size=8, steps=10_000); weight_decay,
 #                   lr_drops and others as in the methods
-#   QUICK_CONFIG, QUICK_TRAINING    dicts of what --quick changes, may be empty
+#   QUICK_CONFIG, QUICK_TRAINING    dicts of what --quick changes, may be empty; optional:
+#   QUICK_INSTANCES                 fields that it changes, too, for sets with instances
 #   forward(image, label, mask=None)            -> (loss, {name of a term: its value, detached})
 #   sample(image, n, generator=None)            -> logits (n, B, K, *S)
 #   predict(image)                              -> probabilities (B, K, *S)
@@ -49,7 +50,8 @@ LARGEST, MOST_TENSORS = 10**9, 5_000  # limits on parameters; the ensemble has 1
 # and list it here. image is (B, C, *S), label int64 (B, *S) with 255 for pixels to be ignored, and
 # mask (B, *S) is False for further pixels to be ignored. Where the class has them, these are used:
 #   reconstruct(image, label)                   -> logits (B, K, *S) of latents that know the label
-#   advice(log)                                 -> a line to print after training, or None
+#   advice(log)                                 -> a line to print after training, or None; log is
+#                                                  a list of dicts of the terms
 #   count                                       how many outputs `sample` returns in turn
 # tests/test_models.py has an example of 30 lines. To have your class tested like the others
 # (tests/test_contract.py), give tests/helpers.py a small config of it.

@@ -18,14 +18,15 @@ same form but also reads an annotator's mask, so it can find the latents that st
         -E_q[ log p(s | z_1 .. z_L) ] + alpha_L KL( q(z_L | s, x) || p(z_L | x) )
         + sum_{l < L} alpha_l E_q[ KL( q(z_l | z_{l+1}, s, x) || p(z_l | z_{l+1}, x) ) ]     (Eq. 2)
 with weights alpha_l = 4^(l-1); if all were 1, Eq. 2 would be the negative ELBO. To Eq. 2 are added
-the cross-entropies of the coarser levels' masks (deep supervision). Without them, a coarse level
-may merely agree with the prior and say nothing about the mask. Samples differ because of aleatoric
-uncertainty: the image alone does not determine the mask.
+the cross-entropies of the coarser levels' masks (deep supervision). Without them, prior and
+posterior of a level may merely agree, and z_l say nothing about the mask. Samples differ because of
+aleatoric uncertainty: the image alone does not determine the mask.
 
 Differences from the paper
   1. In the text, z_1 has the resolution of the image. In the authors' code (hence in the published
      numbers) and here, the encoders have R = 7 resolutions, and the L = 5 coarsest have latents, so
-     z_1 has a quarter of the image's side.
+     z_1 has a quarter of the image's side. With as many `channels` as `latent_levels`, it has the
+     image's size, as in the text.
   2. alpha_l is 2^(l-1) in the text, but 4^(l-1) in the code and here (`kl_base`): in 2D, a coarser
      map has a quarter of the positions, hence a smaller KL; the weight makes up for it.
   3. The mean of z_L comes from a 3-wide convolution in the code; here every mean and std has a

@@ -18,9 +18,9 @@ for this mask (Eq. 3). The loss
 asks that such a z reproduces Y (P_c is the softmax of S in every pixel), and that prior and
 posterior agree, so the prior learns to cover the z of all masks that annotators draw on an image.
 For beta = 1 it is the negative ELBO. With a small beta, the posterior encodes more than the prior
-can predict, so masks of the prior's z are worse than those of the posterior's; with a large one, z
-encodes little. Samples differ because of aleatoric uncertainty: the image alone does not determine
-the mask.
+can predict, so the prior's z fall where f_comb was not trained, and their masks are poor; with a
+large one, z encodes little. Samples differ because of aleatoric uncertainty: the image alone does
+not determine the mask.
 
 The paper's ablations (App. D) and the Image2Image VAE (Sec. 3.2) change three things, which are the
 last three fields of the config: what the prior is given (`prior=fixed`), what the posterior is

@@ -5,14 +5,14 @@ the pixels as independent, so labels drawn from it are grainy noise. An SSN pred
 distribution over the whole logit map eta, a vector of K logits for every pixel:
         eta | x ~ N(mu(x), P(x) P(x)^T + D(x)).                                        (Eq. 5)
 A full covariance would be too large: 128 x 128 pixels and K = 2 have 32,768 logits, so 10^9
-covariances. Therefore it has a low rank, apart from the diagonal D: P has R = 10 columns, each of
-which is a map along which all logits vary together, so samples are spatially coherent. Mean mu,
+covariances. Therefore only a diagonal D and a part of low rank are predicted: P has R = 10 columns,
+each of which is a map along which all logits vary together, so samples are coherent. Mean mu,
 factor P and diagonal D are the outputs of three 1-wide convolutions (1x1 in 2D) on the features of
 any network. It runs once for an image; a further sample costs only a matrix-vector product.
 
 Training minimises the negative log-likelihood of a mask y, which is drawn anew from the image's
 annotators whenever the image is used. p(y | x), the mean of prod_i softmax(eta_i)[y_i] over eta
-(Eq. 6), where i are the pixels, has no closed form, so M = 20 samples eta^m estimate it:
+(Eq. 1), where i are the pixels, has no closed form, so M = 20 samples eta^m estimate it (Eq. 6):
         -log p(y | x) ~= -logsumexp_m ( sum_i log softmax(eta_i^m)[y_i] ) + log M.     (Eq. 7)
 Samples differ because of aleatoric uncertainty: the image alone does not determine the mask.
 

@@ -15,12 +15,13 @@ At test time z comes from p. The encoder runs once; a sample costs a pass of the
 is not the published one: with that of the paper's text or of its code, samples hardly vary.
 Differences 1 and 2 say why, and how to set them.
 
-It would be the negative ELBO if the KL were KL(q||p) (`elbo_kl=True`), which asks p to cover the q
-of every annotator. For the q of two annotators, N(-2, 0.5^2) and N(2, 0.5^2), the best p has a
-std of 2.06 by the ELBO's KL, but of 0.50 by the authors'. Covering all has a price: the z_i are
-independent given x, so with a wide p, parts of a mask vary independently. On `shapes`, where one
-latent can set a whole object, the ELBO's KL lowers GED 16 from 0.33 to 0.27. On LIDC crops it
-raises it from 0.22 to 0.52, because many samples mark only parts of a nodule.
+The loss would be the negative ELBO if the KL were KL(q||p) (`elbo_kl=True`), which asks p to cover
+the q of every annotator. For the q of two annotators, N(-2, 0.5^2) and N(2, 0.5^2), the p of lowest
+mean KL(q||p) is N(0, 2.06^2), which covers both; that of lowest mean KL(p||q) is N(0, 0.5^2),
+between them, so here q itself has to be wide where annotators differ. Covering all has a price: the
+z_i are independent given x, so with a wide p, parts of a mask vary independently. On `shapes`, the
+ELBO's KL lowers GED 16 from 0.33 to 0.27. On LIDC crops (seven test slices) it raises it from 0.22
+to 0.52: many samples mark only parts of a nodule.
 
 Samples differ because of aleatoric uncertainty: the image alone does not determine the mask. The
 authors also leave DropPath on when they sample, which adds epistemic uncertainty, that of the
@@ -29,12 +30,12 @@ weights; for this, set `backbone=swin sample_drop_path=True`.
 Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Vision_Transformer
   1. The code's loss for LIDC is
         E_{z ~ q(z|y)}[ 0.6 CE + 0.4 Dice ] + 1e-5 sum_i KL( p(z_i|x) || q(z_i|y) ),
-     with `dice_loss`, a KL that is a mean over positions, and no gradient from z to q:
-     `reparameterised=False kl_scale=mean ce_weight=0.6 dice_weight=0.4 kl_weight=1e-5`. The
-     convolutions that predict q then learn from the KL alone, which is lowest if z says nothing
-     about y, so the decoder learns to ignore z. With gradients, a weight of 1e-5 is too low: q
-     encodes the whole mask, and p cannot follow (results/README.md has figures). For Synapse,
-     models.RECIPES has the code's weights, 0.4, 0.5 and 0.1, but lets gradients flow.
+     (1e-3 in an earlier version) with `dice_loss`, a KL that is a mean over positions, and no
+     gradient from z to q: set `reparameterised=False kl_scale=mean ce_weight=0.6 dice_weight=0.4
+     kl_weight=1e-5`. The convolutions that predict q then learn from the KL alone, which is lowest
+     if z says nothing about y, so the decoder learns to ignore z. With gradients, a weight of 1e-5
+     is too low: q encodes the whole mask, and p cannot follow (results/README.md has figures). For
+     Synapse, models.RECIPES has the code's weights, 0.4, 0.5 and 0.1, but lets gradients flow.
   2. The text's loss draws z from the image's own distribution, and the mask has its own encoder:
         E_{z ~ p(z|x)}[ 0.4 CE + 0.6 Dice ] + 0.1 mean_i KL( p(z_i|x) || q(z_i|y) ) (Eq. 15, App. C)
      for which set `latents=image kl_scale=mean ce_weight=0.4 dice_weight=0.6 kl_weight=0.025` (our
@@ -44,8 +45,8 @@ Differences from the paper and its code, BXYMartin/Python-Uncertainty_Aware_Visi
      masks and samples from their q, so this may not be comparable with samples of p.
   4. CE and KL are in nats per pixel (`kl_scale=pixel`), so that both count as in an ELBO. In 2D,
      level i has 4^i times fewer positions than the finest one, so in a mean over positions each of
-     its nats costs 4^i times as much: the cheapest latents are then those of the finest level, which can
-     only vary single pixels.
+     its nats costs 4^i times as much: the cheapest latents are then those of the finest level,
+     which can only vary single pixels.
   5. In training, the U-Net's decoder also sees a sample of p, without gradients, because its batch
      norm has to know the statistics of what it reads at test time. The authors' Swin has layer
      norm.
@@ -121,7 +122,8 @@ class VAEUNet(nn.Module):
     p) and returns the loss above.
     `sample` draws them from the image's p and returns logit maps; `predict` uses the means of p,
     `reconstruct` those of the q of a given mask.
-    For an image of 128 x 128, z_0 .. z_3 have sides of 128, 64, 32, 16.
+    For an image of 128 x 128, z_0 .. z_3 of the default U-Net have sides of 128, 64, 32, 16 (on
+    Swin, z_0 .. z_2 have 32, 16, 8).
     Default: 11.78 M parameters.
     """
 

@@ -2,8 +2,9 @@
 
 A recipe for sets whose objects have random class numbers, "colours" (HPUNet.QUICK_INSTANCES). The
 values of one latent map are independent given the coarser maps, so a sample paints an object in one
-colour only if a single position decides on it. The recipe therefore has
-  - a latent map of 8 channels with about one position per object, and one of 4 channels with four;
+colour only if a single position decides on it. The recipe:
+  - a latent map of 8 channels with about one position per object, and a finer one of 4 channels
+    with about four;
   - Eq. 5 on all pixels, with a beta of a tenth to a third of P, the pixels of an object. A position
     that encodes the colour, one of K, costs beta ln K nats and saves P ln K; a second one costs as
     much again and saves nothing;
