@@ -367,6 +367,7 @@ def show(name: str, path=None, split: str = "train", out=None, options: dict | N
     lines = [" " * width + "".join(f"{which:>24}" for which in wanted)]
     lines += [row.ljust(width) + "".join(f"{column.get(row, ''):>24}" for column in columns)
               for row in rows]
+    lines.append("diversity: mean 1 - IoU of two annotators, drawn with replacement")
     if any(row.startswith("annotator ") for row in rows):
         numbered = " (numbered from 0)" if splits[0].annotators[0] == "0" else ""
         lines.append(f"annotator{numbered}: pixels marked / mean 1 - IoU with another annotator / "

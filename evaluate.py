@@ -350,8 +350,8 @@ def parse(argv=None) -> argparse.Namespace:
                    help="whole images, not the centre of the run's --image-size")
     p.add_argument("--samples", type=int, nargs="+", metavar="N",
                    help=f"numbers of samples to score, up to {MOST_SAMPLES} (default "
-                   f"{' '.join(map(str, SAMPLES))}); one number for --image (default {DRAWN}) and "
-                   f"--per-volume (default {PER_VOLUME})")
+                   f"{' '.join(map(str, SAMPLES))}); another highest number draws other samples. For "
+                   f"--image (default {DRAWN}) and --per-volume (default {PER_VOLUME}) give one")
     p.add_argument("--likelihood-samples", type=int, metavar="N",
                    help=f"samples for the log-likelihood (default {LIKELIHOOD_SAMPLES})")
     modes = p.add_mutually_exclusive_group()

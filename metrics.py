@@ -174,13 +174,12 @@ def ged(samples, labels, num_classes=2, weights=None, empty=1.0):
         D^2 = 2 E[d(s, y)] - E[d(s, s')] - E[d(y, y')]
 
     Twice the distance of samples s from annotations y, less the distances among samples and among
-    annotations: to score well, a model has to be right and to vary as the annotators do. Pairs of a
-    map with itself are counted, at distance 0 (the V-statistic). Even if samples and equally
-    weighted annotations are independent draws of one distribution, D^2 is therefore d (1/n + 1/A)
-    on average, where d is the mean distance of two draws. If the weighted annotations are the whole
-    distribution (as in `shapes`), a perfect model has E[d(y, y')] / n. So compare only equal n and
-    A. As D^2 rewards diversity even of poor samples (Kohl et al. 2019, App. B.1), look at the
-    matched IoU, too.
+    annotations: a model has to be right, and to vary as the annotators do. Pairs of a map with
+    itself count, at distance 0 (the V-statistic). Even if samples and equally weighted annotations
+    are independent draws of one distribution, D^2 is therefore d (1/n + 1/A) on average, with d the
+    mean distance of two draws; if the weighted annotations are the whole distribution (as in
+    `shapes`), it is E[d(y, y')] / n. So compare only equal n and A. As D^2 rewards diversity even
+    of poor samples (Kohl et al. 2019, App. B.1), look at the matched IoU, too.
 
     With u = (1/n .. 1/n, -w_1 .. -w_A), whose sum is 0, D^2 = u^T IoU u, which is how it is
     computed. Pixels that no annotator labelled are left out of the pairs of samples, too.
@@ -336,12 +335,7 @@ def dice(pred, labels, num_classes=2, weights=None):
 
     As in SSN's DSC, a prediction scores 0 where only the annotation is empty, and 1 where both are.
     """
-    return sample_dice(pred[None], labels, num_classes, weights)[0]
-
-
-def sample_dice(samples, labels, num_classes=2, weights=None):
-    """`dice` of every one of samples (n, B, *S) by itself, (n, B)."""
-    return Pairs(samples, labels, num_classes, weights).sample_dice()
+    return Pairs(pred[None], labels, num_classes, weights).sample_dice()[0]
 
 
 def hausdorff95(pred, label, num_classes=2, spacing=None):

@@ -72,9 +72,11 @@ def class_rows(batch, prediction, samples, most: int = SAMPLES) -> dict:
                                 for m in on_host], 1).to(label.device)  # (B, 1 + n, K - 1)
         marked = torch.stack([(label == k).flatten(1).any(1)
                               for k in range(1, batch.num_classes)], 1)[:, None]
-        dice = torch.stack([metrics.sample_dice((maps == k).byte(), torch.where(
-            label == IGNORE, IGNORE, label == k).byte()[:, None]).T
-            for k in range(1, batch.num_classes)], 2)
+        dices = []
+        for k in range(1, batch.num_classes):
+            only_k = torch.where(label == IGNORE, IGNORE, label == k).byte()[:, None]
+            dices.append(metrics.Pairs((maps == k).byte(), only_k).sample_dice().T)
+        dice = torch.stack(dices, 2)  # (B, 1 + n, K - 1)
         for name, values in (("class_dice", dice), ("class_hd95", distance)):
             given = (weight.view(-1, 1, 1) * (marked & ~values.isnan())).double()
             total, of = sums.get(name, (0, 0))

@@ -56,8 +56,8 @@ MEASURES = {
         "expected_entropy": "Mean entropy of a single sample, in nats per pixel.",
         "mutual_information": "Entropy minus expected entropy: how much the samples disagree.",
         "disagreement": "1 - Dice of the samples and the prediction of their mean.",
-        **dict.fromkeys(("variance_patch", "entropy_patch", "mutual_information_patch"),
-                        "The mean of the map over its most uncertain window of 10 pixels a side.")},
+        **{f"{name}_patch": f"Mean {name.replace('_', ' ')} in the window of 10 pixels a side where "
+           "it is highest." for name in ("variance", "entropy", "mutual_information")}},
     "The single prediction against annotators": {
         "dice": "↑ Dice of the deterministic prediction, averaged over annotators and classes; "
                 "1 for a class that neither marks.",

@@ -455,7 +455,7 @@ def test_dice_is_that_of_a_loop(num_classes):
             close(measure(pred, labels, num_classes, w), want)
     assert dice_present(pred, labels, num_classes)[2].isnan()
     both = torch.stack([pred, pred.flip(0)])
-    close(metrics.sample_dice(both, labels, num_classes, weights),
+    close(metrics.Pairs(both, labels, num_classes, weights).sample_dice(),
           torch.stack([metrics.dice(p, labels, num_classes, weights) for p in both]))
 
 
