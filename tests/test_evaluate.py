@@ -19,7 +19,7 @@ from analysis.calibration import mode_rows, pixel_curve, pooled, total_variation
 from analysis.classes import class_rows, volume_rows, write_classes
 from analysis.compare import compare
 from analysis.page import MEASURES, split_name
-from common import UserError
+from common import UserError, set_tf32
 from data_files import refused
 from helpers import undraw
 from sources.base import Split
@@ -266,6 +266,17 @@ def test_compare_pools_seeds(judged, undrawn, tmp_path):
     assert len(compare([tmp_path / "run-0", tmp_path / "run-1"]).splitlines()) == 8
     twin = shutil.copytree(tmp_path / "run-1", tmp_path / "twin" / "run-1")  # named after its path
     assert f"| {twin} |" in compare([tmp_path / "run-0", tmp_path / "run-1", twin])
+
+
+@pytest.mark.parametrize("more, precision, allowed", [
+    ([], "highest", False), (["--precision", "tf32"], "high", True)])
+def test_precision(run, monkeypatch, more, precision, allowed):
+    found = []
+    monkeypatch.setattr(evaluate, "report", lambda *args, **options: found.append((
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)))
+    assert evaluate.main([str(run), "--device", "cpu", *more]) == 0
+    set_tf32(False)
+    assert found == [(precision, allowed)]
 
 
 def test_ctrl_c_and_no_memory_are_one_line(run, monkeypatch, capsys):
