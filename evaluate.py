@@ -380,7 +380,7 @@ def parse(argv=None) -> argparse.Namespace:
                    help="--image with ssn: scale class K's part of (sample - mean) by FACTOR")
     p.add_argument("--out", help="where --image writes (default: the run's folder)")
     p.add_argument("--precision", choices=["fp32", "tf32"], default="fp32",
-                   help="tf32: faster on a GPU, whose products then have inputs of 10 bits")
+                   help="tf32: products and convolutions of a GPU round their inputs to 10 bits")
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N")
     return p.parse_args(argv)
 

@@ -10,7 +10,7 @@ from analysis.pictures import (CASES, plot_dice, plot_ged, plot_overview, plot_s
 from analysis.uncertainty import plot_reliability, plot_risk_coverage
 from models import MODELS
 
-# the figure of its paper that every method has
+# {model: a figure that only this method has, and its file}
 FIGURES = {"ssn": (plot_manipulation, "manipulation.png"), "phiseg": (plot_levels, "levels.png"),
            "vae_unet": (plot_latents, "latents.png"), "hpunet": (plot_scales, "scales.png")}
 
